@@ -1,0 +1,1 @@
+"""Corpora: one LightningDataModule for each kind, downloads that are checked, vocabularies and word vectors."""

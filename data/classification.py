@@ -1,0 +1,258 @@
+"""Sentence classification: the six corpora of SRU (2018), Table 1, and one that is embedded in Python."""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data import text
+from data.fetch import fetch, find, read_bytes
+
+SPLIT_SEED = 1234  # of the published folds; a run's own seed never moves an example to another split
+FOLDS = 10
+
+Example = tuple[list[str], int]
+Item = TypeVar("Item")
+
+
+class SentenceClassification(pl.LightningDataModule):
+    """Files of `label text` lines as fixed batches (SRU 2018, section 4.1 and its published code).
+
+    A batch is (tokens (T, B) int64, labels (B,) int64), padded on the LEFT so that the last step is a real word.
+    Training batches are made once, from the list shuffled by `seed`, and come in the same order in every epoch, as
+    published; validation and test batches keep the order of the split.
+
+    root: folder of the corpora, which may be read-only; files lie in root/sentcls and are downloaded when absent.
+    cache: folder for what is derived from them.
+    labels: names of the classes; a file's label is an index into them.
+    files: {name, url, sha256, examples} for the keys `all` (10-fold cross-validation), `train` and `test` (a tenth of
+        train is validation), or `train`, `val` and `test`.
+    fold: 0 to 9, which tenth is the test set (or validation set, see `split_examples`).
+    vectors: None (words are learnt), or fixed word vectors: see `text.load_vectors`.
+    min_count: without vectors, training words seen less often become <unk>, which so gets trained.
+    lowercase, clean: how the text is normalised; see `text.clean`.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        cache: str,
+        labels: Sequence[str],
+        files: Mapping[str, Mapping[str, Any]],
+        fold: int = 0,
+        batch_size: int = 32,
+        seed: int = SPLIT_SEED,
+        vectors: str | None = None,
+        min_count: int = 2,
+        lowercase: bool = True,
+        clean: bool = True,
+    ) -> None:
+        super().__init__()
+        self.folder = Path(root).expanduser() / "sentcls"
+        self.vectors_folder = Path(root).expanduser() / "vectors"
+        self.cache = Path(cache).expanduser()
+        self.labels = list(labels)
+        self.files = files
+        self.fold = fold
+        self.batch_size = batch_size
+        self.seed = seed
+        self.vectors = vectors
+        self.min_count = min_count
+        self.lowercase = lowercase
+        self.clean = clean
+        self.splits: dict[str, list[Example]] = {}
+        if batch_size < 1 or min_count < 1:
+            raise ValueError(f"data.batch_size={batch_size} and data.min_count={min_count} must be 1 or more")
+
+    def prepare_data(self) -> None:
+        """Downloads what is absent and checks what is there."""
+        for file in self.files.values():
+            fetch(self.folder / file["name"], file["url"], file["sha256"])
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the corpus and builds splits, vocabulary and vectors; a second call does nothing."""
+        if self.splits:
+            return
+        splits = split_examples(self.read(), self.fold)
+        known = splits["train"] if self.vectors is None else [example for split in splits.values() for example in split]
+        min_count = self.min_count if self.vectors is None else 1  # a fixed vector needs no examples to be trained on
+        self.words = text.build_vocabulary((sentence for sentence, _ in known), min_count)
+        self.index = {word: i for i, word in enumerate(self.words)}
+        self.embedding: Tensor | None = None
+        self.splits = splits
+
+    def read(self) -> dict[str, list[Example]]:
+        """The examples of each file, in the file's order."""
+        return {key: self.read_file(self.folder / file["name"], file["examples"]) for key, file in self.files.items()}
+
+    def read_file(self, path: Path, expected: int | None) -> list[Example]:
+        """(words, label) of each line; ValueError with path and line number at the first that is not `label text`."""
+        present = find(path)
+        if present is None:
+            raise FileNotFoundError(f"{path} is missing: call prepare_data() first")
+        content = read_bytes(present)
+        try:
+            lines = content.decode("utf-8").split("\n")
+        except UnicodeDecodeError:  # MR, SUBJ and TREC hold a few accents in latin-1
+            lines = content.decode("latin-1").split("\n")
+        examples = []
+        for number, line in enumerate(lines[:-1] if not lines[-1] else lines, start=1):
+            label, _, sentence = line.strip().partition(" ")
+            if not re.fullmatch("[0-9]+", label) or int(label) >= len(self.labels):
+                raise ValueError(
+                    f"{present}:{number}: expected `label text` with a label from 0 to {len(self.labels) - 1}, "
+                    f"found {line[:80]!r}"
+                )
+            examples.append((self.words_of(sentence), int(label)))
+        if len(examples) != (expected or len(examples)) or not examples:
+            raise ValueError(
+                f"{present} holds {len(examples)} examples, expected {expected or 'some'}: not the published file. "
+                f"Replace it, or `rm {present}` to download it again (and `rm {path}.sha256` if that exists)."
+            )
+        return examples
+
+    def words_of(self, sentence: str) -> list[str]:
+        """The words of a sentence whose tokens are separated by spaces."""
+        words = text.clean(sentence).split() if self.clean else []
+        words = words or sentence.split() or [text.UNK]  # one that is all marks keeps them; CR has an empty one
+        return [word.lower() for word in words] if self.lowercase else words
+
+    @property
+    def dims(self) -> dict[str, Any]:
+        """What a network must know: vocab_size, num_classes, vectors (V, n) or None, pad. Prepares the data first."""
+        if not self.splits:
+            self.prepare_data()
+            self.setup()
+        return {
+            "vocab_size": len(self.words),
+            "num_classes": len(self.labels),
+            "vectors": self.embedding,
+            "pad": self.index[text.PAD],
+        }
+
+    def encode(self, sentences: Sequence[str]) -> Tensor:
+        """Running text, not yet split into words, as one batch (T, B), LEFT padded: for predictions."""
+        return self.collate([self.words_of(" ".join(text.tokenise(sentence))) for sentence in sentences])
+
+    def collate(self, sentences: Sequence[list[str]]) -> Tensor:
+        """Word indices (T, B), each sentence at the end of its column."""
+        tokens = torch.full((max(map(len, sentences)), len(sentences)), self.index[text.PAD])
+        unknown = self.index[text.UNK]
+        for column, words in enumerate(sentences):
+            if words:
+                tokens[-len(words) :, column] = torch.tensor([self.index.get(word, unknown) for word in words])
+        return tokens
+
+    def loader(self, examples: Sequence[Example]) -> DataLoader:
+        """Batches that are tensors already: collating again in every epoch would cost more than it varies."""
+        groups = [examples[i : i + self.batch_size] for i in range(0, len(examples), self.batch_size)]
+        batches = [
+            (self.collate([words for words, _ in group]), torch.tensor([y for _, y in group])) for group in groups
+        ]
+        # Its own generator: each new iterator draws a number, which must not move the global state that dropout uses.
+        return DataLoader(batches, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+
+    def train_dataloader(self) -> DataLoader:
+        return self.loader(random.Random(self.seed).sample(self.splits["train"], len(self.splits["train"])))
+
+    def val_dataloader(self) -> DataLoader:
+        return self.loader(self.splits["val"])
+
+    def test_dataloader(self) -> DataLoader:
+        return self.loader(self.splits["test"])
+
+    def state_dict(self) -> dict[str, list[str]]:
+        """What a checkpoint needs to read its own outputs: the words in the order of their index, and the labels."""
+        self.dims  # noqa: B018  prepares
+        return {"vocabulary": self.words, "labels": self.labels}
+
+    def load_state_dict(self, state_dict: dict[str, list[str]]) -> None:
+        """ValueError if the checkpoint was trained on another vocabulary or other labels."""
+        for name, now in self.state_dict().items():
+            then = state_dict[name]
+            if now != then:
+                place = next((i for i, pair in enumerate(zip(now, then, strict=False)) if pair[0] != pair[1]), None)
+                where = "" if place is None else f"; number {place} was {then[place]!r} and is {now[place]!r}"
+                raise ValueError(
+                    f"the checkpoint's {name} has {len(then)} entries, the data's {len(now)}{where}: the corpus or its "
+                    "options have changed. Use the options of the checkpoint's run (data=, data.fold, data.vectors, "
+                    "data.min_count), or train again."
+                )
+
+
+def split_examples(files: Mapping[str, list[Item]], fold: int) -> dict[str, list[Item]]:
+    """Training, validation and test examples by the published rules (papers' code; SRU 2018, section 4.1).
+
+    {all}: shuffled; test is every item i with i mod 10 == fold, validation a random tenth of the rest.
+    {train, test}: train shuffled; validation is every item i with i mod 10 == fold (TREC).
+    {train, val, test}: as they are, fold 0 only (SST).
+    """
+    if fold not in range(FOLDS):
+        raise ValueError(f"data.fold={fold} is not one of 0 to {FOLDS - 1}")
+    generator = random.Random(SPLIT_SEED)
+    if set(files) == {"train", "val", "test"}:
+        if fold != 0:
+            raise ValueError(f"data.fold={fold}: this corpus has one given split, so only data.fold=0 exists")
+        return dict(files)
+    source = "train" if set(files) == {"train", "test"} else "all"
+    if source not in files:
+        raise ValueError(
+            f"data.files has the keys {sorted(files)}: expected all, or train and test, or train, val and test"
+        )
+    shuffled = generator.sample(files[source], len(files[source]))
+    held_out = shuffled[fold::FOLDS]
+    rest = [item for i, item in enumerate(shuffled) if i % FOLDS != fold]
+    if source == "train":
+        return {"train": rest, "val": held_out, "test": files["test"]}
+    rest = generator.sample(rest, len(rest))
+    size = len(rest) // FOLDS
+    return {"train": rest[size:], "val": rest[:size], "test": held_out}
+
+
+class PythonManual(SentenceClassification):
+    """Sentences of Python's reference manual, labelled by their topic: no file, no download.
+
+    The text is `pydoc_data.topics`, which every Python carries; it differs a little between Python versions, and the
+    numbers reached on it with it. The classes are the ten largest topics, in order of size, leaving out a topic whose
+    text is mostly part of a larger one. Split as the corpora that have no given test set.
+    """
+
+    def __init__(self, *, cache: str, fold: int = 0, root: str = "", **options: Any) -> None:
+        topics = manual_sentences()
+        self.topics = topics
+        super().__init__(root=root, cache=cache, labels=list(topics), files={}, fold=fold, **options)
+
+    def read(self) -> dict[str, list[Example]]:
+        pairs = [(s, label) for label, sentences in enumerate(self.topics.values()) for s in sentences]
+        return {"all": [(self.words_of(sentence), label) for sentence, label in pairs]}
+
+
+def manual_sentences(classes: int = 10, min_words: int = 4) -> dict[str, list[str]]:
+    """Tokenised sentences of each of the largest topics, no sentence twice; code, headings and fragments left out."""
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    chosen: dict[str, list[str]] = {}
+    for topic in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        sentences: dict[str, None] = {}
+        for paragraph in re.split(r"\n\s*\n", topics[topic]):
+            # Code, grammar and headings do not begin with a capital and end with a stop, as sentences do.
+            running = re.sub(r"^[*\s]+|[*\"“”]|\[\d+\]", "", " ".join(paragraph.split()))
+            for sentence in re.split(r"(?<=[.!?:])\s+(?=[A-Z])", running):
+                words = text.tokenise(sentence)
+                if len(words) > min_words and re.match(r"[A-Z].*[a-z)][.!?:]$", sentence) and ">>>" not in sentence:
+                    sentences[" ".join(words)] = None
+        fresh = [sentence for sentence in sentences if sentence not in seen]
+        if 2 * len(fresh) > len(sentences):
+            chosen[topic] = fresh
+            seen.update(fresh)
+        if len(chosen) == classes:
+            break
+    return chosen

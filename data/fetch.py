@@ -1,0 +1,150 @@
+"""Find, download and check the files of a corpus."""
+
+import contextlib
+import gzip
+import hashlib
+import lzma
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+import pooch
+import requests
+from filelock import FileLock
+from tqdm import tqdm
+
+OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open}
+
+
+def find(path: Path) -> Path | None:
+    """`path`, `path`.gz or `path`.xz, whichever is there; None if none is."""
+    return next((p for p in (path.with_name(path.name + suffix) for suffix in OPENERS) if p.is_file()), None)
+
+
+def open_unpacked(path: Path) -> IO[bytes]:
+    """The unpacked bytes of a plain, .gz or .xz file."""
+    return OPENERS.get(path.suffix, open)(path, "rb")  # type: ignore[operator]
+
+
+def read_bytes(path: Path) -> bytes:
+    """All unpacked bytes of a file; ValueError if the packed file is damaged."""
+    with open_unpacked(path) as file, unpacking(path):
+        return file.read()
+
+
+@contextlib.contextmanager
+def unpacking(path: Path):
+    """Turns the many errors of a damaged archive into one ValueError that names the file."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}. Replace it, or `rm {path}` to download it again.") from error
+
+
+def fetch(path: Path, url: str | None = None, sha256: str | None = None) -> Path:
+    """The file at `path` (or its .gz or .xz form), downloaded from `url` if absent, with its checksum verified.
+
+    sha256: of the unpacked bytes. If None, the checksum of the first download is written to `path`.sha256 and holds
+    from then on. A file that was there before is never deleted; a download takes its name only after the check.
+
+    FileNotFoundError: absent and no url. ValueError: wrong checksum. ConnectionError: no network, or the
+    server refuses. PermissionError: the folder cannot be written.
+    """
+    present = find(path)
+    if present is None:
+        if url is None:
+            raise FileNotFoundError(f"{path} is missing and has no address to download it from: put it there")
+        require_writable(path.parent)
+        with FileLock(f"{path}.lock"):  # a second process waits here, and then finds the file
+            present = find(path)
+            if present is None:
+                download(path, url, sha256 or recorded(path))
+                return path
+    expected = sha256 or recorded(path)
+    if expected:
+        digest = hashlib.sha256()
+        with open_unpacked(present) as file, unpacking(present):
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != expected:
+            raise ValueError(
+                f"{present} is not the right file: its sha256 (unpacked) is {digest.hexdigest()}, expected {expected}. "
+                f"Replace it, or `rm {present}` to download it again."
+            )
+    return present
+
+
+def recorded(path: Path) -> str | None:
+    """The checksum that the first download left beside the file, if any."""
+    record = path.with_name(path.name + ".sha256")
+    return record.read_text().strip() if record.is_file() else None
+
+
+def require_writable(folder: Path) -> None:
+    """Creates the folder; PermissionError with what to type if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write to {folder} ({error.strerror or error}): choose another place with "
+            "data.root=DIR (corpora) or data.cache=DIR (prepared files), or set SRU_DATA and SRU_CACHE"
+        ) from error
+
+
+def download(path: Path, url: str, sha256: str | None) -> None:
+    """Downloads `url` to `path`; what a broken transfer leaves in `path`.part is where the next call goes on."""
+    part = path.with_name(path.name + ".part")
+
+    def downloader(url: str, output_file: str, _pooch: object) -> None:
+        transfer(url, part)
+        os.replace(part, output_file)
+
+    pooch.get_logger().setLevel("WARNING")  # at INFO it prints checksums to be pasted into code
+    try:
+        pooch.retrieve(url, sha256, fname=path.name, path=path.parent, downloader=downloader)
+    except requests.RequestException as error:
+        raise ConnectionError(
+            f"cannot download {url} to {path}: {error}. Run the same command again (it goes on from where it stopped), "
+            "or put the file there by hand. data=pydoc needs no network."
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"{error} It came from {url}. Run the same command again; if that does not help, the file has changed at "
+            f"its source: put the right one at {path}."
+        ) from error
+    if sha256 is None:
+        path.with_name(path.name + ".sha256").write_text(pooch.file_hash(str(path)) + "\n")
+
+
+def transfer(url: str, part: Path) -> None:
+    """Appends to `part` what is missing of `url`. A break is retried for as long as each attempt brings new bytes."""
+    while True:
+        start = part.stat().st_size if part.is_file() else 0
+        # Identity: a range of a compressed transfer would not be a range of the file.
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+                if response.status_code == 416:  # the part is longer than the file: it belongs to another version
+                    part.unlink()
+                    continue
+                response.raise_for_status()
+                if response.status_code != 206:  # the server sends the whole file, asked for a range or not
+                    start = 0
+                total = (
+                    int(response.headers["Content-Length"]) + start if "Content-Length" in response.headers else None
+                )
+                with (
+                    open(part, "ab" if start else "wb") as file,
+                    tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem, delay=1) as bar,
+                ):
+                    for block in response.iter_content(1 << 16):
+                        file.write(block)
+                        bar.update(len(block))
+            return
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError, requests.Timeout):
+            if not part.is_file() or part.stat().st_size <= start:
+                raise
