@@ -68,13 +68,16 @@ class SentenceClassification(pl.LightningDataModule):
         self.lowercase = lowercase
         self.clean = clean
         self.splits: dict[str, list[Example]] = {}
+        self.embedding: Tensor | None = None
         if batch_size < 1 or min_count < 1:
             raise ValueError(f"data.batch_size={batch_size} and data.min_count={min_count} must be 1 or more")
 
     def prepare_data(self) -> None:
-        """Downloads what is absent and checks what is there."""
+        """Downloads what is absent, checks what is there, and keeps the word vectors that are needed in the cache."""
         for file in self.files.values():
             fetch(self.folder / file["name"], file["url"], file["sha256"])
+        if self.vectors is not None:
+            self.setup()
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the corpus and builds splits, vocabulary and vectors; a second call does nothing."""
@@ -85,7 +88,8 @@ class SentenceClassification(pl.LightningDataModule):
         min_count = self.min_count if self.vectors is None else 1  # a fixed vector needs no examples to be trained on
         self.words = text.build_vocabulary((sentence for sentence, _ in known), min_count)
         self.index = {word: i for i, word in enumerate(self.words)}
-        self.embedding: Tensor | None = None
+        if self.vectors is not None:
+            self.embedding = text.load_vectors(self.words, self.vectors, self.vectors_folder, self.cache)
         self.splits = splits
 
     def read(self) -> dict[str, list[Example]]:

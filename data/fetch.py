@@ -6,6 +6,7 @@ import hashlib
 import lzma
 import os
 import tempfile
+import zipfile
 import zlib
 from pathlib import Path
 from typing import IO
@@ -39,8 +40,10 @@ def unpacking(path: Path):
     """Turns the many errors of a damaged archive into one ValueError that names the file."""
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged: {error}. Replace it, or `rm {path}` to download it again.") from error
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): replace it, or `rm {path}` if it is one that is downloaded"
+        ) from error
 
 
 def fetch(path: Path, url: str | None = None, sha256: str | None = None) -> Path:
@@ -57,7 +60,7 @@ def fetch(path: Path, url: str | None = None, sha256: str | None = None) -> Path
         if url is None:
             raise FileNotFoundError(f"{path} is missing and has no address to download it from: put it there")
         require_writable(path.parent)
-        with FileLock(f"{path}.lock"):  # a second process waits here, and then finds the file
+        with FileLock(path.with_name(f".{path.name}.lock")):  # a second process waits here, and then finds the file
             present = find(path)
             if present is None:
                 download(path, url, sha256 or recorded(path))
@@ -107,8 +110,12 @@ def download(path: Path, url: str, sha256: str | None) -> None:
     try:
         pooch.retrieve(url, sha256, fname=path.name, path=path.parent, downloader=downloader)
     except requests.RequestException as error:
+        # The innermost reason: requests wraps it in four layers of class names.
+        reason = str(error).rpartition(": ")[2].rpartition("] ")[2].strip("()'\" ")
+        if error.response is not None:
+            reason = f"the server answers {error.response.status_code} {error.response.reason}"
         raise ConnectionError(
-            f"cannot download {url} to {path}: {error}. Run the same command again (it goes on from where it stopped), "
+            f"cannot download {url} to {path}: {reason}. Run the same command again (it goes on where it stopped), "
             "or put the file there by hand. data=pydoc needs no network."
         ) from error
     except ValueError as error:
@@ -128,7 +135,9 @@ def transfer(url: str, part: Path) -> None:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
         try:
             with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-                if response.status_code == 416:  # the part is longer than the file: it belongs to another version
+                if (
+                    start and response.status_code == 416
+                ):  # the part is longer than the file: it belongs to another version
                     part.unlink()
                     continue
                 response.raise_for_status()

@@ -1,0 +1,26 @@
+"""Fetch and check a corpus ahead of a run: python scripts/download.py data=cr [data.root=DIR] [data.vectors=NAME]."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `data` is not installed, it lies beside this folder
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    data = hydra.utils.instantiate(cfg.data)
+    try:
+        data.prepare_data()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{HydraConfig.get().runtime.choices['data']}: ready")
+
+
+if __name__ == "__main__":
+    # Nothing of this is a run: no folder, no log file.
+    sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
+    main()
