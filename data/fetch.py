@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import lzma
 import os
+import re
 import tempfile
 import zipfile
 import zlib
@@ -111,7 +112,9 @@ def download(path: Path, url: str, sha256: str | None) -> None:
         pooch.retrieve(url, sha256, fname=path.name, path=path.parent, downloader=downloader)
     except requests.RequestException as error:
         # The innermost reason: requests wraps it in four layers of class names.
-        reason = str(error).rpartition(": ")[2].rpartition("] ")[2].strip("()'\" ")
+        reason = re.split(r": |\] |, '", str(error))[-1].strip("()'\" ")
+        if isinstance(error, requests.exceptions.ChunkedEncodingError):
+            reason = "the connection broke off"
         if error.response is not None:
             reason = f"the server answers {error.response.status_code} {error.response.reason}"
         raise ConnectionError(

@@ -159,6 +159,7 @@ def read_subset(subset: Path):
 def text_lines(lines: IO[bytes], where: str, wanted: set[bytes]) -> Iterator[bytes]:
     """The lines of the wanted words, the first of each; ValueError at a line without the width of the others."""
     width = 0
+    word = None
     seen = set()
     for number, line in enumerate(tqdm(lines, desc=where, unit=" lines", delay=2), start=1):
         line = line.rstrip(b" \r\n")
@@ -176,7 +177,7 @@ def text_lines(lines: IO[bytes], where: str, wanted: set[bytes]) -> Iterator[byt
                 raise ValueError(f"{where}:{number}: expected a word and {width} finite numbers, found {line[:80]!r}")
             seen.add(word)
             yield line + b"\n"
-    if not width:
+    if word is None:
         raise ValueError(f"{where} is empty: expected a line `word x1 ... xn` for each word")
 
 
