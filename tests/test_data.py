@@ -466,7 +466,7 @@ def test_a_download_is_checked_and_done_once(tmp_path, server):
 
 def test_a_broken_transfer_goes_on_where_it_stopped(tmp_path, server):
     server.break_at = 100_000
-    with pytest.raises(ConnectionError, match="broke off. Run the same command again"):
+    with pytest.raises(ConnectionError, match=r"broke off\. Run the same command again"):
         fetch(tmp_path / "file.txt", server.url, server.sha256)
     assert visible(tmp_path) == ["file.txt.part"]
     assert server.asked == [None, "bytes=65536-"]  # it tried once more, and that brought no whole block

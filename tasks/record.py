@@ -1,0 +1,191 @@
+"""What a run leaves in its folder: its clock, metrics.csv, the wandb run and the closing summary."""
+
+import csv
+import io
+import json
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a break never leaves half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Clock(pl.Callback):
+    """Log the training time so far (seconds, without validation) and the training examples a second, every epoch.
+
+    Both go on across a resume.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.examples = 0
+        self.epochs = 0
+        self._since = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "examples": self.examples, "epochs": self.epochs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds, self.examples, self.epochs = (state_dict[key] for key in ("seconds", "examples", "epochs"))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self.examples += pl_module.batch_size
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            # Before Lightning starts the validation, which belongs to the epoch too.
+            self.seconds += time.perf_counter() - self._since
+            self.epochs += 1
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.log_dict({"seconds": self.seconds, "examples_per_second": self.examples_per_second})
+
+    @property
+    def examples_per_second(self) -> float:
+        return self.examples / self.seconds if self.seconds else 0.0
+
+
+class MetricsFile(Logger):
+    """metrics.csv in the run folder: a row an epoch and one for the test, whole after every epoch.
+
+    A resumed run goes on in the same file: rows that lie after the checkpoint it starts from are replaced.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.rows: dict[tuple[bool, int], dict[str, Any]] = {}
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    cells = {key: value for key, value in row.items() if value != ""}
+                    self.rows[self.key(cells, int(row["step"]))] = cells
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @staticmethod
+    def key(metrics: dict[str, Any], step: int) -> tuple[bool, int]:
+        """The place of a row: the test comes last."""
+        return any(name.startswith("test/") for name in metrics), step
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The run folder holds config.yaml already."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        step = step or 0
+        key = self.key(metrics, step)
+        self.rows = {k: row for k, row in self.rows.items() if k <= key}
+        self.rows.setdefault(key, {"step": step}).update(metrics)
+
+    @rank_zero_only
+    def save(self) -> None:
+        columns = list(dict.fromkeys(name for row in self.rows.values() for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(self.rows[key] for key in sorted(self.rows))
+        write_text(self.path, text.getvalue())
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+
+class Wandb(WandbLogger):
+    """Lightning's wandb logger: offline unless the user is logged in, and one run of wandb for a run folder.
+
+    Args:
+        run_dir: keeps wandb's files and, in wandb_id.txt, the id that a resume goes on with.
+        project: as in wandb.init.
+        choices: names of the configuration's parts; the experiment is the group, the rest become tags.
+    """
+
+    def __init__(self, run_dir: str, project: str, choices: dict[str, Any]) -> None:
+        import wandb
+
+        id_file = Path(run_dir) / "wandb_id.txt"
+        if not id_file.exists():
+            write_text(id_file, secrets.token_hex(4))
+        if "WANDB_MODE" in os.environ:
+            mode = os.environ["WANDB_MODE"]
+        else:
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        super().__init__(
+            project=project,
+            group=choices["experiment"],
+            tags=[choices["task"], choices["data"], choices["model"], *choices["ablation"]],
+            name=Path(run_dir).name,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            save_dir=run_dir,
+            resume="allow",
+            mode=mode,
+        )
+
+
+def finish_wandb(summary: dict[str, Any] | None) -> None:
+    """Close wandb's run, if there is one, so that the next job of a sweep gets its own; no summary: it failed."""
+    import sys
+
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        if summary is not None:
+            wandb.run.summary.update(summary)
+        wandb.finish(exit_code=0 if summary is not None else 1)
+
+
+def result(trainer: pl.Trainer, task: pl.LightningModule) -> dict[str, Any]:
+    """What metrics.json says of a finished run; metrics are those of the best epoch."""
+    best = trainer.checkpoint_callback
+    clock = next(callback for callback in trainer.callbacks if isinstance(callback, Clock))
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+    if best.best_model_score is not None:
+        metrics[best.monitor] = float(best.best_model_score)
+    return {
+        "metrics": metrics,
+        "monitor": best.monitor,
+        "best_epoch": None,
+        "epochs": trainer.current_epoch,
+        "parameters": sum(p.numel() for p in task.parameters()),
+        "encoder_parameters": sum(p.numel() for p in task.encoder.parameters()),
+        "seconds": clock.seconds,
+        "seconds_per_epoch": clock.seconds / max(1, clock.epochs),
+        "examples_per_second": clock.examples_per_second,
+    }
+
+
+def summary_table(outcome: dict[str, Any], run_dir: str) -> str:
+    """The closing table of a run, for people."""
+    rows = [(name, f"{value:.4g}") for name, value in outcome["metrics"].items()]
+    rows += [
+        ("parameters", f"{outcome['parameters']:,} ({outcome['encoder_parameters']:,} in the encoder)"),
+        ("training time", f"{outcome['seconds']:.1f} s ({outcome['epochs']} epochs)"),
+        ("examples/s", f"{outcome['examples_per_second']:.0f}"),
+        ("run folder", run_dir),
+    ]
+    width = max(len(name) for name, _ in rows)
+    line = "-" * (width + 2 + max(len(value) for _, value in rows))
+    return "\n".join([line, *(f"{name:<{width}}  {value}" for name, value in rows), line])
+
+
+def write_result(outcome: dict[str, Any], run_dir: str) -> None:
+    write_text(Path(run_dir) / "metrics.json", json.dumps(outcome, indent=2) + "\n")

@@ -1,0 +1,42 @@
+"""Shared by the tests: a composed configuration, and no network or account."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+ROOT = Path(__file__).parent.parent
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+
+def options(group: str) -> list[str]:
+    """The files of a group of conf/; a leading underscore marks what others share."""
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("[!_]*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def configure(tmp_path, monkeypatch):
+    """configure(*overrides): the configuration of a short, quiet run in tmp_path, as train.py would get it."""
+    monkeypatch.setenv("SRU_CACHE", str(tmp_path / "cache"))
+
+    def composed(*overrides):
+        quiet = ["logger=csv", "trainer.enable_progress_bar=false", f"run_dir={tmp_path / 'run'}"]
+        with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+            cfg = compose("config", overrides=[*quiet, *overrides], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return cfg
+
+    yield composed
+    HydraConfig.instance().cfg = None

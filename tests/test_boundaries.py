@@ -1,0 +1,46 @@
+"""Who may import whom (CONTRIBUTING.md), and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = {"sru", "data", "tasks", "scripts", "tests", "train"}
+ALLOWED = {"sru": {"sru"}, "tasks": {"tasks"}, "data": {"data"}, "scripts": {"sru", "data", "tasks", "train"}}
+FILES = [path for folder in ALLOWED for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_packages_meet_in_the_configuration_only(path):
+    package = path.relative_to(ROOT).parts[0]
+    assert imported(path) & OURS <= ALLOWED[package]
+
+
+def test_the_library_needs_torch_numpy_and_numba_only():
+    third_party = set().union(*(imported(path) for path in FILES if path.relative_to(ROOT).parts[0] == "sru"))
+    assert third_party - sys.stdlib_module_names <= {"sru", "torch", "numpy", "numba"}
+
+
+def test_torchtext_is_imported_in_one_file():
+    assert [path.name for path in FILES if "torchtext" in imported(path)] == ["text.py"]
+
+
+def test_importing_sru_compiles_nothing_and_touches_no_gpu():
+    code = (
+        "import sys, sru; assert not {'numba', 'cupy', 'pytorch_lightning'} & set(sys.modules), 'heavy import';"
+        "import torch; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,97 @@
+"""Every file of conf/ composes, and names classes and options that exist."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+from conftest import ROOT, options
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
+
+import train
+
+EVERY = [
+    *(f"task={name}" for name in options("task")),
+    *(f"data={name}" for name in options("data")),
+    *(f"model={name}" for name in options("model")),
+    *(f"ablation=[{name}]" for name in options("ablation")),
+    *(f"trainer={name}" for name in options("trainer")),
+    *(f"logger={name}" for name in options("logger")),
+    *(f"experiment={name}" for name in options("experiment")),
+]
+
+
+def bind(node):
+    """Check the signature of every _target_ below a resolved node."""
+    for value in node.values() if isinstance(node, dict) else node:
+        if isinstance(value, dict | list):
+            bind(value)
+    if isinstance(node, dict) and "_target_" in node:
+        keywords = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+        signature = inspect.signature(get_class(node["_target_"]))
+        (signature.bind_partial if node.get("_partial_") else signature.bind)(**keywords)
+
+
+@pytest.mark.parametrize("override", EVERY)
+def test_a_configuration_composes_and_binds(configure, override):
+    cfg = configure(override)
+    bind(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    train.check_options(cfg)
+
+
+@pytest.mark.parametrize("name", options("ablation"))
+def test_an_ablation_changes_one_value_and_names_itself(configure, name):
+    plain, ablated = configure(), configure(f"ablation=[{name}]")
+    changed = dict((key, new) for key, _, new in train.changes(plain, ablated))
+    assert changed.pop(f"ablations.{name}") is True
+    assert changed.pop("choices.ablation") == [name]
+    assert [key.split(".")[0] for key in changed] == ["model"]
+
+
+def test_ablations_combine_as_a_list(configure):
+    cfg = configure("ablation=[no_vc,no_highway,no_scaling]")
+    assert cfg.choices.ablation == ["no_vc", "no_highway", "no_scaling"]
+    assert not cfg.model.has_vc_term
+    assert not cfg.model.has_skip_term
+    assert not cfg.model.rescale
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_a_model_keeps_the_contract_of_an_encoder(configure, name):
+    encoder = instantiate(configure(f"model={name}").model)(input_size=6).eval()
+    h, state = encoder(torch.randn(5, 2, 6))
+    assert h.shape == (5, 2, encoder.output_size)
+    h, _ = encoder(torch.randn(3, 2, 6), state)
+    assert h.shape == (3, 2, encoder.output_size)
+
+
+def test_depth_reaches_the_model(configure):
+    assert configure("depth=7").model.num_layers == 7
+
+
+def test_an_experiment_overrides_the_defaults_and_the_command_line_overrides_it(configure):
+    name = "classification_sru_8l"
+    assert configure(f"experiment={name}").model.num_layers == 8
+    assert configure(f"experiment={name}", "depth=3").model.num_layers == 3
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_an_experiment_cites_a_published_number(configure, name):
+    paper = configure(f"experiment={name}").paper
+    assert "Table" in paper.source
+    assert paper.metric.startswith("test/")
+    values = paper.value.values() if OmegaConf.is_dict(paper.value) else [paper.value]
+    assert all(isinstance(value, float) for value in values)
+
+
+def test_every_yaml_file_is_reached_by_a_test():
+    files = {path for path in (ROOT / "conf").rglob("*.yaml") if not path.name.startswith("_")}
+    groups = itertools.groupby(sorted(files), key=lambda path: path.parent.name)
+    found = {f"{group}/{path.stem}" for group, paths in groups for path in paths if group != "conf"}
+    assert found == {override.replace("=[", "/").replace("=", "/").rstrip("]") for override in EVERY}
+
+
+def test_an_option_of_another_model_is_refused_by_name(configure):
+    with pytest.raises(ValueError, match=r"sru\.LSTM has no option 'has_skip_term'"):
+        train.check_options(configure("model=lstm", "ablation=[no_highway]"))

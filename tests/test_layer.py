@@ -1,0 +1,198 @@
+"""The SRU layer, its stack and the baselines behind the same call."""
+
+import math
+
+import pytest
+import torch
+
+from sru import CNN, GRU, LSTM, QRNN, SRU, SRUCell
+
+ENCODERS = {
+    "sru": lambda: SRU(5, 7, 3),
+    "sru_no_highway": lambda: SRU(5, 7, 2, has_skip_term=False),
+    "sru_no_vc": lambda: SRU(5, 7, 2, has_vc_term=False),
+    "sru_same_size": lambda: SRU(5, 5, 2, highway_bias=-2.0),
+    "lstm": lambda: LSTM(5, 7, 2),
+    "gru": lambda: GRU(5, 7, 2),
+    "qrnn": lambda: QRNN(5, 7, 2),
+    "qrnn_highway": lambda: QRNN(5, 7, 2, highway=True),
+    "cnn": lambda: CNN(5, num_filters=4),
+}
+
+
+def by_hand(cell: SRUCell, x: torch.Tensor) -> torch.Tensor:
+    """The paper's equations, one number at a time."""
+    size = cell.output_size
+    rows = [cell.weight[i * size : (i + 1) * size] for i in range(cell.weight.shape[0] // size)]
+    c, outputs = torch.zeros(x.shape[1], size, dtype=x.dtype), []
+    for x_t in x:
+        f = torch.sigmoid(x_t @ rows[1].T + cell.v[0] * c + cell.bias[0])
+        r = torch.sigmoid(x_t @ rows[2].T + cell.v[1] * c + cell.bias[1])
+        c = f * c + (1 - f) * (x_t @ rows[0].T)
+        if not cell.has_skip_term:
+            outputs.append(r * c)
+        else:
+            skip = x_t @ rows[3].T if len(rows) == 4 else cell.alpha * x_t
+            outputs.append(r * c + (1 - r) * skip)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("sizes", [(6, 6), (4, 6)])
+@pytest.mark.parametrize("options", [{}, {"has_skip_term": False}, {"has_vc_term": False}, {"rescale": False}])
+def test_a_layer_follows_the_paper(sizes, options):
+    torch.manual_seed(0)
+    cell = SRUCell(*sizes, highway_bias=-1.0, **options).double()
+    x = torch.randn(9, 3, sizes[0], dtype=torch.float64)
+    h, c = cell(x)
+    torch.testing.assert_close(h, by_hand(cell, x), rtol=1e-10, atol=1e-10)
+    assert h.shape == (9, 3, 6)
+    assert c.shape == (3, 6)
+
+
+def test_a_bidirectional_layer_is_two_layers_one_on_the_reversed_sequence():
+    torch.manual_seed(0)
+    both = SRUCell(4, 3, bidirectional=True).double()
+    x = torch.randn(6, 2, 4, dtype=torch.float64)
+    h, c = both(x)
+    for half, sequence in ((slice(0, 3), x), (slice(3, 6), x.flip(0))):
+        one = SRUCell(4, 3).double()
+        with torch.no_grad():
+            one.weight.copy_(both.weight.view(4, 6, 4)[:, half].reshape(12, 4))
+            one.v.copy_(both.v[:, half])
+            one.bias.copy_(both.bias[:, half])
+        expected, last = one(sequence)
+        torch.testing.assert_close(h[..., half], expected if half.start == 0 else expected.flip(0))
+        torch.testing.assert_close(c[..., half], last)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_contract_of_an_encoder(name):
+    torch.manual_seed(0)
+    encoder = ENCODERS[name]()
+    x = torch.randn(11, 3, 5, requires_grad=True)
+    h, _ = encoder(x)
+    assert h.shape == (11, 3, encoder.output_size)
+    h[-1].sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(p.grad is not None for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_state_survives_a_cut(name):
+    torch.manual_seed(0)
+    encoder = ENCODERS[name]().eval()
+    x = torch.randn(11, 3, 5)
+    whole, _ = encoder(x)
+    state, parts = None, []
+    for part in x.split([1, 4, 2, 4]):
+        h, state = encoder(part, state)
+        parts.append(h)
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_the_last_step_of_the_cnn_is_the_maximum_over_time():
+    torch.manual_seed(0)
+    cnn = CNN(5, num_filters=4, widths=(2, 3))
+    x = torch.randn(8, 2, 5)
+    h, _ = cnn(x)
+    padded = torch.cat([torch.zeros(2, 2, 5), x]).permute(1, 2, 0)
+    expected = [torch.relu(conv(padded[..., 3 - conv.kernel_size[0] :])).amax(-1) for conv in cnn.convolutions]
+    torch.testing.assert_close(h[-1], torch.cat(expected, dim=1))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "published"),
+    [
+        (SRU(300, 128, 2), 203_776),
+        (SRU(300, 128, 4), 303_104),
+        (SRU(300, 128, 8), 501_760),
+        (LSTM(300, 128, 2), 352_256),
+        (CNN(300), 360_300),
+        (QRNN(300, 128, 2), 165_120),
+        (QRNN(300, 128, 2, highway=True), 203_520),
+    ],
+)
+def test_sizes_are_those_of_the_papers_first_table(encoder, published):
+    assert sum(p.numel() for p in encoder.parameters()) == published
+
+
+def test_the_initialisation_is_the_published_one():
+    torch.manual_seed(0)
+    cell = SRUCell(600, 500, highway_bias=-3.0, dropout=0.2)
+    candidate, forget, reset, skip = cell.weight.detach().view(4, 500, 600)
+    assert math.isclose(cell.alpha, 1.0486, abs_tol=1e-4)
+    assert candidate.var() * 600 == pytest.approx(0.8, rel=0.02)
+    assert forget.var() * 600 == pytest.approx(0.5, rel=0.02)
+    assert reset.var() * 600 == pytest.approx(0.5, rel=0.02)
+    assert skip.var() * 600 == pytest.approx(cell.alpha**2, rel=0.02)
+    assert candidate.abs().max() <= math.sqrt(3 / 600)
+    assert cell.v.detach().var() == pytest.approx(0.5, rel=0.15)
+    assert cell.bias[0].eq(0).all()
+    assert cell.bias[1].eq(-3).all()
+
+
+def test_the_scaling_correction_keeps_the_variance_of_a_deep_stack():
+    """Section 3.2: with it, the last layer's output varies about as much as the input; without it, far less."""
+    torch.manual_seed(0)
+    x = torch.randn(30, 16, 128)
+    ratio = {rescale: SRU(128, 128, 20, rescale=rescale)(x)[0].var() / x.var() for rescale in (True, False)}
+    assert 0.3 < ratio[True] < 3
+    assert ratio[False] < 0.1
+
+
+def test_dropout_draws_one_mask_for_all_steps_of_a_sequence():
+    torch.manual_seed(0)
+    cell = SRUCell(4, 64, dropout=0.5, has_skip_term=False)
+    h, _ = cell(torch.randn(10, 3, 4))
+    dropped = h == 0
+    assert torch.equal(dropped.any(0), dropped.all(0))
+    assert 0.3 < dropped.float().mean() < 0.7
+    cell.eval()
+    assert (cell(torch.randn(10, 3, 4))[0] != 0).all()
+
+
+def test_dropout_keeps_the_mean():
+    torch.manual_seed(0)
+    cell = SRUCell(4, 8, dropout=0.4)
+    x = torch.randn(5, 1, 4)
+    mean = cell(x.expand(5, 60_000, 4))[0].mean(1)
+    torch.testing.assert_close(mean, cell.eval()(x)[0][:, 0], atol=0.02, rtol=0.05)
+
+
+def test_the_last_layer_of_a_stack_has_no_dropout():
+    stack = SRU(4, 4, 3, dropout=0.5)
+    assert [layer.dropout for layer in stack.layers] == [0.5, 0.5, 0.0]
+
+
+def test_padding_changes_nothing():
+    torch.manual_seed(0)
+    stack = SRU(4, 6, 3, bidirectional=True)
+    sequences = [torch.randn(length, 1, 4) for length in (5, 2, 7)]
+    batch = torch.full((7, 3, 4), 9.0)
+    mask_pad = torch.ones(7, 3, dtype=torch.bool)
+    for b, sequence in enumerate(sequences):
+        batch[: len(sequence), b] = sequence[:, 0]
+        mask_pad[: len(sequence), b] = False
+    h, c = stack(batch, mask_pad=mask_pad)
+    for b, sequence in enumerate(sequences):
+        alone, last = stack(sequence)
+        torch.testing.assert_close(h[: len(sequence), b], alone[:, 0])
+        torch.testing.assert_close(c[:, b], last[:, 0])
+        assert h[len(sequence) :, b].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: SRU(0, 4), "input_size"),
+        (lambda: SRU(4, 4, 0), "num_layers"),
+        (lambda: SRU(4, 4, dropout=1.5), "dropout"),
+        (lambda: SRU(4, 4)(torch.zeros(3, 2, 5)), r"\(T, B, 4\)"),
+        (lambda: SRU(4, 4)(torch.zeros(3, 4)), r"\(T, B, 4\)"),
+        (lambda: SRU(4, 4)(torch.zeros(3, 2, 4), torch.zeros(2, 3, 4)), "c0"),
+        (lambda: SRU(4, 4)(torch.zeros(3, 2, 4), mask_pad=torch.zeros(2, 3, dtype=torch.bool)), "pad"),
+    ],
+)
+def test_wrong_sizes_are_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

@@ -1,0 +1,169 @@
+"""Runs from start to end: every task with every model, resume, sweeps, wandb, and what goes wrong."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, options
+
+import train
+
+SHORT = ("trainer.limit_train_batches=6", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2")
+
+
+def start(*words, **options):
+    command = [sys.executable, "train.py", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+def checkpoint(folder, name="last"):
+    return torch.load(folder / f"checkpoints/{name}.ckpt", weights_only=True)
+
+
+def run_records(path):
+    """Id, config, tags and summary of an offline run: wandb's own records, in the blocks of LevelDB's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, parts = path.read_bytes(), 7, []
+    run = {"config": {}, "summary": {}}
+    while place + 7 <= len(content):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        parts.append(content[place + 7 : place + 7 + length])
+        place += 7 + length
+        if kind not in (1, 4):  # a whole record, or the last part of one
+            continue
+        record = Record.FromString(b"".join(parts))
+        parts = []
+        if record.HasField("run"):
+            run |= {"id": record.run.run_id, "tags": list(record.run.tags), "group": record.run.run_group}
+        for source, kept in ((record.config, "config"), (record.run.config, "config"), (record.summary, "summary")):
+            run[kept] |= {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in source.update}
+    return run
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        clocks = ("seconds", "examples_per_second")
+        return [{k: v for k, v in row.items() if k not in clocks} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("task", options("task"))
+def test_every_task_trains_every_model(configure, tmp_path, task, model):
+    train.run(configure(f"task={task}", f"model={model}", "trainer=debug"))
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+def test_a_run_leaves_its_record(configure, tmp_path):
+    value = train.run(configure("trainer.max_epochs=2", *SHORT))
+    folder = tmp_path / "run"
+    outcome = json.loads((folder / "metrics.json").read_text())
+    assert value == outcome["metrics"]["val/accuracy"] == max(float(row["val/accuracy"] or 0) for row in rows(folder))
+    assert 0 <= outcome["metrics"]["test/accuracy"] <= 100
+    assert outcome["epochs"] == 2
+    assert outcome["encoder_parameters"] == 203_776
+    assert outcome["parameters"] > outcome["encoder_parameters"]
+    assert outcome["examples_per_second"] > 0
+    assert "commit" in outcome
+    assert [row["epoch"] for row in rows(folder)][:2] == ["0", "1"]
+    assert "num_layers: 2" in (folder / "config.yaml").read_text()
+
+
+def test_the_network_learns_the_embedded_corpus(configure):
+    accuracy = train.run(configure("trainer.max_epochs=3"))
+    assert accuracy > 35  # ten classes; the largest is about a fifth
+
+
+def test_the_same_seed_gives_the_same_bits(configure, tmp_path):
+    folders = [tmp_path / name for name in ("one", "two", "three")]
+    for folder, seed in zip(folders, (1, 1, 2), strict=True):
+        train.run(configure(f"run_dir={folder}", f"seed={seed}", "trainer.max_epochs=1", *SHORT))
+    one, two, three = (checkpoint(folder)["state_dict"] for folder in folders)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not torch.equal(one["output.weight"], three["output.weight"])
+
+
+def test_resumed_equals_uninterrupted(configure, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.run(configure(f"run_dir={whole}", "trainer.max_epochs=3", *SHORT))
+    train.run(configure(f"run_dir={parts}", "trainer.max_epochs=1", *SHORT))
+    torch.manual_seed(99)
+    train.run(configure(f"run_dir={parts}", f"resume={parts}", "trainer.max_epochs=3", *SHORT))
+    for name in ("last", "best"):
+        one, two = checkpoint(whole, name), checkpoint(parts, name)
+        assert all(torch.equal(one["state_dict"][key], two["state_dict"][key]) for key in one["state_dict"])
+        assert one["epoch"] == two["epoch"]
+    moments = [c["optimizer_states"][0]["state"] for c in (checkpoint(whole), checkpoint(parts))]
+    assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i])
+    # The first part's own test lies between its epochs; the file of the resumed run has it replaced.
+    assert rows(whole) == rows(parts)
+
+
+def test_a_run_is_not_overwritten(configure, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("seed: 1\n")
+    with pytest.raises(FileExistsError, match="resume="):
+        train.run(configure())
+    assert (tmp_path / "run/config.yaml").read_text() == "seed: 1\n"
+
+
+def test_the_command_line_resumes_in_the_same_folder_and_the_same_wandb_run(tmp_path):
+    folder = tmp_path / "a run"
+    quiet = ("trainer.enable_progress_bar=false", f"hydra.run.dir='{folder}'")
+    first = start("trainer=debug", "model=qrnn", "logger=wandb", *quiet)
+    assert first.returncode == 0, first.stderr
+    assert "val/accuracy" in first.stdout
+    assert str(folder) in first.stdout
+    identity = (folder / "wandb_id.txt").read_text()
+    second = start(f"resume={folder}", "trainer.max_epochs=2")
+    assert second.returncode == 0, second.stderr
+    assert "resumed with trainer.max_epochs: 1 -> 2" in second.stdout
+    assert (folder / "wandb_id.txt").read_text() == identity
+    assert len(list((folder / "wandb").glob(f"offline-run-*-{identity}"))) == 2
+    assert "sru.QRNN" in (folder / "config.yaml").read_text()
+    assert json.loads((folder / "metrics.json").read_text())["epochs"] == 2
+
+
+def test_a_sweep_gives_a_folder_and_a_wandb_run_a_job(tmp_path):
+    done = start(
+        "-m", "ablation=[],[no_vc]", "depth=1,2", "trainer=debug", "trainer.enable_progress_bar=false",
+        f"hydra.sweep.dir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folders = sorted(path.parent for path in tmp_path.glob("*/metrics.json"))
+    assert len(folders) == 4
+    found = [run_records(next(folder.glob("wandb/offline-run-*/run-*.wandb"))) for folder in folders]
+    assert len({run["id"] for run in found}) == 4
+    assert {run["config"]["depth"] for run in found} == {1, 2}
+    assert {"sru", "pydoc", "classification"} <= set(found[0]["tags"])
+    assert sum("no_vc" in run["tags"] for run in found) == 2
+    assert all("val/accuracy" in run["summary"] for run in found)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["model=sruu"], "Did you mean: sru"),
+        (["task=clasification"], "Did you mean: classification"),
+        (["data=pydocs"], "Did you mean: pydoc"),
+        (["trainer.max_epoch=3"], "Did you mean: trainer.max_epochs"),
+        (["data.fold=10"], "data.fold=10 is not one of 0 to 9"),
+        (["data=cr", "data.root=/nonexistent"], "/nonexistent"),
+        (["model=lstm", "ablation=[no_vc]"], "sru.LSTM has no option 'has_vc_term'"),
+        (["run_dir=/proc/nowhere"], "run_dir=/proc/nowhere cannot be written"),
+        (["resume=/nonexistent"], "resume=/nonexistent is no run folder"),
+        (["model.dropout=1.5"], "dropout must lie in [0, 1), not 1.5"),
+    ],
+)
+def test_bad_input_gets_one_message(tmp_path, words, expected):
+    done = start(*words, f"hydra.run.dir={tmp_path}/hydra", "logger=csv")
+    assert done.returncode != 0
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
