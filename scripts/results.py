@@ -15,22 +15,23 @@ import numpy as np
 import yaml
 
 # What may differ between two runs of one experiment: chance, places, and what a person sees of the run.
-NOT_THE_EXPERIMENT = (
-    *(
-        "seed",
-        "data.seed",
-        "data.fold",
-        "run_dir",
-        "resume",
-        "data.root",
-        "data.cache",
-        "callbacks",
-        "loggers",
-        "paper",
-    ),
-    *("trainer.callbacks", "trainer.logger", "trainer.default_root_dir"),
-    *("trainer.enable_progress_bar", "trainer.enable_model_summary"),
-)
+NOT_THE_EXPERIMENT = {
+    "seed",
+    "data.seed",
+    "data.fold",
+    "run_dir",
+    "resume",
+    "data.root",
+    "data.cache",
+    "callbacks",
+    "loggers",
+    "paper",
+    "trainer.callbacks",
+    "trainer.logger",
+    "trainer.default_root_dir",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+}
 IDENTITY = ("task", "data", "model", "depth", "ablation", "vectors", "metric")
 LoadYAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 

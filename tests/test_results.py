@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ import yaml
 from scripts import results
 
 ROOT = Path(__file__).parent.parent
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "seed": 1,
     "depth": 2,
     "width": 128,
@@ -132,6 +133,13 @@ def test_rows_that_read_alike_name_what_tells_them_apart(tmp_path, capsys, chang
     assert [row["differs"] for row in rows] == [*differs, ""]
 
 
+def test_runs_whose_epoch_was_chosen_by_another_metric_are_apart(tmp_path, capsys):
+    write_run(tmp_path / "a", 80.0, {"paper": PAPER})
+    write_run(tmp_path / "b", 82.0, {"paper": PAPER}, monitor="val/loss")
+    _, rows, _, _ = show(capsys, tmp_path)
+    assert [row["differs"] for row in rows] == ["monitor=val/accuracy", "monitor=val/loss"]
+
+
 def test_vectors_have_a_column_of_their_own(tmp_path, capsys):
     write_run(tmp_path / "a", 80.0)
     write_run(tmp_path / "b", 82.0, {"data.vectors": "word2vec"})
@@ -245,7 +253,7 @@ def test_what_hydra_and_wandb_keep_is_no_run_and_a_folder_named_twice_counts_onc
     for folder in ("a/.hydra", "a/wandb/run-1/files"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.yaml").write_text("seed: 1")
-    _, rows, out, err = show(capsys, tmp_path, tmp_path / "a")
+    _, rows, out, err = show(capsys, tmp_path, tmp_path / "a/../a")
     assert [row["n"] for row in rows] == ["1"]
     assert "unfinished" not in out
     assert err == ""
@@ -262,8 +270,13 @@ def test_a_curve_is_the_mean_of_both_axes_over_the_epochs_that_all_runs_have(tmp
     from matplotlib.axes import Axes
 
     drawn = []
-    original = Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: drawn.append((k["label"], a)) or original(self, *a, **k))
+    plot = Axes.plot
+
+    def watched(self, *values, **options):
+        drawn.append((options["label"], values))
+        return plot(self, *values, **options)
+
+    monkeypatch.setattr(Axes, "plot", watched)
     write_run(tmp_path / "a", 80.0, curve=[(1.0, 50.0), (2.0, 60.0), (3.0, 90.0)])
     write_run(tmp_path / "b", 80.0, {"seed": 2}, curve=[(3.0, 52.0), (6.0, 64.0)])
     assert results.main([str(tmp_path), "--png", str(tmp_path / "curves.png")]) == 0
@@ -278,8 +291,13 @@ def test_the_png_has_a_panel_a_data_set_and_a_line_a_group(tmp_path, monkeypatch
     from matplotlib.figure import Figure
 
     figures = []
-    original = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or original(self, *a, **k))
+    savefig = Figure.savefig
+
+    def watched(self, *values, **options):
+        figures.append(self)
+        return savefig(self, *values, **options)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
     write_run(tmp_path / "a", 80.0)
     write_run(tmp_path / "b", 80.0, {"choices.model": "lstm"})
     write_run(tmp_path / "c", 80.0, {"choices.data": "mr"})
