@@ -138,6 +138,17 @@ def test_batches_keep_their_order_in_every_epoch_and_leave_the_global_state(tmp_
     assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
 
 
+def test_the_same_seed_gives_the_same_batches_and_a_second_setup_changes_nothing(tmp_path):
+    one, other = corpus(tmp_path, batch_size=4), corpus(tmp_path, batch_size=4)
+    one.setup()
+    splits = one.splits
+    one.setup()
+    other.setup()
+    assert one.splits is splits
+    pairs = zip(one.train_dataloader(), other.train_dataloader(), strict=True)
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in pairs)
+
+
 def test_text_is_cleaned_and_lower_cased_unless_told_otherwise(tmp_path):
     line = "It's GOOD; really"
     assert corpus(tmp_path).words_of(line) == ["it", "'s", "good", "really"]
@@ -282,6 +293,11 @@ def test_words_are_looked_up_as_they_are_written(tmp_path):
     assert not torch.allclose(vectors[2], vectors[3])
 
 
+def test_the_first_of_two_vectors_of_a_word_counts(tmp_path):
+    path = vectors_in(tmp_path, "v.txt", b"tea 1 0 0\nthe 0 1 0\ntea 0 0 1\n")
+    assert text.load_vectors(WORDS, str(path), tmp_path, tmp_path)[2].tolist() == [1, 0, 0]
+
+
 def test_the_large_file_is_read_once_for_a_vocabulary(tmp_path, monkeypatch):
     path = vectors_in(tmp_path, "v.txt")
     one = text.load_vectors(WORDS, str(path), tmp_path, tmp_path / "cache")
@@ -303,9 +319,8 @@ def test_a_failed_reading_leaves_nothing_in_the_cache(tmp_path):
 def test_certificates_are_still_verified_after_torchtext(tmp_path):
     import ssl
 
-    before = ssl._create_default_https_context
     text.load_vectors(WORDS, str(SAMPLES / "vectors.txt"), tmp_path, tmp_path)
-    assert ssl._create_default_https_context is before
+    assert ssl._create_default_https_context is ssl.create_default_context
 
 
 @pytest.mark.parametrize(
@@ -360,7 +375,7 @@ def test_a_glove_archive_is_found_by_name_and_checked(tmp_path, monkeypatch):
 def test_the_binary_format_gives_the_vectors_of_the_text(tmp_path, name):
     models = pytest.importorskip("gensim.models", reason="needs the word2vec extra")
     written = models.KeyedVectors(4)
-    numbers = torch.tensor([[0.1, 0.2, 0.3, -0.4], [1.0, 0.0, 2.0, 1e-7], [1.0, 1.0, 1.0, 1.0]])
+    numbers = torch.tensor([[1 / 3, 2 / 7, 0.3, -0.4], [1.0, 0.0, 2 / 3, 1e-7], [1.0, 1.0, 1.0, 1.0]])
     written.add_vectors(["tea", "the", "unused"], numbers.numpy())
     written.save_word2vec_format(str(tmp_path / name), binary=True)
     vectors = text.load_vectors(WORDS, str(tmp_path / name), tmp_path, tmp_path / "cache")
