@@ -133,7 +133,7 @@ def download(path: Path, url: str, sha256: str | None) -> None:
 def transfer(url: str, part: Path) -> None:
     """Appends to `part` what is missing of `url`. A break is retried for as long as each attempt brings new bytes."""
     while True:
-        start = part.stat().st_size if part.is_file() else 0
+        start = before = part.stat().st_size if part.is_file() else 0
         # Identity: a range of a compressed transfer would not be a range of the file.
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
         try:
@@ -158,5 +158,5 @@ def transfer(url: str, part: Path) -> None:
                         bar.update(len(block))
             return
         except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError, requests.Timeout):
-            if not part.is_file() or part.stat().st_size <= start:
+            if not part.is_file() or part.stat().st_size <= before:
                 raise

@@ -498,6 +498,13 @@ def test_a_server_without_ranges_starts_again(tmp_path, server):
     assert (tmp_path / "file.txt").read_bytes() == server.content
 
 
+def test_a_server_without_ranges_that_breaks_off_is_given_up(tmp_path, server):
+    server.ranges, server.break_at = False, 100_000
+    with pytest.raises(ConnectionError, match="broke off"):
+        fetch(tmp_path / "file.txt", server.url, server.sha256)
+    assert len(server.asked) == 2
+
+
 def test_a_part_longer_than_the_file_is_dropped(tmp_path, server):
     (tmp_path / "file.txt.part").write_bytes(server.content + b"more")
     fetch(tmp_path / "file.txt", server.url, server.sha256)
