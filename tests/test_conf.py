@@ -43,7 +43,7 @@ def test_a_configuration_composes_and_binds(configure, override):
 @pytest.mark.parametrize("name", options("ablation"))
 def test_an_ablation_changes_one_value_and_names_itself(configure, name):
     plain, ablated = configure(), configure(f"ablation=[{name}]")
-    changed = dict((key, new) for key, _, new in train.changes(plain, ablated))
+    changed = {key: new for key, _, new in train.changes(plain, ablated)}
     assert changed.pop(f"ablations.{name}") is True
     assert changed.pop("choices.ablation") == [name]
     assert [key.split(".")[0] for key in changed] == ["model"]
