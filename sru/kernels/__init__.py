@@ -1,0 +1,146 @@
+"""The SRU recurrence: its contract, and which file runs it."""
+
+import functools
+import importlib.util
+import warnings
+
+from torch import Tensor
+
+from sru.kernels import reference
+
+BACKENDS = ("auto", "cpu", "reference")
+
+
+def recurrence(
+    u: Tensor,
+    x: Tensor | None,
+    v: Tensor,
+    b: Tensor,
+    c0: Tensor,
+    *,
+    mask: Tensor | None = None,
+    pad: Tensor | None = None,
+    scale: float = 1.0,
+    activation: str = "identity",
+    bidirectional: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run the elementwise part of an SRU layer over time: h (T, B, D) and c_last (B, D).
+
+        f = sigmoid(u1 + v0 * c + b0),  r = sigmoid(u2 + v1 * c + b1)     with the state c of the step before
+        c = f * c + (1 - f) * u0
+        h = X + mask * r * (g(c) - X)                                     with X = scale * x, or scale * u3
+
+    Args:
+        u: (T, B, K, D), the projected input: candidate, forget, reset and, with K = 4, the skip.
+        x: (T, B, D), the input carried past the gates; None with K = 4, and where scale is 0.
+        v, b: (2, D), recurrent weights and biases of the forget and the reset gate; v = 0 is the cell of 2017.
+        c0: (B, D), the state before the first step.
+        mask: (B, D), a dropout mask that all steps of a sequence share, already divided by 1 - p.
+        pad: (T, B) of bool, True where a step is padding: there c is carried on and h is 0.
+        scale: weight of the skip; 0 removes the highway, 1 the scaling correction.
+        activation: g, one of identity, tanh, relu.
+        bidirectional: the second half of the D columns runs from the last step to the first; its c_last is the state
+            after step 0.
+        backend: auto (by the tensors' device and dtype), cpu (the compiled kernels) or reference (plain torch).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, device or shape, by name.
+    """
+    check(u, x, v, b, c0, mask, pad, scale, activation, bidirectional)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend == "cpu":
+        reason = why_not_cpu(u)
+        if reason:
+            raise RuntimeError(f"backend='cpu' cannot run: {reason}")
+    options = {
+        "mask": mask,
+        "pad": pad,
+        "scale": float(scale),
+        "activation": activation,
+        "bidirectional": bidirectional,
+    }
+    if backend == "reference" or (backend == "auto" and not has_kernel(u)):
+        return reference.recurrence(u, x, v, b, c0, **options)
+    from sru.kernels import cpu
+
+    return cpu.recurrence(u, x, v, b, c0, **options)
+
+
+def why_not_cpu(u: Tensor) -> str:
+    """Why the compiled CPU kernels cannot take u; empty if they can."""
+    if u.device.type != "cpu":
+        return f"u is on {u.device}; move it with .cpu()"
+    if str(u.dtype) not in ("torch.float32", "torch.float64"):
+        return f"u is {u.dtype}; it takes torch.float32 and torch.float64"
+    if not numba_is_installed():
+        return "numba is not installed; type: pip install numba"
+    return ""
+
+
+@functools.cache
+def numba_is_installed() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def has_kernel(u: Tensor) -> bool:
+    """Whether a compiled kernel takes u; where one is missing on u's device, a warning says what to do, once."""
+    if u.device.type == "cpu":
+        if not numba_is_installed():
+            warn_once("The SRU's CPU kernels need numba, so the slow reference runs. Type: pip install numba")
+        return not why_not_cpu(u)
+    warn_once(f"There is no fused SRU kernel for {u.device.type} yet, so the slow reference runs.")
+    return False
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def check(
+    u: Tensor,
+    x: Tensor | None,
+    v: Tensor,
+    b: Tensor,
+    c0: Tensor,
+    mask: Tensor | None,
+    pad: Tensor | None,
+    scale: float,
+    activation: str,
+    bidirectional: bool,
+) -> None:
+    """Refuse what no backend takes."""
+    if u.dim() != 4 or u.shape[2] not in (3, 4):
+        raise ValueError(f"u must be (T, B, K, D) with K 3 or 4, not {tuple(u.shape)}")
+    if not u.is_floating_point():
+        raise TypeError(f"u must be of a floating dtype, not {u.dtype}")
+    steps, batch, matrices, size = u.shape
+    shapes = {
+        "x": (x, (steps, batch, size)),
+        "v": (v, (2, size)),
+        "b": (b, (2, size)),
+        "c0": (c0, (batch, size)),
+        "mask": (mask, (batch, size)),
+        "pad": (pad, (steps, batch)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {shape} beside u {tuple(u.shape)}, not {tuple(tensor.shape)}")
+        if tensor.device != u.device:
+            raise ValueError(f"{name} is on {tensor.device}, u on {u.device}; move one of them")
+        if name != "pad" and not tensor.is_floating_point():
+            raise TypeError(f"{name} must be of a floating dtype, not {tensor.dtype}")
+    if pad is not None and str(pad.dtype) != "torch.bool":
+        raise TypeError(f"pad must be torch.bool, not {pad.dtype}; use pad != 0")
+    if matrices == 4 and x is not None:
+        raise ValueError("x must be None when u holds the skip (K = 4)")
+    if matrices == 3 and x is None and scale != 0:
+        raise ValueError(f"x is None and u holds no skip (K = 3), so scale must be 0, not {scale}")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, not {activation!r}")
+    if bidirectional and size % 2:
+        raise ValueError(f"a bidirectional u must have an even number of columns, not {size}")

@@ -1,0 +1,61 @@
+"""The SRU recurrence in plain torch: the equations, to be read beside the paper (EMNLP 2018, section 2)."""
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = {"identity": lambda c: c, "tanh": torch.tanh, "relu": torch.relu}
+
+
+def recurrence(
+    u: Tensor,
+    x: Tensor | None,
+    v: Tensor,
+    b: Tensor,
+    c0: Tensor,
+    *,
+    mask: Tensor | None,
+    pad: Tensor | None,
+    scale: float,
+    activation: str,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `sru.kernels.recurrence`; float16 and bfloat16 carry their state in float32. Differentiable by autograd."""
+    if bidirectional:
+        halves = []
+        for half, reverse in zip(torch.arange(u.shape[3], device=u.device).chunk(2), (False, True), strict=True):
+            order = (lambda a: a.flip(0)) if reverse else (lambda a: a)
+            h, c = recurrence(
+                order(u[..., half]),
+                None if x is None else order(x[..., half]),
+                v[:, half],
+                b[:, half],
+                c0[:, half],
+                mask=None if mask is None else mask[:, half],
+                pad=None if pad is None else order(pad),
+                scale=scale,
+                activation=activation,
+                bidirectional=False,
+            )
+            halves.append((order(h), c))
+        return torch.cat([h for h, _ in halves], dim=-1), torch.cat([c for _, c in halves], dim=-1)
+
+    dtype = u.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        u, v, b, c0 = u.float(), v.float(), b.float(), c0.float()
+    skip = u[:, :, 3] if u.shape[2] == 4 else x
+    c, outputs = c0, []
+    for t in range(u.shape[0]):
+        f = torch.sigmoid(u[t, :, 1] + v[0] * c + b[0])
+        r = torch.sigmoid(u[t, :, 2] + v[1] * c + b[1])
+        state = f * c + (1 - f) * u[t, :, 0]
+        carried = scale * skip[t] if skip is not None and scale != 0 else torch.zeros_like(state)
+        change = (ACTIVATIONS[activation](state) - carried) * r
+        h = carried + (change if mask is None else mask * change)
+        if pad is not None:
+            at_pad = pad[t, :, None]
+            state = torch.where(at_pad, c, state)
+            h = torch.where(at_pad, torch.zeros_like(h), h)
+        c = state
+        outputs.append(h)
+    h = torch.stack(outputs) if outputs else u.new_empty(0, *c0.shape)
+    return h.to(dtype), c.to(dtype)
