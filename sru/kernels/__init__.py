@@ -3,7 +3,9 @@
 import functools
 import importlib.util
 import warnings
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from sru.kernels import reference
@@ -54,7 +56,7 @@ def recurrence(
         reason = why_not_cpu(u)
         if reason:
             raise RuntimeError(f"backend='cpu' cannot run: {reason}")
-    options = {
+    options: dict[str, Any] = {
         "mask": mask,
         "pad": pad,
         "scale": float(scale),
@@ -72,7 +74,7 @@ def why_not_cpu(u: Tensor) -> str:
     """Why the compiled CPU kernels cannot take u; empty if they can."""
     if u.device.type != "cpu":
         return f"u is on {u.device}; move it with .cpu()"
-    if str(u.dtype) not in ("torch.float32", "torch.float64"):
+    if u.dtype not in (torch.float32, torch.float64):
         return f"u is {u.dtype}; it takes torch.float32 and torch.float64"
     if not numba_is_installed():
         return "numba is not installed; type: pip install numba"
@@ -134,7 +136,7 @@ def check(
             raise ValueError(f"{name} is on {tensor.device}, u on {u.device}; move one of them")
         if name != "pad" and not tensor.is_floating_point():
             raise TypeError(f"{name} must be of a floating dtype, not {tensor.dtype}")
-    if pad is not None and str(pad.dtype) != "torch.bool":
+    if pad is not None and pad.dtype != torch.bool:
         raise TypeError(f"pad must be torch.bool, not {pad.dtype}; use pad != 0")
     if matrices == 4 and x is not None:
         raise ValueError("x must be None when u holds the skip (K = 4)")

@@ -6,8 +6,10 @@ it lies, and the tile's state stays in the nearest cache. Tiles depend on the sh
 same for any number of threads.
 """
 
+import array
 import ctypes
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -18,7 +20,7 @@ import numba
 import numpy as np
 import torch
 from numba import carray, types
-from numba.extending import intrinsic, overload, register_jitable, register_jitable
+from numba.extending import overload, register_jitable
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -28,7 +30,8 @@ TILE_COLUMNS = 512
 # Elements below which handing work to another thread costs more than it saves; bench/NOTES.md has the measurement.
 SERIAL_ELEMENTS = 100_000
 
-# ---- device functions ----
+# An intrinsic's first argument comes from numba, which the decorator's own type does not say.
+intrinsic: Any = numba.extending.intrinsic
 
 LOG2E = np.float32(math.log2(math.e))
 MAGIC = np.float32(1.5 * 2**23)  # adding it rounds to an integer, which the low bits then hold
@@ -114,20 +117,13 @@ def sigmoid_of_type(z):
 
 
 @register_jitable
-def tanh(c):
-    two = c + c
-    s = sigmoid(two)
-    return s + s - s / s if False else s + s - c / c
-
-
-@register_jitable
 def activate(c, one, activation):
     """g(c)."""
     if activation == 1:
         s = sigmoid(c + c)
         return s + s - one
     if activation == 2:
-        return c if c > one - one else one - one
+        return one - one if c <= one - one else c  # NaN stays
     return c
 
 
@@ -137,7 +133,7 @@ def slope(c, y, one, activation):
     if activation == 1:
         return one - y * y
     if activation == 2:
-        return one if c > one - one else one - one
+        return one - one if c <= one - one else one
     return one
 
 
@@ -147,7 +143,6 @@ def row(like, address, n):
     return carray(pointer(like, address), (n,))
 
 
-# ---- kernels ----
 # Sizes, strides (in elements) and addresses reach a kernel as one array of integers: a call costs little, and the
 # array's layout is the order of the first lines below.
 
@@ -215,8 +210,8 @@ def forward(a, like, one, scale, first, last):
 def backward(a, like, one, scale, first, last):
     """Tiles first to last of the backward pass, with the gates computed again from c.
 
-    With X = scale * x, y = g(c), m the mask: the gradient gc of c_t is the sum of what h_t and c_{t+1} hand down, and all
-    else is linear in it or apart from it.
+    The gradient of c_t is the sum of what h_t and c_{t+1} hand down; all else is linear in it or apart from it, so that
+    a step is a few loops without branches.
     """
     T, B, D, tile_batch, tile_columns, halves, size = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
     u, u_t, u_b, u_k, skip, skip_t, skip_b = a[7], a[8], a[9], a[10], a[11], a[12], a[13]
@@ -287,16 +282,20 @@ def backward(a, like, one, scale, first, last):
 @functools.cache
 def compiled(kernel: Callable, dtype: torch.dtype) -> Callable:
     """The kernel as a C function, compiled at the first call and kept on disk for the next process."""
-    number = types.float32 if dtype == torch.float32 else types.float64
-    signature = types.void(types.CPointer(types.int64), types.CPointer(number), number, number, types.int64, types.int64)
+    number, c_number = (types.float32, ctypes.c_float) if dtype == torch.float32 else (types.float64, ctypes.c_double)
+    integers, like = types.CPointer(types.int64), types.CPointer(number)
+    signature = types.void(integers, like, number, number, types.int64, types.int64)
     options: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
     try:
-        return numba.cfunc(signature, cache=True, **options)(kernel).ctypes
-    except RuntimeError:  # numba finds no folder that it could write to
-        return numba.cfunc(signature, **options)(kernel).ctypes
-
-
-# ---- launch ----
+        code = numba.cfunc(signature, cache=True, **options)(kernel)
+    except (RuntimeError, OSError):  # numba finds no folder that it could write to
+        code = numba.cfunc(signature, **options)(kernel)
+    # Plain addresses are cheaper to pass than typed pointers.
+    pointers, bounds = [ctypes.c_void_p] * 2, [ctypes.c_int64] * 2
+    address: Any = code.address
+    function: Any = ctypes.CFUNCTYPE(None, *pointers, c_number, c_number, *bounds)(address)
+    function.code = code  # the machine code lives as long as the function
+    return function
 
 
 @functools.cache
@@ -309,23 +308,33 @@ def pool() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=pool.cache_clear)
 
 
-def launch(kernel: Callable, like: Tensor, scale: float, tiles: int, arguments: list[int]) -> None:
-    """Run all tiles, shared among as many threads as torch may use where there is enough work."""
-    function = compiled(kernel, like.dtype)
-    # Addresses are kept by the caller's tensors until all tiles are done.
-    array = (ctypes.c_int64 * len(arguments))(*arguments)
-    number = ctypes.c_float if like.dtype == torch.float32 else ctypes.c_double
-    like_pointer = ctypes.POINTER(number)()
-    elements = arguments[0] * arguments[1] * arguments[2]
-    threads = min(tiles, torch.get_num_threads()) if elements >= SERIAL_ELEMENTS else 1
-    bounds = [tiles * i // threads for i in range(threads + 1)] if tiles else [0, 0]
-    others = [
-        pool().submit(function, array, like_pointer, 1.0, scale, first, last)
-        for first, last in zip(bounds[1:-1], bounds[2:], strict=True)
-    ]
-    function(array, like_pointer, 1.0, scale, bounds[0], bounds[1])
-    for other in others:
-        other.result()
+def launch(kernel: Callable, inputs: "Inputs", scale: float, options: list[int], tensors: list[Tensor]) -> None:
+    """Run all tiles, shared among as many threads as torch may use where there is enough work.
+
+    The options follow the inputs' arguments; the tensors are those whose addresses they hold.
+    """
+    function = compiled(kernel, inputs.dtype)
+    packed = array.array("q", inputs.arguments + options)
+    # An interrupt may end this call while another thread still works: that thread keeps what it writes to alive.
+    alive = packed, inputs, tensors
+
+    def run(first: int, last: int, alive: Any = alive) -> None:
+        function(packed.buffer_info()[0], None, 1.0, scale, first, last)
+
+    tiles = inputs.tiles
+    threads = min(tiles, torch.get_num_threads()) if inputs.elements >= SERIAL_ELEMENTS else 1
+    if threads <= 1:
+        run(0, tiles)
+        return
+    shares = list(itertools.pairwise(tiles * i // threads for i in range(threads + 1)))
+    others = [(pool().submit(run, *share), share) for share in shares[1:]]
+    run(*shares[0])
+    for other, share in others:
+        # What no thread has begun, because all are busy, is done here.
+        if other.cancel():
+            run(*share)
+        else:
+            other.result()
 
 
 def recurrence(
@@ -342,9 +351,12 @@ def recurrence(
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `sru.kernels.recurrence`, for float32 and float64."""
-    v, b, c0 = v.to(u.dtype), b.to(u.dtype), c0.to(u.dtype)
-    x = None if x is None or scale == 0 else x.to(u.dtype)
-    mask = None if mask is None else mask.detach().to(u.dtype)
+    if scale == 0:
+        x = None
+    if any(a is not None and a.dtype != u.dtype for a in (x, v, b, c0, mask)):
+        v, b, c0 = v.to(u.dtype), b.to(u.dtype), c0.to(u.dtype)
+        x = None if x is None else x.to(u.dtype)
+        mask = None if mask is None else mask.to(u.dtype)
     options = mask, pad, scale, ACTIVATIONS[activation], 2 if bidirectional else 1
     if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (u, x, v, b, c0)):
         return Recurrence.apply(u, x, v, b, c0, *options)
@@ -360,22 +372,25 @@ def with_rows(tensor: Tensor) -> Tensor:
 class Inputs:
     """The inputs of both passes as a kernel wants them: rows that lie together, addresses and strides."""
 
-    def __init__(self, u, x, v, b, c0, mask, pad, halves):
+    def __init__(self, u, x, v, b, c0, mask, pad, scale, halves):
         steps, batch, matrices, size = u.shape
         u, v, b, c0 = map(with_rows, (u, v, b, c0))
-        # A row for all steps and sequences, where nothing is given.
-        mask = with_rows(mask) if mask is not None else u.new_ones(size).expand(batch, size)
-        skip = u[:, :, 3] if matrices == 4 else with_rows(x) if x is not None else u.new_zeros(size).expand(u[:, :, 0].shape)
+        # What is not given is one row for all steps and sequences.
+        mask = u.new_ones(size).expand(batch, size) if mask is None else with_rows(mask)
+        if scale == 0:
+            skip = u.new_zeros(size).expand(steps, batch, size)
+        else:
+            skip = u[:, :, 3] if matrices == 4 else with_rows(x)
         pad = None if pad is None else pad.contiguous()
         tile_batch = max(TILE_BATCH, -(-batch // 64))
         self.chunks = -(-batch // tile_batch)
         columns = TILE_COLUMNS if self.chunks >= 8 else TILE_COLUMNS // 4
-        self.tiles = self.chunks * halves * -(-(size // halves) // columns) if size else 0
+        self.tiles = self.chunks * halves * -(-(size // halves) // columns)
+        self.elements, self.dtype = steps * batch * size, u.dtype
         self.tensors = u, skip, v, b, c0, mask, pad  # the addresses below stay valid with them
         self.arguments = [
             *(steps, batch, size, tile_batch, columns, halves, u.element_size()),
-            *(u.data_ptr(), u.stride(0), u.stride(1), u.stride(2)),
-            *(skip.data_ptr(), skip.stride(0), skip.stride(1)),
+            *(u.data_ptr(), *u.stride()[:3], skip.data_ptr(), *skip.stride()[:2]),
             *(v.data_ptr(), v.stride(0), b.data_ptr(), b.stride(0), c0.data_ptr(), c0.stride(0)),
             *(mask.data_ptr(), mask.stride(0), 0 if pad is None else pad.data_ptr()),
         ]
@@ -384,12 +399,12 @@ class Inputs:
 def run_forward(u, x, v, b, c0, mask, pad, scale, activation, halves, *, keep):
     """h, c and c_last; c has all steps where they are kept, else two rows of scratch."""
     steps, batch, _, size = u.shape
-    inputs = Inputs(u, x, v, b, c0, mask, pad, halves)
+    inputs = Inputs(u, x, v, b, c0, mask, pad, scale, halves)
     h = u.new_empty(steps, batch, size)
     c = u.new_empty(steps if keep else 2, batch, size)
     c_last = u.new_empty(batch, size)
     outputs = [activation, h.data_ptr(), c.data_ptr(), int(keep), c_last.data_ptr()]
-    launch(forward, u, scale, inputs.tiles, inputs.arguments + outputs)
+    launch(forward, inputs, scale, outputs, [h, c, c_last])
     return h, c, c_last
 
 
@@ -409,17 +424,22 @@ class Recurrence(torch.autograd.Function):
         u, x, v, b, c0, mask, pad, c = ctx.saved_tensors
         scale, activation, halves = ctx.options
         steps, batch, matrices, size = u.shape
-        inputs = Inputs(u, x, v, b, c0, mask, pad, halves)
+        inputs = Inputs(u, x, v, b, c0, mask, pad, scale, halves)
         gh = with_rows(gh)
         gu = u.new_empty(u.shape)
-        # The kernel writes this gradient always; nobody reads it where there is no skip.
-        gskip = gu[:, :, 3] if matrices == 4 else u.new_empty(steps, batch, size)
+        needs_x = ctx.needs_input_grad[1]
+        if matrices == 4:
+            gskip = gu[:, :, 3]
+        elif needs_x:
+            gskip = u.new_empty(steps, batch, size)
+        else:  # the kernel writes it always: all steps write the same rows, which nobody reads
+            gskip = u.new_empty(batch, size).expand(steps, batch, size)
         gc = gc_last.clone(memory_format=torch.contiguous_format)
         sums = u.new_empty(inputs.chunks, 4, size)
         outputs = [
             *(activation, c.data_ptr(), gh.data_ptr(), gh.stride(0), gh.stride(1), gu.data_ptr(), gu.stride(2)),
             *(gskip.data_ptr(), gskip.stride(0), gskip.stride(1), gc.data_ptr(), sums.data_ptr(), matrices),
         ]
-        launch(backward, u, scale, inputs.tiles, inputs.arguments + outputs)
+        launch(backward, inputs, scale, outputs, [c, gh, gu, gskip, gc, sums])
         total = sums.sum(0)
-        return gu, None if x is None else gskip, total[:2], total[2:], gc, None, None, None, None, None
+        return gu, gskip if needs_x else None, total[:2], total[2:], gc, None, None, None, None, None
