@@ -1,296 +1,479 @@
-"""The recurrence's kernels: the reference against plain arithmetic, the compiled ones against the reference."""
+"""The compiled recurrence against the equations in float64, and what must hold of both."""
 
 import itertools
 import math
-import multiprocessing
-import threading
+import os
+import subprocess
+import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+import sru.kernels
 from sru.kernels import cpu, recurrence
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("u", "x", "v", "b", "c0")
-# What fills the skip: x, the fourth row of u, or nothing; then scale is 0.
-SKIPS = ("x", "u", "none")
-SHAPES = [(1, 1, 1), (3, 2, 5), (7, 3, 33), (17, 5, 129), (40, 32, 128), (3, 70, 6), (5, 2, 1100), (2, 300, 4)]
-EMPTY_SHAPES = [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)]
+NAMES = ("h", "c_last", "u", "x", "v", "b", "c0")
+SHAPES = [(1, 1, 1), (3, 2, 5), (7, 3, 33), (17, 5, 129), (40, 32, 128)]
 
 
-def draw(steps, batch, size, skip="x"):
-    """The recurrence's tensors and the gradients (gh, gc) that come back, in float64 with values of float32."""
-    shapes = {"u": (steps, batch, 4 if skip == "u" else 3, size), "v": (2, size), "b": (2, size), "c0": (batch, size)}
-    if skip == "x":
-        shapes["x"] = (steps, batch, size)
-    shapes |= {"gh": (steps, batch, size), "gc": (batch, size)}
-    return {"x": None} | {name: torch.randn(shape).double() for name, shape in shapes.items()}
-
-
-def run(tensors, backend, dtype=torch.float64, needs=NAMES, **options):
-    """h, c_last and the gradient of every input that needs one; zeros where none arrives."""
-    leaves = {n: None if tensors[n] is None else tensors[n].detach().to(dtype) for n in NAMES}
-    leaves = {n: t.clone(memory_format=torch.preserve_format) for n, t in leaves.items() if t is not None}
-    for name in needs:
-        if name in leaves:
-            leaves[name].requires_grad_()
-    options = {n: o.to(dtype) if n == "mask" and o is not None else o for n, o in options.items()}
-    h, c_last = recurrence(**{"x": None, **leaves}, backend=backend, **options)
-    results = {"h": h.detach(), "c_last": c_last.detach()}
-    pairs = [(y, tensors[g].to(dtype)) for y, g in ((h, "gh"), (c_last, "gc")) if y.requires_grad]
-    torch.autograd.backward(*zip(*pairs, strict=True))
-    for name in needs:
-        if name in leaves:
-            leaf = leaves[name]
-            results["gradient of " + name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-    return results
-
-
-def assert_fused_follows_the_reference(tensors, **options):
-    """In float32 four times the reference's own rounding is allowed, in float64 next to nothing."""
-    true, rounded = (run(tensors, "reference", dtype, **options) for dtype in (torch.float64, torch.float32))
-    fused, exact = (run(tensors, "cpu", dtype, **options) for dtype in (torch.float32, torch.float64))
-    for name, expected in true.items():
-        assert fused[name].shape == exact[name].shape == expected.shape, name
-        torch.testing.assert_close(exact[name], expected, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-        if expected.numel():
-            allowed = 4 * (rounded[name] - expected).abs().max() + 1e-6 * max(1, expected.abs().max())
-            worst = (fused[name] - expected).abs().max()
-            assert worst <= allowed, f"{name} is off by {worst:.2g}, more than {allowed:.2g}"
-
-
-def assert_same_bits(results, expected):
-    for name in expected:
-        assert torch.equal(results[name], expected[name]), name
-
-
-def pads(kind, steps, batch):
-    """A padding mask (T, B) of each kind; sequences have different lengths, the first has none."""
-    step, length = torch.arange(steps)[:, None], torch.arange(batch) % steps
-    return {
-        "none": None,
-        "right": step >= steps - length,
-        "left": step < length,
-        "scattered": torch.rand(steps, batch) < 0.4,
-        "whole sequences": (torch.arange(batch) % 2 == 1).expand(steps, batch),
-    }[kind]
+@pytest.fixture(autouse=True)
+def _fill_new_memory_with_nan():
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
-def shared_out(monkeypatch):
-    """However small the work, it is shared out among three threads."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(cpu, "SERIAL_ELEMENTS", 0)
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+def threads():
+    """threads(n) sets torch's threads until the test ends, and shares out calls of any size."""
+    count, least = torch.get_num_threads(), cpu.SERIAL_ELEMENTS
+
+    def use(n):
+        torch.set_num_threads(n)
+        cpu.SERIAL_ELEMENTS = 0
+
+    yield use
+    torch.set_num_threads(count)
+    cpu.SERIAL_ELEMENTS = least
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_two_steps_worked_by_hand(backend):
+def inputs(steps, batch, size, skip="x"):
+    """u, x, v, b, c0 in float32; the skip is x, the fourth part of u, or nothing."""
+    u = torch.randn(steps, batch, 4 if skip == "u" else 3, size)
+    x = torch.randn(steps, batch, size) if skip == "x" else None
+    return u, x, torch.randn(2, size), torch.randn(2, size), torch.randn(batch, size)
+
+
+def left(steps, batch):
+    """Padding of sequence i: its first i steps, up to all of them."""
+    return torch.arange(steps)[:, None] < torch.arange(batch) % (steps + 1)
+
+
+def scattered(steps, batch):
+    pad = torch.rand(steps, batch) < 0.4
+    pad[:, -1] = True
+    return pad
+
+
+PADS = {"none": lambda *_: None, "left": left, "right": lambda *s: left(*s).flip(0), "scattered": scattered}
+
+
+def run(arguments, backend, dtype=torch.float32, grads=None, **options):
+    """h, c_last and, where gradients of the two are given, the gradient of every argument; all in float64."""
+    arguments = [None if a is None else a.detach().to(dtype).requires_grad_() for a in arguments]
+    if options.get("mask") is not None:
+        options["mask"] = options["mask"].to(dtype)
+    h, c = recurrence(*arguments, backend=backend, **options)
+    assert h.dtype == c.dtype == dtype
+    results = [h.detach(), c.detach()]
+    if grads:
+        given = [a for a in arguments if a is not None]
+        found = iter(torch.autograd.grad([h, c], given, [g.to(dtype) for g in grads], materialize_grads=True))
+        results += [None if a is None else next(found) for a in arguments]
+    return [None if r is None else r.double() for r in results]
+
+
+def assert_as_exact_as_float32_allows(arguments, **options):
+    """Every output and gradient of the compiled kernel lies as near to the truth as plain float32 does, times 4."""
+    steps, batch, _, size = arguments[0].shape
+    grads = torch.randn(steps, batch, size), torch.randn(batch, size)
+    truth = run(arguments, "reference", torch.float64, grads, **options)
+    plain = run(arguments, "reference", torch.float32, grads, **options)
+    found = run(arguments, "cpu", torch.float32, grads, **options)
+    exact = run(arguments, "cpu", torch.float64, grads, **options)
+    for name, t, p, f, e in zip(NAMES, truth, plain, found, exact, strict=True):
+        if t is None:
+            assert f is None
+            continue
+        assert f.shape == t.shape, name
+        if t.numel():
+            size_of_t = max(1.0, t.abs().max().item())
+            allowed = 4 * (p - t).abs().max().item() + 1e-6 * size_of_t
+            # Written so that a NaN fails.
+            assert (f - t).abs().max().item() <= allowed, name
+            assert (e - t).abs().max().item() <= 1e-12 * size_of_t, name
+
+
+def test_reference_agrees_with_a_case_worked_by_hand():
     def sigmoid(z):
         return 1 / (1 + math.exp(-z))
 
-    u, x = [(0.5, -1.0, 2.0), (-0.3, 0.7, 0.1)], [1.5, -0.8]
-    (vf, vr), (bf, br), c, mask, scale = (0.4, -0.6), (0.2, 0.3), 0.9, 2.0, 1.7
-    expected = []
-    for (u0, u1, u2), x_t in zip(u, x, strict=True):
-        f, r = sigmoid(u1 + vf * c + bf), sigmoid(u2 + vr * c + br)
-        c = f * c + (1 - f) * u0
-        expected.append(scale * x_t + mask * r * (math.tanh(c) - scale * x_t))
-    column = [torch.tensor(a, dtype=torch.float64) for a in (u, x, (vf, vr), (bf, br), 0.9, mask)]
-    shapes = [(2, 1, 3, 1), (2, 1, 1), (2, 1), (2, 1), (1, 1), (1, 1)]
-    *inputs, dropout = (a.reshape(shape) for a, shape in zip(column, shapes, strict=True))
-    h, c_last = recurrence(*inputs, mask=dropout, scale=scale, activation="tanh", backend=backend)
-    assert h.flatten().tolist() == pytest.approx(expected, rel=1e-14)
-    assert c_last.item() == pytest.approx(c, rel=1e-14)
+    u = torch.tensor([[[[0.5], [1.0], [-1.0]]], [[[-2.0], [0.25], [0.75]]]], dtype=torch.float64)
+    x = torch.tensor([[[3.0]], [[-1.0]]], dtype=torch.float64)
+    v, b = torch.tensor([[[0.5], [-0.5]], [[0.1], [0.2]]], dtype=torch.float64)
+    c0 = torch.tensor([[2.0]], dtype=torch.float64)
+    f1, r1 = sigmoid(1.0 + 0.5 * 2.0 + 0.1), sigmoid(-1.0 - 0.5 * 2.0 + 0.2)
+    c1 = f1 * 2.0 + (1 - f1) * 0.5
+    h1 = r1 * c1 + (1 - r1) * 1.5 * 3.0
+    f2, r2 = sigmoid(0.25 + 0.5 * c1 + 0.1), sigmoid(0.75 - 0.5 * c1 + 0.2)
+    c2 = f2 * c1 + (1 - f2) * -2.0
+    h2 = r2 * c2 + (1 - r2) * 1.5 * -1.0
+    for backend in ("reference", "cpu"):
+        h, c = recurrence(u, x, v, b, c0, scale=1.5, backend=backend)
+        torch.testing.assert_close(h.flatten().tolist(), [h1, h2], rtol=0, atol=1e-14)
+        torch.testing.assert_close(c.item(), c2, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("skip", SKIPS)
-@pytest.mark.parametrize("shape", SHAPES + EMPTY_SHAPES, ids=str)
-def test_fused_follows_the_reference_at_every_shape(shape, skip):
-    steps, batch, size = shape
-    mask, pad = torch.bernoulli(torch.full((batch, size), 0.5)).double() * 2, torch.rand(steps, batch) < 0.3
-    scale = 0.0 if skip == "none" else 1.7
-    for bidirectional in (False, True)[: 1 + (size % 2 == 0)]:
-        options = {"mask": mask, "pad": pad, "scale": scale, "activation": "tanh", "bidirectional": bidirectional}
-        assert_fused_follows_the_reference(draw(*shape, skip), **options)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("skip", ["x", "u", "none"])
+def test_kernel_agrees_with_the_equations_at_odd_shapes(shape, skip):
+    assert_as_exact_as_float32_allows(inputs(*shape, skip), scale=0.0 if skip == "none" else 1.3)
 
 
-@pytest.mark.parametrize("kind", ["none", "right", "left", "scattered", "whole sequences"])
+@pytest.mark.parametrize("pad", PADS)
 @pytest.mark.parametrize("activation", ["identity", "tanh", "relu"])
-@pytest.mark.parametrize("skip", SKIPS)
-def test_fused_follows_the_reference_with_every_option(skip, activation, kind):
-    steps, batch, size = 6, 5, 18
-    for scale, masked, bidirectional in itertools.product((0.0, 1.0, 1.7), (False, True), (False, True)):
-        if skip == "none" and scale:
-            continue
-        mask = torch.bernoulli(torch.full((batch, size), 0.7)).double() / 0.7 if masked else None
-        pad = pads(kind, steps, batch)
-        options = {"mask": mask, "pad": pad, "scale": scale, "activation": activation, "bidirectional": bidirectional}
-        assert_fused_follows_the_reference(draw(steps, batch, size, skip), **options)
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
+def test_kernel_agrees_with_the_equations_under_every_option(pad, activation, bidirectional):
+    # One batch of whole tiles, and one that ends in a part of a tile and of a vector.
+    for (steps, batch, size), skip in itertools.product([(9, 8, 64), (7, 5, 38)], ["x", "u"]):
+        mask = torch.bernoulli(torch.full((batch, size), 0.5)) * 2
+        assert_as_exact_as_float32_allows(
+            inputs(steps, batch, size, skip),
+            mask=mask,
+            pad=PADS[pad](steps, batch),
+            scale=math.sqrt(3),
+            activation=activation,
+            bidirectional=bidirectional,
+        )
+
+
+def test_kernel_agrees_with_the_equations_over_several_tiles_of_columns():
+    for batch, size in ((3, 2 * 300), (33, 2 * 700)):
+        assert_as_exact_as_float32_allows(inputs(5, batch, size), pad=scattered(5, batch), bidirectional=True)
+    # So many sequences that a tile takes more of them.
+    assert_as_exact_as_float32_allows(inputs(2, 300, 6))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("skip", SKIPS)
-def test_gradients_agree_with_finite_differences(skip, backend):
-    tensors = draw(4, 3, 6, skip)
-    inputs = [None if tensors[n] is None else tensors[n].requires_grad_() for n in NAMES]
-    options = {"mask": torch.full((3, 6), 2.0).double(), "pad": pads("left", 4, 3), "scale": float(skip != "none")}
-    for activation in ("identity", "tanh"):
-        for bidirectional in (False, True):
-            options |= {"activation": activation, "bidirectional": bidirectional, "backend": backend}
-            assert torch.autograd.gradcheck(lambda *a, o=dict(options): recurrence(*a, **o), inputs)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (0, 0, 4)], ids=str)
+def test_no_steps_hand_the_state_on_and_no_sequences_give_nothing(backend, shape):
+    steps, batch, size = shape
+    arguments = inputs(*shape)
+    grads = torch.randn(shape), torch.randn(batch, size)
+    h, c, u, x, v, b, c0 = run(arguments, backend, grads=grads, bidirectional=True)
+    assert h.shape == x.shape == shape
+    assert u.shape == (steps, batch, 3, size)
+    assert not v.any()
+    assert not b.any()
+    if steps == 0:
+        torch.testing.assert_close(c, arguments[4].double())
+        torch.testing.assert_close(c0, grads[1].double())
 
 
-LAYOUTS = {
-    "transposed batch and time": lambda a: a.transpose(0, 1).contiguous().transpose(0, 1),
-    "transposed columns": lambda a: a.transpose(0, -1).contiguous().transpose(0, -1),
-    "every second column": lambda a: a.repeat_interleave(2, dim=-1)[..., ::2],
-    "part of wider rows": lambda a: torch.cat([a, a, a], dim=-1)[..., a.shape[-1] : 2 * a.shape[-1]],
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
+def test_memory_layout_changes_nothing(bidirectional):
+    u, x, v, b, c0 = inputs(6, 5, 34)
+    pad, mask = scattered(6, 5), torch.rand(5, 34)
+    grads = torch.randn(6, 5, 34), torch.randn(5, 34)
+    options = {"bidirectional": bidirectional, "scale": 1.2}
+
+    def layouts(a):
+        # Columns apart; rows and steps apart; the first two dimensions swapped; a row for all.
+        yield a.mT.contiguous().mT
+        yield torch.cat([a, a.new_full((*a.shape[:-1], 3), math.nan)], -1)[..., :-3]
+        yield a.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def differentiate(u, x, v, b, c0, mask, pad, grads):
+        leaves = [a.detach().requires_grad_() for a in (u, x, v, b, c0)]
+        h, c = recurrence(*leaves, mask=mask, pad=pad, backend="cpu", **options)
+        return [h, c, *torch.autograd.grad([h, c], leaves, grads)]
+
+    expected = differentiate(u, x, v, b, c0, mask, pad, grads)
+    every = (u, x, v, b, c0, mask, pad.float(), *grads)
+    for u_, x_, v_, b_, c0_, mask_, pad_, gh, gc in zip(*map(layouts, every), strict=True):
+        found = differentiate(u_, x_, v_, b_, c0_, mask_, pad_ == 1, (gh, gc))
+        for name, e, f in zip(NAMES, expected, found, strict=True):
+            assert torch.equal(e, f), name
+
+
+def test_expanded_gradients_are_taken():
+    arguments = [a.requires_grad_() for a in inputs(4, 3, 8)]
+    for reduce in (lambda h, c: h.sum() + c.sum(), lambda h, c: h.sum(), lambda h, c: c.sum()):
+        compiled, plain = (
+            torch.autograd.grad(reduce(*recurrence(*arguments, backend=b)), arguments, materialize_grads=True)
+            for b in ("cpu", "reference")
+        )
+        for name, p, q in zip(NAMES[2:], compiled, plain, strict=True):
+            torch.testing.assert_close(p, q, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("skip", ["x", "u", "none"])
+def test_gradients_agree_with_finite_differences(backend, skip):
+    arguments = [None if a is None else a.double().requires_grad_() for a in inputs(4, 3, 6, skip)]
+    given = [i for i, a in enumerate(arguments) if a is not None]
+
+    def function(*values):
+        full = list(arguments)
+        for i, value in zip(given, values, strict=True):
+            full[i] = value
+        options = {"pad": left(4, 3), "scale": 0.0 if skip == "none" else 0.7, "activation": "tanh"}
+        return recurrence(*full, bidirectional=True, backend=backend, **options)
+
+    assert torch.autograd.gradcheck(function, [arguments[i] for i in given])
+
+
+def test_gradients_that_nobody_asks_for_are_left_out():
+    arguments = inputs(5, 3, 8)
+    full = [a.clone().requires_grad_() for a in arguments]
+    expected = torch.autograd.grad(recurrence(*full, backend="cpu")[0].square().sum(), full)
+    for i in range(5):
+        one = [a.clone().requires_grad_(i == j) for j, a in enumerate(arguments)]
+        recurrence(*one, backend="cpu")[0].square().sum().backward()
+        assert [a.grad is not None for a in one] == [i == j for j in range(5)]
+        assert torch.equal(one[i].grad, expected[i]), NAMES[2 + i]
+
+
+def test_inference_gives_what_training_gives():
+    arguments = inputs(7, 3, 20)
+    h, c = recurrence(*arguments, bidirectional=True, backend="cpu")
+    trained = run(arguments, "cpu", bidirectional=True)
+    assert torch.equal(h.double(), trained[0])
+    assert torch.equal(c.double(), trained[1])
+
+
+def test_results_are_bitwise_equal_for_any_number_of_threads(threads):
+    arguments = inputs(20, 37, 260)
+    grads = torch.randn(20, 37, 260), torch.randn(37, 260)
+    options = {"bidirectional": True, "pad": scattered(20, 37)}
+    serial = run(arguments, "cpu", grads=grads, **options)
+    for n in (1, 2, 3):
+        threads(n)
+        for name, one, many in zip(NAMES, serial, run(arguments, "cpu", grads=grads, **options), strict=True):
+            assert torch.equal(one, many), (n, name)
+
+
+def test_concurrent_callers_do_not_disturb_each_other(threads):
+    threads(3)
+    cases = [inputs(11, 9, 40 + i) for i in range(8)]
+    grads = [(torch.randn(11, 9, 40 + i), torch.randn(9, 40 + i)) for i in range(8)]
+    expected = [run(a, "cpu", grads=g) for a, g in zip(cases, grads, strict=True)]
+
+    def work(i):
+        results = [run(cases[i], "cpu", grads=grads[i]) for _ in range(20)]
+        return all(torch.equal(e, r) for result in results for e, r in zip(expected[i], result, strict=True))
+
+    with ThreadPoolExecutor(8) as callers:
+        assert all(callers.map(work, range(8)))
+
+
+def test_a_forked_worker_computes_what_its_parent_does(threads):
+    threads(2)
+    arguments = inputs(9, 16, 64)
+    grads = torch.randn(9, 16, 64), torch.randn(16, 64)
+    expected = run(arguments, "cpu", grads=grads)
+    child = os.fork()
+    if child == 0:
+        # A bare fork: the child must leave without the parent's clean-up, whatever happens.
+        status = 1
+        try:
+            # torch's own threads do not survive a fork either; the kernels' threads are made anew.
+            found = recurrence(*arguments, backend="cpu")
+            status = int(not all(torch.equal(e, f.double()) for e, f in zip(expected[:2], found, strict=True)))
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    for e, f in zip(expected, run(arguments, "cpu", grads=grads), strict=True):
+        assert torch.equal(e, f)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
+def test_a_padded_batch_equals_each_sequence_alone(backend, side, bidirectional):
+    steps, batch, size = 8, 5, 12
+    u, x, v, b, c0 = inputs(steps, batch, size)
+    pad = PADS[side](steps, batch)
+    # What stands at padded steps must not matter.
+    u[pad], x[pad] = math.nan, math.inf
+    h, c = recurrence(u, x, v, b, c0, pad=pad, bidirectional=bidirectional, backend=backend)
+    assert not h[pad].any()
+    for i in range(batch):
+        real = ~pad[:, i]
+        one = slice(i, i + 1)
+        alone, c_alone = recurrence(
+            u[real, one], x[real, one], v, b, c0[one], bidirectional=bidirectional, backend=backend
+        )
+        torch.testing.assert_close(h[real, one], alone)
+        torch.testing.assert_close(c[one], c_alone)
+
+
+def test_padding_stops_every_gradient():
+    arguments = inputs(6, 4, 10)
+    pad = scattered(6, 4)
+    arguments[0][pad], arguments[1][pad] = math.nan, math.inf
+    grads = torch.randn(6, 4, 10), torch.randn(4, 10)
+    _, _, u, x, v, b, c0 = run(arguments, "cpu", grads=grads, pad=pad)
+    assert not u[pad].any()
+    assert not x[pad].any()
+    assert torch.isfinite(torch.cat([g.flatten() for g in (u, x, v, b, c0)])).all()
+    # The last sequence is padding throughout: its state goes through.
+    torch.testing.assert_close(c0[-1], grads[1][-1].double())
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
+def test_without_v_the_state_does_not_reach_the_gates(bidirectional):
+    u, x, _, b, c0 = inputs(6, 3, 8)
+    assert_as_exact_as_float32_allows((u, x, torch.zeros(2, 8), b, c0), bidirectional=bidirectional)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gates_saturate_cleanly(dtype):
+    huge = [1e4, -1e4, math.inf, -math.inf, 88.8, -88.8, 127.9, -127.9]
+    z = torch.tensor(huge, dtype=dtype)
+    n = len(huge)
+    u = torch.stack([torch.full_like(z, 3.0), z, z]).view(1, 1, 3, n)
+    x, c0 = torch.full((1, 1, n), 7.0, dtype=dtype), torch.full((1, n), 5.0, dtype=dtype)
+    zeros = torch.zeros(2, n, dtype=dtype)
+    h, c = recurrence(u, x, zeros, zeros, c0, backend="cpu")
+    assert c.flatten().tolist() == [5.0, 3.0] * 4
+    assert h.flatten().tolist() == [5.0, 7.0] * 4
+    found = run((u, x, zeros, zeros, c0), "cpu", dtype, grads=(torch.ones_like(h), torch.ones_like(c)))
+    assert all(torch.isfinite(f).all() for f in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_sigmoid_is_exact_to_a_few_units_in_the_last_place(dtype):
+    z = torch.linspace(-80, 80, 20001, dtype=dtype)
+    u = torch.stack([torch.zeros_like(z), z, torch.zeros_like(z)]).view(1, 1, 3, -1)
+    zeros = torch.zeros(2, len(z), dtype=dtype)
+    f = recurrence(u, None, zeros, zeros, torch.ones(1, len(z), dtype=dtype), scale=0.0, backend="cpu")[1].flatten()
+    # The exponent's rounding grows with z: a gate of 1e-30 need not be exact to the last digits.
+    truth = torch.sigmoid(z.to(torch.float64))
+    eps = torch.finfo(dtype).eps
+    assert ((f - truth).abs() <= truth * eps * (6 + 2 * z.abs())).all()
+    assert ((f - truth).abs() <= 2 * eps).all()
+
+
+def test_a_nan_stays_in_its_column():
+    u, x, v, b, c0 = inputs(5, 3, 20)
+    clean = recurrence(u, x, v, b, c0, backend="cpu")[0]
+    u[2, 1, 1, 7] = math.nan
+    h = recurrence(u, x, v, b, c0, backend="cpu")[0]
+    spoilt = torch.zeros(5, 3, 20, dtype=torch.bool)
+    spoilt[2:, 1, 7] = True
+    assert h[spoilt].isnan().all()
+    assert torch.equal(h[~spoilt], clean[~spoilt])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_carries_its_state_in_float32(dtype):
+    arguments = [a.to(dtype) for a in inputs(200, 2, 8)]
+    arguments[0][:, :, 1] += 4  # a long memory, where rounding the state at every step would show
+    h, c = recurrence(*arguments)
+    assert h.dtype == c.dtype == dtype
+    truth, _ = recurrence(*(a.double() for a in arguments))
+    assert ((h - truth).abs() <= torch.finfo(dtype).eps * truth.abs() + 1e-4).all()
+
+
+def test_mixed_dtypes_compute_in_the_dtype_of_u():
+    u, x, v, b, c0 = inputs(4, 2, 6)
+    h, c = recurrence(u, x.double(), v.double(), b.half(), c0.double(), mask=torch.ones(2, 6).double())
+    assert h.dtype == c.dtype == torch.float32
+    torch.testing.assert_close(h, recurrence(u, x, v, b.half().float(), c0)[0])
+    torch.testing.assert_close(h, recurrence(u, x.double(), v.double(), b.half(), c0.double(), backend="reference")[0])
+
+
+def test_a_second_derivative_is_refused():
+    arguments = [a.requires_grad_() for a in inputs(3, 2, 4)]
+    h, _ = recurrence(*arguments, backend="cpu")
+    (first,) = torch.autograd.grad(h.square().sum(), arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
+def changed(**changes):
+    names = ("u", "x", "v", "b", "c0")
+    arguments = dict(zip(names, inputs(3, 2, 4), strict=True)) | changes
+    return [arguments.pop(name) for name in names], arguments
+
+
+BAD = {
+    "u of three dimensions": ({"u": torch.zeros(3, 2, 4)}, ValueError, r"u must be \(T, B, K, D\).*\(3, 2, 4\)"),
+    "u of two parts": ({"u": torch.zeros(3, 2, 2, 4)}, ValueError, r"K 3 or 4, not \(3, 2, 2, 4\)"),
+    "u of integers": ({"u": torch.zeros(3, 2, 3, 4).long()}, TypeError, "u must be of a floating dtype.*int64"),
+    "x": ({"x": torch.zeros(3, 2, 5)}, ValueError, r"x must be \(3, 2, 4\).*not \(3, 2, 5\)"),
+    "x missing": ({"x": None}, ValueError, "scale must be 0, not 1.0"),
+    "x beside a skip": ({"u": torch.zeros(3, 2, 4, 4)}, ValueError, "x must be None"),
+    "v": ({"v": torch.zeros(3, 4)}, ValueError, r"v must be \(2, 4\).*not \(3, 4\)"),
+    "b": ({"b": torch.zeros(2, 4, 1)}, ValueError, r"b must be \(2, 4\).*not \(2, 4, 1\)"),
+    "c0": ({"c0": torch.zeros(4, 2)}, ValueError, r"c0 must be \(2, 4\).*not \(4, 2\)"),
+    "c0 of integers": ({"c0": torch.zeros(2, 4).int()}, TypeError, "c0 must be of a floating dtype.*int32"),
+    "c0 elsewhere": ({"c0": torch.zeros(2, 4, device="meta")}, ValueError, "c0 is on meta, u on cpu"),
+    "mask": ({"mask": torch.zeros(3, 2, 4)}, ValueError, r"mask must be \(2, 4\)"),
+    "pad": ({"pad": torch.zeros(2, 3).bool()}, ValueError, r"pad must be \(3, 2\).*not \(2, 3\)"),
+    "pad of numbers": ({"pad": torch.zeros(3, 2)}, TypeError, "pad must be torch.bool, not torch.float32"),
+    "activation": ({"activation": "gelu"}, ValueError, "identity, tanh, relu, not 'gelu'"),
+    "backend": ({"backend": "cuda"}, ValueError, "auto, cpu, reference, not 'cuda'"),
+    "an odd size": (
+        {"u": torch.zeros(3, 2, 3, 3), "scale": 0.0, "x": None, "bidirectional": True}
+        | {"v": torch.zeros(2, 3), "b": torch.zeros(2, 3), "c0": torch.zeros(2, 3)},
+        ValueError,
+        "even number of columns, not 3",
+    ),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_layout_of_the_inputs_and_gradients_does_not_matter(layout):
-    tensors, mask, pad = draw(5, 4, 6, "x"), torch.rand(4, 6).double(), pads("left", 5, 4)
-    expected = run(tensors, "cpu", mask=mask, pad=pad, scale=1.7)
-    assert not any(LAYOUTS[layout](t).is_contiguous() for t in (tensors["u"], tensors["x"], tensors["gh"]))
-    # Leaves that own such a layout, rather than copies of it.
-    leaves = {n: LAYOUTS[layout](t).detach().requires_grad_() for n, t in tensors.items()}
-    h, c_last = recurrence(
-        *(leaves[n] for n in NAMES), mask=LAYOUTS[layout](mask), pad=LAYOUTS[layout](pad), scale=1.7, backend="cpu"
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_argument_is_named_with_its_value_and_the_right_one(case):
+    changes, error, message = BAD[case]
+    arguments, options = changed(**changes)
+    with pytest.raises(error, match=message):
+        recurrence(*arguments, **options)
+
+
+def test_the_cpu_backend_by_name_says_why_it_cannot_run(monkeypatch):
+    arguments = inputs(3, 2, 4)
+    with pytest.raises(RuntimeError, match=r"torch.float16; it takes torch.float32 and torch.float64"):
+        recurrence(*(a.half() for a in arguments), backend="cpu")
+    with pytest.raises(RuntimeError, match=r"u is on meta; move it with .cpu\(\)"):
+        recurrence(*(a.to("meta") for a in arguments), backend="cpu")
+    monkeypatch.setattr(sru.kernels, "numba_is_installed", lambda: False)
+    with pytest.raises(RuntimeError, match="pip install numba"):
+        recurrence(*arguments, backend="cpu")
+
+
+def test_without_numba_one_warning_says_what_to_type_and_the_reference_runs(monkeypatch):
+    monkeypatch.setattr(sru.kernels, "numba_is_installed", lambda: False)
+    sru.kernels.warn_once.cache_clear()
+    arguments = inputs(3, 2, 4)
+    with pytest.warns(UserWarning, match="pip install numba") as caught:
+        h, _ = recurrence(*arguments)
+    assert caught[0].filename == __file__
+    assert torch.equal(h, recurrence(*arguments, backend="reference")[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recurrence(*arguments)
+
+
+def test_a_device_without_a_kernel_gets_one_warning_and_the_reference():
+    sru.kernels.warn_once.cache_clear()
+    arguments = [a.to("meta") for a in inputs(3, 2, 4)]
+    with pytest.warns(UserWarning, match="no fused SRU kernel for meta"):
+        h, c = recurrence(*arguments)
+    assert (h.shape, c.shape) == ((3, 2, 4), (2, 4))
+
+
+def test_importing_the_kernels_imports_no_compiler():
+    code = "import sys, sru.kernels; sys.exit('numba' in sys.modules or 'sru.kernels.cpu' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_without_a_folder_for_compiled_code_the_kernels_run_all_the_same():
+    # numba looks beside the sources and in the user's folders; an empty list is what it is left with if none takes it.
+    code = (
+        "import numba.core.caching as caching, torch\n"
+        "caching.FunctionCache._impl_class._locator_classes = []\n"
+        "from sru.kernels import recurrence\n"
+        "h, _ = recurrence(torch.ones(2, 1, 3, 4), None, *torch.zeros(2, 2, 4), torch.zeros(1, 4), scale=0.0)\n"
+        "print(h.sum().item())"
     )
-    torch.autograd.backward((h, c_last), (leaves["gh"].detach(), leaves["gc"].detach()))
-    results = {"h": h, "c_last": c_last, **{"gradient of " + n: leaves[n].grad for n in NAMES}}
-    assert_same_bits(results, expected)
-
-
-def test_gradients_that_are_one_number_expanded_arrive():
-    tensors = draw(5, 4, 6)
-    leaves = [tensors[n].requires_grad_() for n in NAMES]
-    h, c_last = recurrence(*leaves, backend="cpu")
-    expanded = torch.autograd.grad(h.sum() + 2 * c_last.sum(), leaves, retain_graph=True)
-    plain = torch.autograd.grad((h, c_last), leaves, (torch.ones_like(h), torch.full_like(c_last, 2)))
-    for one, other in zip(expanded, plain, strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("output", ["h", "c_last"])
-def test_a_gradient_of_one_output_alone_arrives(output):
-    tensors = draw(5, 4, 6)
-    leaves = [tensors[n].requires_grad_() for n in NAMES]
-    gradients = []
-    for backend in ("reference", "cpu"):
-        outputs = dict(zip(("h", "c_last"), recurrence(*leaves, backend=backend), strict=True))
-        gradients.append(torch.autograd.grad(outputs[output].square().sum(), leaves, materialize_grads=True))
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("needs", [[n] for n in NAMES] + [["v", "b"], ["u", "c0"]], ids="+".join)
-def test_the_inputs_that_need_a_gradient_get_the_same_one_whoever_else_needs_it(needs):
-    tensors = draw(5, 4, 6)
-    expected = run(tensors, "cpu", scale=1.7)
-    results = run(tensors, "cpu", needs=needs, scale=1.7)
-    assert_same_bits(results, {name: expected[name] for name in results})
-
-
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("skip", SKIPS)
-def test_no_result_reads_memory_that_nobody_wrote(skip, bidirectional, monkeypatch):
-    tensors, pad = draw(5, 7, 6, skip), pads("scattered", 5, 7)
-    options = {"pad": pad, "scale": float(skip != "none"), "bidirectional": bidirectional}
-    expected = run(tensors, "cpu", **options)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.ones(1).new_empty(3).isnan().all()
-        results = run(tensors, "cpu", **options)
-        with torch.no_grad():
-            h, c_last = recurrence(*(tensors[n] for n in NAMES), backend="cpu", **options)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_same_bits(results, expected)
-    assert_same_bits({"h": h, "c_last": c_last}, {n: expected[n] for n in ("h", "c_last")})
-
-
-@pytest.mark.parametrize("shape", [(3, 70, 6), (4, 3, 700), (2, 260, 132)], ids=str)
-def test_results_are_bitwise_the_same_for_any_number_of_threads(shape, shared_out):
-    tensors = draw(*shape)
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(run(tensors, "cpu", torch.float32, bidirectional=True))
-    assert any(thread.name.startswith("sru") for thread in threading.enumerate())
-    assert_same_bits(results[1], results[0])
-    assert_same_bits(results[2], results[0])
-
-
-def test_many_threads_may_call_at_once(shared_out):
-    tasks = [draw(6, 9 + i, 40) for i in range(8)]
-    expected = [run(task, "cpu", torch.float32) for task in tasks]
-    start = threading.Barrier(len(tasks))
-
-    def repeat(task):
-        start.wait(timeout=30)
-        return [run(task, "cpu", torch.float32) for _ in range(20)]
-
-    with ThreadPoolExecutor(len(tasks)) as callers:
-        for results, one in zip(callers.map(repeat, tasks, timeout=60), expected, strict=True):
-            for result in results:
-                assert_same_bits(result, one)
-
-
-def test_a_forked_worker_computes_the_same(shared_out):
-    tensors = draw(4, 9, 6)
-    inputs = [tensors[n].float() for n in NAMES]
-    expected = recurrence(*inputs, backend="cpu")
-    assert any(thread.name.startswith("sru") for thread in threading.enumerate())
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-
-    def work():
-        h, c_last = recurrence(*inputs, backend="cpu")
-        sender.send((h.tolist(), c_last.tolist()))
-
-    child = multiprocessing.get_context("fork").Process(target=work, daemon=True)
-    child.start()
-    try:
-        assert receiver.poll(30), "the forked worker hangs"
-        h, c_last = receiver.recv()
-    finally:
-        child.kill()
-        child.join()
-    assert h == expected[0].tolist()
-    assert c_last == expected[1].tolist()
-
-
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_inference_computes_what_training_does(bidirectional):
-    tensors, pad = draw(7, 5, 34), pads("scattered", 7, 5)
-    expected = run(tensors, "cpu", torch.float32, pad=pad, bidirectional=bidirectional)
-    inputs = [tensors[n].float().requires_grad_() for n in NAMES]
-    with torch.no_grad():
-        h, c_last = recurrence(*inputs, pad=pad, bidirectional=bidirectional, backend="cpu")
-    assert not h.requires_grad
-    assert_same_bits({"h": h, "c_last": c_last}, {n: expected[n] for n in ("h", "c_last")})
-
-
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("kind", ["right", "left"])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_a_padded_sequence_computes_what_it_does_alone(backend, kind, bidirectional):
-    tensors, pad = draw(6, 5, 8), pads(kind, 6, 5)
-    together = run(tensors, backend, pad=pad, bidirectional=bidirectional)
-    for j in range(5):
-        kept = ~pad[:, j]
-        alone = {
-            n: t if n in "vb" else t[j : j + 1] if n in ("c0", "gc") else t[kept, j : j + 1] for n, t in tensors.items()
-        }
-        expected = run(alone, backend, bidirectional=bidirectional)
-        for name in ("h", "gradient of u", "gradient of x"):
-            torch.testing.assert_close(together[name][kept, j : j + 1], expected[name])
-            assert not together[name][~kept, j].any()
-        for name in ("c_last", "gradient of c0"):
-            torch.testing.assert_close(together[name][j : j + 1], expected[name])
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    f = 1 / (1 + math.exp(-1.0))
+    assert float(done.stdout) == pytest.approx(4 * f * ((1 - f) + (1 - f) * (1 + f)), rel=1e-6)

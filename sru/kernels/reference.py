@@ -19,7 +19,7 @@ def recurrence(
     activation: str,
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `sru.kernels.recurrence`; float16 and bfloat16 carry their state in float32. Differentiable by autograd."""
+    """As `sru.kernels.recurrence`; float16 and bfloat16 are computed in float32. Differentiable by autograd."""
     if bidirectional:
         halves = []
         for half, reverse in zip(torch.arange(u.shape[3], device=u.device).chunk(2), (False, True), strict=True):
@@ -40,15 +40,18 @@ def recurrence(
         return torch.cat([h for h, _ in halves], dim=-1), torch.cat([c for _, c in halves], dim=-1)
 
     dtype = u.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        u, v, b, c0 = u.float(), v.float(), b.float(), c0.float()
-    skip = u[:, :, 3] if u.shape[2] == 4 else x
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    u, v, b, c0 = u.to(wide), v.to(wide), b.to(wide), c0.to(wide)
+    x, mask = (None if a is None else a.to(wide) for a in (x, mask))
+    # Taken apart once: the gradient of an index would be as large as u at every step.
+    u0, u1, u2, *u3 = (part.unbind() for part in u.unbind(2))
+    skip = u3[0] if u3 else x.unbind() if x is not None else ()
     c, outputs = c0, []
     for t in range(u.shape[0]):
-        f = torch.sigmoid(u[t, :, 1] + v[0] * c + b[0])
-        r = torch.sigmoid(u[t, :, 2] + v[1] * c + b[1])
-        state = f * c + (1 - f) * u[t, :, 0]
-        carried = scale * skip[t] if skip is not None and scale != 0 else torch.zeros_like(state)
+        f = torch.sigmoid(u1[t] + v[0] * c + b[0])
+        r = torch.sigmoid(u2[t] + v[1] * c + b[1])
+        state = f * c + (1 - f) * u0[t]
+        carried = scale * skip[t] if skip and scale != 0 else torch.zeros_like(state)
         change = (ACTIVATIONS[activation](state) - carried) * r
         h = carried + (change if mask is None else mask * change)
         if pad is not None:
@@ -57,5 +60,5 @@ def recurrence(
             h = torch.where(at_pad, torch.zeros_like(h), h)
         c = state
         outputs.append(h)
-    h = torch.stack(outputs) if outputs else u.new_empty(0, *c0.shape)
+    h = torch.stack(outputs) if outputs else u[:, :, 0].clone()
     return h.to(dtype), c.to(dtype)
