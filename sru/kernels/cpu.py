@@ -9,11 +9,11 @@ same for any number of threads.
 import array
 import ctypes
 import functools
-import itertools
 import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 import numba
@@ -315,26 +315,30 @@ def launch(kernel: Callable, inputs: "Inputs", scale: float, options: list[int],
     """
     function = compiled(kernel, inputs.dtype)
     packed = array.array("q", inputs.arguments + options)
-    # An interrupt may end this call while another thread still works: that thread keeps what it writes to alive.
-    alive = packed, inputs, tensors
-
-    def run(first: int, last: int, alive: Any = alive) -> None:
-        function(packed.buffer_info()[0], None, 1.0, scale, first, last)
-
     tiles = inputs.tiles
     threads = min(tiles, torch.get_num_threads()) if inputs.elements >= SERIAL_ELEMENTS else 1
     if threads <= 1:
-        run(0, tiles)
+        function(packed.buffer_info()[0], None, 1.0, scale, 0, tiles)
         return
-    shares = list(itertools.pairwise(tiles * i // threads for i in range(threads + 1)))
-    others = [(pool().submit(run, *share), share) for share in shares[1:]]
-    run(*shares[0])
-    for other, share in others:
-        # What no thread has begun, because all are busy, is done here.
-        if other.cancel():
-            run(*share)
-        else:
-            other.result()
+    shares = iter([(tiles * i // threads, tiles * (i + 1) // threads) for i in range(threads)])
+    done: SimpleQueue[None] = SimpleQueue()
+    # An interrupt may end this call while another thread still works: that thread keeps what it writes to alive.
+    alive = packed, inputs, tensors
+
+    def work(alive: Any = alive) -> None:
+        for first, last in shares:
+            function(packed.buffer_info()[0], None, 1.0, scale, first, last)
+            done.put(None)
+
+    for _ in range(threads - 1):
+        try:
+            pool().submit(work)
+        except RuntimeError:  # no more threads are to be had, as when the interpreter ends
+            break
+    # Shares are taken one by one, so that what no other thread takes up is done here.
+    work()
+    for _ in range(threads):
+        done.get()
 
 
 def recurrence(
