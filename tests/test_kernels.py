@@ -1,11 +1,17 @@
 """The compiled recurrence against the equations in float64, and what must hold of both."""
 
+import contextlib
 import itertools
 import math
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+import threading
+import time
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -131,13 +137,14 @@ def test_kernel_agrees_with_the_equations_at_odd_shapes(shape, skip):
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
 def test_kernel_agrees_with_the_equations_under_every_option(pad, activation, bidirectional):
     # One batch of whole tiles, and one that ends in a part of a tile and of a vector.
-    for (steps, batch, size), skip in itertools.product([(9, 8, 64), (7, 5, 38)], ["x", "u"]):
+    shapes, scales = [(9, 8, 64), (7, 5, 38)], [0.0, 1.0, math.sqrt(3)]
+    for (steps, batch, size), skip, scale in itertools.product(shapes, ["x", "u"], scales):
         mask = torch.bernoulli(torch.full((batch, size), 0.5)) * 2
         assert_as_exact_as_float32_allows(
             inputs(steps, batch, size, skip),
             mask=mask,
             pad=PADS[pad](steps, batch),
-            scale=math.sqrt(3),
+            scale=scale,
             activation=activation,
             bidirectional=bidirectional,
         )
@@ -151,7 +158,7 @@ def test_kernel_agrees_with_the_equations_over_several_tiles_of_columns():
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (0, 0, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (0, 0, 4), (3, 2, 0)], ids=str)
 def test_no_steps_hand_the_state_on_and_no_sequences_give_nothing(backend, shape):
     steps, batch, size = shape
     arguments = inputs(*shape)
@@ -230,23 +237,28 @@ def test_gradients_that_nobody_asks_for_are_left_out():
         assert torch.equal(one[i].grad, expected[i]), NAMES[2 + i]
 
 
-def test_inference_gives_what_training_gives():
-    arguments = inputs(7, 3, 20)
-    h, c = recurrence(*arguments, bidirectional=True, backend="cpu")
-    trained = run(arguments, "cpu", bidirectional=True)
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
+def test_inference_gives_what_training_gives(bidirectional):
+    arguments, pad = inputs(7, 3, 20), scattered(7, 3)
+    h, c = recurrence(*arguments, pad=pad, bidirectional=bidirectional, backend="cpu")
+    trained = run(arguments, "cpu", pad=pad, bidirectional=bidirectional)
     assert torch.equal(h.double(), trained[0])
     assert torch.equal(c.double(), trained[1])
 
 
-def test_results_are_bitwise_equal_for_any_number_of_threads(threads):
-    arguments = inputs(20, 37, 260)
-    grads = torch.randn(20, 37, 260), torch.randn(37, 260)
-    options = {"bidirectional": True, "pad": scattered(20, 37)}
+# Many tiles; two of columns only; so many that the sums over tiles are shared out too.
+@pytest.mark.parametrize("shape", [(20, 37, 260), (4, 3, 700), (2, 260, 132)], ids=str)
+def test_results_are_bitwise_equal_for_any_number_of_threads(shape, threads):
+    steps, batch, size = shape
+    arguments = inputs(*shape)
+    grads = torch.randn(shape), torch.randn(batch, size)
+    options = {"bidirectional": True, "pad": scattered(steps, batch)}
     serial = run(arguments, "cpu", grads=grads, **options)
     for n in (1, 2, 3):
         threads(n)
         for name, one, many in zip(NAMES, serial, run(arguments, "cpu", grads=grads, **options), strict=True):
             assert torch.equal(one, many), (n, name)
+    assert any(thread.name.startswith("sru") for thread in threading.enumerate())
 
 
 def test_concurrent_callers_do_not_disturb_each_other(threads):
@@ -266,21 +278,64 @@ def test_concurrent_callers_do_not_disturb_each_other(threads):
 def test_a_forked_worker_computes_what_its_parent_does(threads):
     threads(2)
     arguments = inputs(9, 16, 64)
+    expected = [a.tolist() for a in recurrence(*arguments, backend="cpu")]
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def work():
+        sender.send([a.tolist() for a in recurrence(*arguments, backend="cpu")])
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    try:
+        assert receiver.poll(30), "the worker hangs"
+        assert receiver.recv() == expected
+    finally:
+        child.kill()
+        child.join()
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["all threads busy", "no thread to be had"])
+def test_what_no_thread_takes_up_the_caller_does(refused, threads, monkeypatch):
+    arguments = inputs(9, 16, 64)
     grads = torch.randn(9, 16, 64), torch.randn(16, 64)
     expected = run(arguments, "cpu", grads=grads)
-    child = os.fork()
-    if child == 0:
-        # A bare fork: the child must leave without the parent's clean-up, whatever happens.
-        status = 1
-        try:
-            # torch's own threads do not survive a fork either; the kernels' threads are made anew.
-            found = recurrence(*arguments, backend="cpu")
-            status = int(not all(torch.equal(e, f.double()) for e, f in zip(expected[:2], found, strict=True)))
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    for e, f in zip(expected, run(arguments, "cpu", grads=grads), strict=True):
-        assert torch.equal(e, f)
+
+    class Pool:
+        def submit(self, work):
+            if refused:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+
+    threads(3)
+    monkeypatch.setattr(cpu, "pool", Pool)
+    for name, e, f in zip(NAMES, expected, run(arguments, "cpu", grads=grads), strict=True):
+        assert torch.equal(e, f), name
+
+
+def test_an_interrupted_call_leaves_a_thread_the_memory_that_it_works_on(threads, monkeypatch):
+    caller, begun, end = threading.current_thread(), threading.Event(), threading.Event()
+
+    def kernel(*_):
+        if threading.current_thread() is caller:
+            begun.wait(30)
+            raise KeyboardInterrupt
+        begun.set()
+        end.wait(30)
+
+    threads(2)
+    monkeypatch.setattr(cpu, "compiled", lambda *_: kernel)
+    u, *others = inputs(9, 16, 64)
+    memory = weakref.ref(u)
+    with contextlib.suppress(KeyboardInterrupt):
+        recurrence(u, *others, backend="cpu")
+    del u
+    assert begun.is_set()
+    assert memory() is not None
+    end.set()
+    for _ in range(1000):
+        if memory() is None:
+            break
+        time.sleep(0.01)
+    assert memory() is None
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -351,33 +406,49 @@ def test_the_sigmoid_is_exact_to_a_few_units_in_the_last_place(dtype):
     assert ((f - truth).abs() <= 2 * eps).all()
 
 
-def test_a_nan_stays_in_its_column():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", ["identity", "tanh", "relu"])
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_nan_stays_in_its_column(part, activation, dtype):
     u, x, v, b, c0 = inputs(5, 3, 20)
-    clean = recurrence(u, x, v, b, c0, backend="cpu")[0]
-    u[2, 1, 1, 7] = math.nan
-    h = recurrence(u, x, v, b, c0, backend="cpu")[0]
+    clean = recurrence(u, x, v, b, c0, activation=activation, backend="cpu")[0]
+    u[2, 1, part, 7] = math.nan
+    grads = torch.randn(5, 3, 20), torch.randn(3, 20)
+    expected, found = (
+        run((u, x, v, b, c0), backend, dtype, grads, activation=activation) for backend in ("reference", "cpu")
+    )
+    # A reset gate that is NaN spoils its own step only.
     spoilt = torch.zeros(5, 3, 20, dtype=torch.bool)
-    spoilt[2:, 1, 7] = True
-    assert h[spoilt].isnan().all()
-    assert torch.equal(h[~spoilt], clean[~spoilt])
+    spoilt[2 : 3 if part == 2 else None, 1, 7] = True
+    assert found[0][spoilt].isnan().all()
+    torch.testing.assert_close(found[0][~spoilt].float(), clean[~spoilt])
+    for name, e, f in zip(NAMES, expected, found, strict=True):
+        assert f[e.isnan()].isnan().all(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_carries_its_state_in_float32(dtype):
+def test_half_precision_is_rounded_at_the_end_only(dtype):
     arguments = [a.to(dtype) for a in inputs(200, 2, 8)]
     arguments[0][:, :, 1] += 4  # a long memory, where rounding the state at every step would show
-    h, c = recurrence(*arguments)
-    assert h.dtype == c.dtype == dtype
-    truth, _ = recurrence(*(a.double() for a in arguments))
-    assert ((h - truth).abs() <= torch.finfo(dtype).eps * truth.abs() + 1e-4).all()
+    mask = torch.full((2, 8), 1 / 0.9, dtype=dtype)
+    results = recurrence(*arguments, mask=mask, scale=1.7)
+    wide = recurrence(*(a.float() for a in arguments), mask=mask.float(), scale=1.7, backend="reference")
+    for result, exact in zip(results, wide, strict=True):
+        assert torch.equal(result, exact.to(dtype))
 
 
-def test_mixed_dtypes_compute_in_the_dtype_of_u():
-    u, x, v, b, c0 = inputs(4, 2, 6)
-    h, c = recurrence(u, x.double(), v.double(), b.half(), c0.double(), mask=torch.ones(2, 6).double())
-    assert h.dtype == c.dtype == torch.float32
-    torch.testing.assert_close(h, recurrence(u, x, v, b.half().float(), c0)[0])
-    torch.testing.assert_close(h, recurrence(u, x.double(), v.double(), b.half(), c0.double(), backend="reference")[0])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_mixed_dtypes_compute_in_the_dtype_of_u(backend):
+    kinds = [torch.float32, torch.bfloat16, torch.float64, torch.float64, torch.float16]
+    mixed = [a.to(kind).requires_grad_() for a, kind in zip(inputs(4, 2, 6), kinds, strict=True)]
+    alike = [a.detach().float().requires_grad_() for a in mixed]
+    mask, results = torch.full((2, 6), 1 / 0.9), []
+    for arguments, one in ((mixed, mask.double()), (alike, mask)):
+        h, c = recurrence(*arguments, mask=one, scale=1.7, backend=backend)
+        assert h.dtype == c.dtype == torch.float32
+        results.append([h, c, *torch.autograd.grad(h.square().sum() + c.sum(), arguments)])
+    for name, found, expected in zip(NAMES, *results, strict=True):
+        assert torch.equal(found, expected.to(found.dtype)), name
 
 
 def test_a_second_derivative_is_refused():
@@ -386,6 +457,26 @@ def test_a_second_derivative_is_refused():
     (first,) = torch.autograd.grad(h.square().sum(), arguments[0], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         first.sum().backward()
+
+
+def test_an_argument_changed_before_backward_is_noticed():
+    u, *others = (a.requires_grad_() for a in inputs(3, 2, 4))
+    u = u * 1
+    h, _ = recurrence(u, *others, backend="cpu")
+    u.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
+
+
+def test_backward_frees_what_forward_kept():
+    u, *others = (a.requires_grad_() for a in inputs(3, 2, 4))
+    u = u * 1
+    memory = weakref.ref(u)
+    h, _ = recurrence(u, *others, backend="cpu")
+    del u
+    assert memory() is not None
+    h.sum().backward()
+    assert memory() is None
 
 
 def changed(**changes):
@@ -465,15 +556,23 @@ def test_importing_the_kernels_imports_no_compiler():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_without_a_folder_for_compiled_code_the_kernels_run_all_the_same():
-    # numba looks beside the sources and in the user's folders; an empty list is what it is left with if none takes it.
-    code = (
-        "import numba.core.caching as caching, torch\n"
-        "caching.FunctionCache._impl_class._locator_classes = []\n"
-        "from sru.kernels import recurrence\n"
-        "h, _ = recurrence(torch.ones(2, 1, 3, 4), None, *torch.zeros(2, 2, 4), torch.zeros(1, 4), scale=0.0)\n"
-        "print(h.sum().item())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-    f = 1 / (1 + math.exp(-1.0))
-    assert float(done.stdout) == pytest.approx(4 * f * ((1 - f) + (1 - f) * (1 + f)), rel=1e-6)
+def test_a_process_that_can_keep_nothing_compiles_all_the_same(tmp_path):
+    """No folder can be made below a regular file, whoever asks."""
+    shutil.copytree(ROOT / "sru", tmp_path / "sru", ignore=shutil.ignore_patterns("__pycache__"))
+    file = tmp_path / "sru" / "kernels" / "__pycache__"
+    file.write_text("")
+    code = """
+import numba, torch
+from sru.kernels import cpu, recurrence
+try:
+    numba.njit(cache=True)(cpu.forward)
+except RuntimeError as error:
+    print("no locator" in str(error))
+u, row = torch.zeros(2, 1, 3, 4), torch.zeros(2, 4)
+print(recurrence(u, torch.ones(2, 1, 4), row, row, torch.ones(1, 4), backend="cpu")[0][1, 0, 0].item())
+"""
+    folders = dict.fromkeys(("NUMBA_CACHE_DIR", "HOME", "XDG_CACHE_HOME"), str(file / "below"))
+    environment = os.environ | folders | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "0.625"]
