@@ -280,18 +280,18 @@ def test_a_forked_worker_computes_what_its_parent_does(threads):
     arguments = inputs(9, 16, 64)
     expected = [a.tolist() for a in recurrence(*arguments, backend="cpu")]
     receiver, sender = multiprocessing.Pipe(duplex=False)
+    parents_pool = cpu.pool()
 
     def work():
         results = [a.tolist() for a in recurrence(*arguments, backend="cpu")]
-        # The caller alone would get there too: the worker has threads of its own, not the parent's, which are gone.
-        cpu.pool().submit(int).result(timeout=20)
-        sender.send(results)
+        # The caller alone would get there too; but the parent's threads are gone, and none would ever help it.
+        sender.send((results, cpu.pool() is parents_pool))
 
     child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
     try:
         assert receiver.poll(30), "the worker hangs"
-        assert receiver.recv() == expected
+        assert receiver.recv() == (expected, False)
     finally:
         child.kill()
         child.join()
