@@ -31,8 +31,10 @@ def run(cfg: DictConfig) -> float | None:
     from tasks.record import finish_wandb, result, summary_table, write_result, write_text
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # A corpus in memory needs no workers; a resumed run finds its checkpoints.
-    warnings.filterwarnings("ignore", ".*does not have many workers.*|Checkpoint directory .* is not empty")
+    # A corpus in memory needs no workers, a resumed run finds its checkpoints, and how Lightning uses torch is not ours.
+    warnings.filterwarnings(
+        "ignore", ".*does not have many workers.*|Checkpoint directory .* is not empty|.*isinstance.treespec, LeafSpec"
+    )
     check_options(cfg)
     folder = open_folder(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -60,7 +62,10 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def check_options(cfg: DictConfig) -> None:
-    """Refuse an option that the class named by data, model or task does not take."""
+    """Refuse a size that is no number, and an option that the class named by data, model or task does not take."""
+    for key, example in {"seed": 1, "depth": 2, "width": 128, "epochs": 100, "dropout": 0.5}.items():
+        if type(cfg[key]) not in (int, type(example)):
+            raise ValueError(f"{key}={cfg[key]} is no number; type for example {key}={example}")
     for part in ("data", "model", "task"):
         target = get_class(cfg[part]._target_)
         classes = [
@@ -110,7 +115,7 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name in node for key, value in leaves(node[name], f"{prefix}{name}.").items()}
 
 
-def changes(before: DictConfig, after: DictConfig) -> list[tuple[str, Any, Any]]:
+def changes(before: Any, after: Any) -> list[tuple[str, Any, Any]]:
     """The keys whose values differ, as (dotted key, old, new)."""
     old, new = (leaves(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, after))
     return [(key, old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]

@@ -63,6 +63,9 @@ def recurrence(_: argparse.Namespace) -> None:
         outputs = recurrence(*inputs)
         eager = recurrence(*inputs, backend="reference")
 
+        def forward(inputs=inputs):
+            return recurrence(*inputs)
+
         def backward(outputs=outputs, inputs=inputs, grads=grads):
             torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
 
@@ -70,9 +73,7 @@ def recurrence(_: argparse.Namespace) -> None:
             recurrence(*inputs, backend="reference")
             torch.autograd.grad(eager, inputs, grads, retain_graph=True)
 
-        found = medians(
-            {"infer": infer, "forward": lambda i=inputs: recurrence(*i), "backward": backward, "reference": reference}
-        )
+        found = medians({"infer": infer, "forward": forward, "backward": backward, "reference": reference})
         elements = steps * batch * size
         cells = [f"({steps}, {batch}, {size})"]
         # Bytes that must move: see bench/NOTES.md.

@@ -1,5 +1,8 @@
 """The encoders that the papers compare with, behind the SRU's call: h, state = encoder(x, state)."""
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +14,7 @@ from sru.layer import sequence_mask
 class _Recurrent(nn.Module):
     """A recurrent network of torch under the shared names; dropout lies between the layers."""
 
-    network: type[nn.RNNBase]
+    network: Callable[..., nn.RNNBase]
 
     def __init__(
         self,
@@ -51,6 +54,8 @@ class QRNNLayer(nn.Module):
     z = tanh(W_z x), f and o = sigmoid(W x), c_t = f c_{t-1} + (1 - f) z, h = o c, or with the highway
     h = o c + (1 - o) x, where a fourth matrix projects an x of another size.
     """
+
+    v: Tensor  # zeros: no state in the gates
 
     def __init__(self, input_size: int, hidden_size: int, *, dropout: float = 0.0, highway: bool = False) -> None:
         super().__init__()
@@ -135,7 +140,7 @@ class CNN(nn.Module):
             state = x.new_zeros(self.history, batch, self.input_size), x.new_zeros(batch, self.output_size)
         tail, peak = state
         x = torch.cat([tail, x])
-        responses = [self.respond(convolution, x, steps) for convolution in self.convolutions]
+        responses = [self.respond(cast(nn.Conv1d, convolution), x, steps) for convolution in self.convolutions]
         h = F.relu(torch.cat(responses, dim=2))
         h = torch.cat([peak[None], h]).cummax(dim=0).values[1:]
         return h, (x[steps:], h[-1] if steps else peak)

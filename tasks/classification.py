@@ -1,6 +1,7 @@
 """Text classification: the last state of an encoder under a linear softmax (2018 paper, section 4.1)."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class Classification(Task):
     def __init__(
         self,
         *,
-        encoder: Callable[..., nn.Module],
+        encoder: Callable[..., Any],
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
         vocab_size: int,
         num_classes: int,

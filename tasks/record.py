@@ -5,11 +5,13 @@ import io
 import json
 import os
 import secrets
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -42,7 +44,7 @@ class Clock(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         self.examples += pl_module.batch_size
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             # Before Lightning starts the validation, which belongs to the epoch too.
@@ -144,8 +146,6 @@ class Wandb(WandbLogger):
 
 def finish_wandb(summary: dict[str, Any] | None) -> None:
     """Close wandb's run, if there is one, so that the next job of a sweep gets its own; no summary: it failed."""
-    import sys
-
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
         if summary is not None:
@@ -153,17 +153,19 @@ def finish_wandb(summary: dict[str, Any] | None) -> None:
         wandb.finish(exit_code=0 if summary is not None else 1)
 
 
-def result(trainer: pl.Trainer, task: pl.LightningModule) -> dict[str, Any]:
+def result(trainer: Any, task: Any) -> dict[str, Any]:
     """What metrics.json says of a finished run; metrics are those of the best epoch."""
     best = trainer.checkpoint_callback
     clock = next(callback for callback in trainer.callbacks if isinstance(callback, Clock))
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
-    if best.best_model_score is not None:
+    best_epoch = None
+    if best.best_model_path:
         metrics[best.monitor] = float(best.best_model_score)
+        best_epoch = torch.load(best.best_model_path, map_location="cpu", weights_only=True, mmap=True)["epoch"]
     return {
         "metrics": metrics,
         "monitor": best.monitor,
-        "best_epoch": None,
+        "best_epoch": best_epoch,
         "epochs": trainer.current_epoch,
         "parameters": sum(p.numel() for p in task.parameters()),
         "encoder_parameters": sum(p.numel() for p in task.encoder.parameters()),

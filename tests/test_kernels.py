@@ -501,6 +501,7 @@ BAD = {
     "c0 of integers": ({"c0": torch.zeros(2, 4).int()}, TypeError, "c0 must be of a floating dtype.*int32"),
     "c0 elsewhere": ({"c0": torch.zeros(2, 4, device="meta")}, ValueError, "c0 is on meta, u on cpu"),
     "mask": ({"mask": torch.zeros(3, 2, 4)}, ValueError, r"mask must be \(2, 4\)"),
+    "mask that learns": ({"mask": torch.ones(2, 4, requires_grad=True)}, ValueError, r"pass mask.detach\(\)"),
     "pad": ({"pad": torch.zeros(2, 3).bool()}, ValueError, r"pad must be \(3, 2\).*not \(2, 3\)"),
     "pad of numbers": ({"pad": torch.zeros(3, 2)}, TypeError, "pad must be torch.bool, not torch.float32"),
     "activation": ({"activation": "gelu"}, ValueError, "identity, tanh, relu, not 'gelu'"),

@@ -68,6 +68,7 @@ def test_a_run_leaves_its_record(configure, tmp_path):
     assert value == outcome["metrics"]["val/accuracy"] == max(float(row["val/accuracy"] or 0) for row in rows(folder))
     assert 0 <= outcome["metrics"]["test/accuracy"] <= 100
     assert outcome["epochs"] == 2
+    assert outcome["best_epoch"] in (0, 1)
     assert outcome["encoder_parameters"] == 203_776
     assert outcome["parameters"] > outcome["encoder_parameters"]
     assert outcome["examples_per_second"] > 0
@@ -77,8 +78,8 @@ def test_a_run_leaves_its_record(configure, tmp_path):
 
 
 def test_the_network_learns_the_embedded_corpus(configure):
-    accuracy = train.run(configure("trainer.max_epochs=3"))
-    assert accuracy > 35  # ten classes; the largest is about a fifth
+    accuracy = train.run(configure("trainer.max_epochs=8"))
+    assert accuracy > 40  # ten classes; the largest is about a fifth
 
 
 def test_the_same_seed_gives_the_same_bits(configure, tmp_path):
@@ -159,11 +160,14 @@ def test_a_sweep_gives_a_folder_and_a_wandb_run_a_job(tmp_path):
         (["model=lstm", "ablation=[no_vc]"], "sru.LSTM has no option 'has_vc_term'"),
         (["run_dir=/proc/nowhere"], "run_dir=/proc/nowhere cannot be written"),
         (["resume=/nonexistent"], "resume=/nonexistent is no run folder"),
+        (["depth=deep"], "depth=deep is no number"),
+        (["hydra.run.dir=/dev/null/x"], "hydra.run.dir=FOLDER"),
+        (["ablation=[no_vx]"], "Did you mean: no_vc"),
         (["model.dropout=1.5"], "dropout must lie in [0, 1), not 1.5"),
     ],
 )
 def test_bad_input_gets_one_message(tmp_path, words, expected):
-    done = start(*words, f"hydra.run.dir={tmp_path}/hydra", "logger=csv")
+    done = start(f"hydra.run.dir={tmp_path}/hydra", "logger=csv", *words)
     assert done.returncode != 0
     assert expected in done.stderr
     assert "Traceback" not in done.stderr

@@ -138,6 +138,8 @@ def check(
             raise TypeError(f"{name} must be of a floating dtype, not {tensor.dtype}")
     if pad is not None and pad.dtype != torch.bool:
         raise TypeError(f"pad must be torch.bool, not {pad.dtype}; use pad != 0")
+    if mask is not None and mask.requires_grad:
+        raise ValueError("mask gets no gradient, but requires one; pass mask.detach()")
     if matrices == 4 and x is not None:
         raise ValueError("x must be None when u holds the skip (K = 4)")
     if matrices == 3 and x is None and scale != 0:
