@@ -31,7 +31,7 @@ def run(cfg: DictConfig) -> float | None:
     from tasks.record import finish_wandb, result, summary_table, write_result, write_text
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # A corpus in memory needs no workers, a resumed run finds its checkpoints, and how Lightning uses torch is not ours.
+    # A corpus in memory needs no workers, a resumed run finds its checkpoints, how Lightning uses torch is its own.
     warnings.filterwarnings(
         "ignore", ".*does not have many workers.*|Checkpoint directory .* is not empty|.*isinstance.treespec, LeafSpec"
     )
