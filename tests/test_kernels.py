@@ -381,6 +381,15 @@ def test_without_v_the_state_does_not_reach_the_gates(bidirectional):
     assert_as_exact_as_float32_allows((u, x, torch.zeros(2, 8), b, c0), bidirectional=bidirectional)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("skip", ["x", "u"])
+def test_scale_0_leaves_out_whatever_the_skip_holds(skip, backend):
+    u, x, v, b, c0 = inputs(4, 3, 8, skip)
+    (u[:, :, 3] if skip == "u" else x).fill_(math.inf)
+    h, _ = recurrence(u, x, v, b, c0, scale=0.0, backend=backend)
+    assert torch.equal(h, recurrence(u[:, :, :3], None, v, b, c0, scale=0.0, backend=backend)[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_gates_saturate_cleanly(dtype):
     huge = [1e4, -1e4, math.inf, -math.inf, 88.8, -88.8, 127.9, -127.9]
