@@ -314,6 +314,29 @@ def test_what_no_thread_takes_up_the_caller_does(refused, threads, monkeypatch):
         assert torch.equal(e, f), name
 
 
+def test_a_call_waits_for_the_slowest_thread(threads, monkeypatch):
+    arguments = inputs(9, 16, 64)
+    expected = recurrence(*arguments, backend="cpu")
+    caller, begun, compiled = threading.current_thread(), threading.Event(), cpu.compiled
+
+    def slowed(*kind):
+        def kernel(*sizes):
+            if threading.current_thread() is caller:
+                begun.wait(30)
+            else:
+                begun.set()
+                time.sleep(0.3)
+            compiled(*kind)(*sizes)
+
+        return kernel
+
+    threads(2)
+    monkeypatch.setattr(cpu, "compiled", slowed)
+    for e, f in zip(expected, recurrence(*arguments, backend="cpu"), strict=True):
+        assert torch.equal(e, f)
+    assert begun.is_set()
+
+
 def test_an_interrupted_call_leaves_a_thread_the_memory_that_it_works_on(threads, monkeypatch):
     caller, begun, end = threading.current_thread(), threading.Event(), threading.Event()
 
