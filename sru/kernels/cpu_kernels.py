@@ -1,0 +1,287 @@
+"""The machine code of the SRU recurrence on CPUs, written for numba.
+
+A kernel is a C function over raw addresses: calling it costs microseconds and releases the interpreter lock. It walks
+tiles, a few sequences by a range of columns, from the first step to the last: memory is read in the order in which it
+lies, and the tile's state stays in the nearest cache. The inner loops over columns become vector instructions.
+"""
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import carray, types
+from numba.extending import overload, register_jitable
+
+ACTIVATIONS = {"identity": 0, "tanh": 1, "relu": 2}
+
+# An intrinsic's first argument comes from numba, which the decorator's own type does not say.
+intrinsic: Any = numba.extending.intrinsic
+
+LOG2E = np.float32(math.log2(math.e))
+MAGIC = np.float32(1.5 * 2**23)  # adding it rounds to an integer, which the low bits then hold
+LIMIT = np.float32(126)
+ONE = np.float32(1)
+# 2**r on [-1/2, 1/2], least squares at Chebyshev nodes, relative error 2e-9.
+P0, P1, P2, P3, P4, P5, P6 = (
+    np.float32(c)
+    for c in (
+        1.0000000005920204,
+        0.6931472056005099,
+        0.24022646608713735,
+        0.05550328997518715,
+        0.009618519534387948,
+        0.0013399860362685657,
+        0.00015337576820039663,
+    )
+)
+
+
+@intrinsic
+def as_float(typingctx, bits):
+    """The float32 with these bits."""
+    return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(
+        args[0], context.get_value_type(types.float32)
+    )
+
+
+@intrinsic
+def as_bits(typingctx, number):
+    """The bits of a float32."""
+    return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(
+        args[0], context.get_value_type(types.int32)
+    )
+
+
+@intrinsic
+def pointer(typingctx, like, address):
+    """The address as a pointer of the type of `like`."""
+    return like(like, types.intp), lambda context, builder, signature, args: builder.inttoptr(
+        args[1], context.get_value_type(signature.return_type)
+    )
+
+
+@intrinsic
+def is_set(typingctx, address):
+    """Whether the byte at an address is not 0."""
+
+    def codegen(context, builder, signature, args):
+        byte = context.get_value_type(types.uint8)
+        loaded = builder.load(builder.inttoptr(args[0], byte.as_pointer()))
+        return builder.icmp_unsigned("!=", loaded, byte(0))
+
+    return types.boolean(types.intp), codegen
+
+
+def sigmoid(z):
+    """1 / (1 + exp(-z)), written so that the compiler turns a loop of it into vector instructions."""
+
+
+@overload(sigmoid, jit_options={"error_model": "numpy", "fastmath": {"contract"}})
+def sigmoid_of_type(z):
+    def sigmoid32(z):
+        y = -LOG2E * z
+        # Comparisons that leave NaN alone.
+        y = LIMIT if y > LIMIT else y
+        y = -LIMIT if y < -LIMIT else y
+        shifted = y + MAGIC
+        r = y - (shifted - MAGIC)
+        p = P6 * r + P5
+        p = p * r + P4
+        p = p * r + P3
+        p = p * r + P2
+        p = p * r + P1
+        p = p * r + P0
+        power = as_float((as_bits(shifted) << np.int32(23)) + np.int32(0x3F800000))
+        return ONE / (ONE + p * power)
+
+    def sigmoid64(z):
+        return 1.0 / (1.0 + math.exp(-z))
+
+    return sigmoid32 if z == types.float32 else sigmoid64
+
+
+@register_jitable
+def activate(c, one, activation):
+    """g(c)."""
+    if activation == 1:
+        s = sigmoid(c + c)
+        return s + s - one
+    if activation == 2:
+        return one - one if c <= one - one else c  # NaN stays
+    return c
+
+
+@register_jitable
+def slope(c, y, one, activation):
+    """g'(c) where y = g(c)."""
+    if activation == 1:
+        return one - y * y
+    if activation == 2:
+        return one - one if c <= one - one else one
+    return one
+
+
+@register_jitable
+def row(like, address, n):
+    """n contiguous numbers at an address, as an array."""
+    return carray(pointer(like, address), (n,))
+
+
+# Sizes, strides (in elements) and addresses reach a kernel as one array of integers: a call costs little, and the
+# array's layout is the order of the first lines below.
+
+
+def forward(a, like, one, scale, first, last):
+    """Tiles first to last of the forward pass. `like` carries the dtype, whose size in bytes is a[6]."""
+    T, B, D, tile_batch, tile_columns, halves, size = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
+    u, u_t, u_b, u_k, skip, skip_t, skip_b = a[7], a[8], a[9], a[10], a[11], a[12], a[13]
+    v, v_k, b, b_k, c0, c0_b, mask, mask_b, pad = a[14], a[15], a[16], a[17], a[18], a[19], a[20], a[21], a[22]
+    activation, h, c, keep, c_last = a[23], a[24], a[25], a[26], a[27]
+    half = D // halves
+    blocks = (half + tile_columns - 1) // tile_columns
+    for tile in range(first, last):
+        side = tile // blocks % halves
+        start = side * half + tile % blocks * tile_columns
+        n = min(tile_columns, (side + 1) * half - start)
+        b_first = tile // (blocks * halves) * tile_batch
+        b_last = min(B, b_first + tile_batch)
+        vf, vr = row(like, v + size * start, n), row(like, v + size * (v_k + start), n)
+        bf, br = row(like, b + size * start, n), row(like, b + size * (b_k + start), n)
+        for i in range(T):
+            t = T - 1 - i if side else i
+            # Where no gradient needs c, two rows take turns.
+            now, before = (t, t + 1 if side else t - 1) if keep else (i & 1, 1 - (i & 1))
+            for j in range(b_first, b_last):
+                place = size * (j * D + start)
+                cp = row(like, c0 + size * (j * c0_b + start) if i == 0 else c + size * before * B * D + place, n)
+                cn = row(like, c + size * now * B * D + place, n)
+                hn = row(like, h + size * t * B * D + place, n)
+                if pad and is_set(pad + t * B + j):
+                    for k in range(n):
+                        cn[k] = cp[k]
+                        hn[k] = one - one
+                    continue
+                at = u + size * (t * u_t + j * u_b + start)
+                u0, u1, u2 = row(like, at, n), row(like, at + size * u_k, n), row(like, at + size * 2 * u_k, n)
+                x = row(like, skip + size * (t * skip_t + j * skip_b + start), n)
+                m = row(like, mask + size * (j * mask_b + start), n)
+                if activation == 0:
+                    for k in range(n):
+                        f = sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
+                        r = sigmoid(u2[k] + vr[k] * cp[k] + br[k])
+                        state = u0[k] + (cp[k] - u0[k]) * f
+                        carried = scale * x[k]
+                        cn[k] = state
+                        hn[k] = carried + m[k] * r * (state - carried)
+                else:
+                    for k in range(n):
+                        f = sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
+                        cn[k] = u0[k] + (cp[k] - u0[k]) * f
+                        hn[k] = sigmoid(u2[k] + vr[k] * cp[k] + br[k])
+                    for k in range(n):
+                        carried = scale * x[k]
+                        hn[k] = carried + m[k] * hn[k] * (activate(cn[k], one, activation) - carried)
+        for j in range(b_first, b_last):
+            end = 0 if side else T - 1
+            place = size * (j * D + start)
+            source = c + size * (end if keep else (T - 1) & 1) * B * D + place
+            cn = row(like, source if T else c0 + size * (j * c0_b + start), n)
+            to = row(like, c_last + place, n)
+            for k in range(n):
+                to[k] = cn[k]
+
+
+def backward(a, like, one, scale, first, last):
+    """Tiles first to last of the backward pass, with the gates computed again from c.
+
+    The gradient of c_t is the sum of what h_t and c_{t+1} hand down; all else is linear in it or apart from it, so that
+    a step is a few loops without branches.
+    """
+    T, B, D, tile_batch, tile_columns, halves, size = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
+    u, u_t, u_b, u_k, skip, skip_t, skip_b = a[7], a[8], a[9], a[10], a[11], a[12], a[13]
+    v, v_k, b, b_k, c0, c0_b, mask, mask_b, pad = a[14], a[15], a[16], a[17], a[18], a[19], a[20], a[21], a[22]
+    activation, c, gh, gh_t, gh_b, gu, gu_k = a[23], a[24], a[25], a[26], a[27], a[28], a[29]
+    gskip, gskip_t, gskip_b, gc, sums, matrices = a[30], a[31], a[32], a[33], a[34], a[35]
+    half = D // halves
+    blocks = (half + tile_columns - 1) // tile_columns
+    for tile in range(first, last):
+        side = tile // blocks % halves
+        start = side * half + tile % blocks * tile_columns
+        n = min(tile_columns, (side + 1) * half - start)
+        chunk = tile // (blocks * halves)
+        b_first = chunk * tile_batch
+        b_last = min(B, b_first + tile_batch)
+        vf, vr = row(like, v + size * start, n), row(like, v + size * (v_k + start), n)
+        bf, br = row(like, b + size * start, n), row(like, b + size * (b_k + start), n)
+        at = sums + size * (chunk * 4 * D + start)
+        svf, svr = row(like, at, n), row(like, at + size * D, n)
+        sbf, sbr = row(like, at + size * 2 * D, n), row(like, at + size * 3 * D, n)
+        for k in range(n):
+            svf[k] = svr[k] = sbf[k] = sbr[k] = one - one
+        for i in range(T):
+            t = i if side else T - 1 - i
+            before = t + 1 if side else t - 1
+            for j in range(b_first, b_last):
+                place = size * (j * D + start)
+                at = gu + size * ((t * B + j) * matrices * D + start)
+                gu0, gu1, gu2 = row(like, at, n), row(like, at + size * gu_k, n), row(like, at + size * 2 * gu_k, n)
+                gx = row(like, gskip + size * (t * gskip_t + j * gskip_b + start), n)
+                if pad and is_set(pad + t * B + j):
+                    for k in range(n):
+                        gu0[k] = gu1[k] = gu2[k] = gx[k] = one - one
+                    continue
+                cp = row(like, c0 + size * (j * c0_b + start) if i == T - 1 else c + size * before * B * D + place, n)
+                cn = row(like, c + size * t * B * D + place, n)
+                at = u + size * (t * u_t + j * u_b + start)
+                u0, u1, u2 = row(like, at, n), row(like, at + size * u_k, n), row(like, at + size * 2 * u_k, n)
+                x = row(like, skip + size * (t * skip_t + j * skip_b + start), n)
+                m = row(like, mask + size * (j * mask_b + start), n)
+                g = row(like, gh + size * (t * gh_t + j * gh_b + start), n)
+                lam = row(like, gc + place, n)
+                # Fewer arrays a loop keep the compiler's overlap checks, and so the vectors, affordable.
+                for k in range(n):
+                    r = sigmoid(u2[k] + vr[k] * cp[k] + br[k])
+                    carried = scale * x[k]
+                    y = activate(cn[k], one, activation)
+                    kept = g[k] * m[k] * r
+                    gu2[k] = kept * (y - carried) * (one - r)
+                    gx[k] = scale * (g[k] - kept)
+                    # gu0 holds the gradient of c_t until the next loop.
+                    gu0[k] = kept * slope(cn[k], y, one, activation)
+                for k in range(n):
+                    f = sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
+                    total = gu0[k] + lam[k]
+                    gated = total * f
+                    g1 = gated * (one - f) * (cp[k] - u0[k])
+                    gu0[k] = total - gated
+                    gu1[k] = g1
+                    lam[k] = gated + g1 * vf[k] + gu2[k] * vr[k]
+                for k in range(n):
+                    svf[k] += gu1[k] * cp[k]
+                    svr[k] += gu2[k] * cp[k]
+                    sbf[k] += gu1[k]
+                    sbr[k] += gu2[k]
+
+
+@functools.cache
+def compiled(kernel: Callable, dtype: torch.dtype) -> Callable:
+    """The kernel as a C function, compiled at the first call and kept on disk for the next process."""
+    number, c_number = (types.float32, ctypes.c_float) if dtype == torch.float32 else (types.float64, ctypes.c_double)
+    integers, like = types.CPointer(types.int64), types.CPointer(number)
+    signature = types.void(integers, like, number, number, types.int64, types.int64)
+    options: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
+    try:
+        code = numba.cfunc(signature, cache=True, **options)(kernel)
+    except (RuntimeError, OSError):  # numba finds no folder that it could write to
+        code = numba.cfunc(signature, **options)(kernel)
+    # Plain addresses are cheaper to pass than typed pointers.
+    pointers, bounds = [ctypes.c_void_p] * 2, [ctypes.c_int64] * 2
+    address: Any = code.address
+    function: Any = ctypes.CFUNCTYPE(None, *pointers, c_number, c_number, *bounds)(address)
+    function.code = code  # the machine code lives as long as the function
+    return function
