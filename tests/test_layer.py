@@ -118,7 +118,7 @@ def test_sizes_are_those_of_the_papers_first_table(encoder, published):
 
 def test_the_initialisation_is_the_published_one():
     torch.manual_seed(0)
-    cell = SRUCell(600, 500, highway_bias=-3.0, dropout=0.2)
+    cell = SRUCell(600, 500, highway_bias=-3.0, forget_bias=2.0, dropout=0.2)
     candidate, forget, reset, skip = cell.weight.detach().view(4, 500, 600)
     assert math.isclose(cell.alpha, 1.0486, abs_tol=1e-4)
     assert candidate.var() * 600 == pytest.approx(0.8, rel=0.02)
@@ -127,7 +127,8 @@ def test_the_initialisation_is_the_published_one():
     assert skip.var() * 600 == pytest.approx(cell.alpha**2, rel=0.02)
     assert candidate.abs().max() <= math.sqrt(3 / 600)
     assert cell.v.detach().var() == pytest.approx(0.5, rel=0.15)
-    assert cell.bias[0].eq(0).all()
+    assert cell.bias[0].eq(2).all()
+    assert SRUCell(2, 2).bias.eq(0).all()
     assert cell.bias[1].eq(-3).all()
 
 
