@@ -37,6 +37,8 @@ def run(cfg: DictConfig) -> float | None:
     )
     check_options(cfg)
     folder = open_folder(cfg)
+    # A bar in a file is a wall of lines.
+    cfg.trainer.enable_progress_bar &= sys.stdout.isatty()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data = instantiate(cfg.data)
     task = instantiate(cfg.task)(encoder=instantiate(cfg.model), **data.dims)
@@ -49,15 +51,18 @@ def run(cfg: DictConfig) -> float | None:
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
         trainer.fit(task, datamodule=data, ckpt_path=folder / "checkpoints/last.ckpt" if cfg.resume else None)
-        best = trainer.checkpoint_callback
-        trainer.test(task, datamodule=data, ckpt_path=best.best_model_path or None, verbose=False)
-        outcome = result(trainer, task) | {"commit": provenance()["commit"]}
-        write_result(outcome, cfg.run_dir)
-        print(summary_table(outcome, cfg.run_dir))
+        # Before the test, which sets the callbacks back to the best epoch.
+        found = result(trainer, task) | {"commit": provenance()["commit"]}
+        best = trainer.checkpoint_callback.best_model_path
+        (tested,) = trainer.test(task, datamodule=data, ckpt_path=best or None, verbose=False)
+        found["metrics"] |= tested
+        write_result(found, cfg.run_dir)
+        outcome = found
     finally:
         finish_wandb(outcome and outcome["metrics"])
         if outcome is None and (folder / "checkpoints/last.ckpt").exists():
             print(f"The run stopped early. Go on with: python train.py resume={shlex.quote(str(folder))}")
+    print(summary_table(outcome, cfg.run_dir))
     return outcome["metrics"].get(outcome["monitor"])
 
 
@@ -90,8 +95,14 @@ def open_folder(cfg: DictConfig) -> Path:
             raise FileNotFoundError(
                 f"resume={cfg.resume}: no checkpoints/last.ckpt there; start the run anew without resume."
             )
-        for key, old, new in changes(OmegaConf.load(folder / "config.yaml"), cfg):
-            if not key.startswith(("resume", "run_dir", "trainer.callbacks", "trainer.logger")):
+        before = OmegaConf.load(folder / "config.yaml")
+        for key, old, new in changes(before, cfg):
+            # What only names the folder is no change, and a list repeats what has keys of its own.
+            if (
+                str(old).replace(before.run_dir, cfg.run_dir) != str(new)
+                and not isinstance(new, list)
+                and key != "resume"
+            ):
                 print(f"resumed with {key}: {old} -> {new}")
     elif (folder / "config.yaml").exists():
         raise FileExistsError(
@@ -150,7 +161,7 @@ def resumed(arguments: list[str]) -> list[str]:
     folders = [word.removeprefix("resume=") for word in arguments if word.startswith("resume=")]
     if not folders:
         return arguments
-    folder = Path(folders[-1].strip("'\""))
+    folder = Path(folders[-1].strip("'\"")).resolve()
     if {"-m", "--multirun"} & set(arguments):
         raise ValueError("resume goes on with one run; give it without -m.")
     if not (folder / "run.json").exists():

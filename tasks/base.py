@@ -30,7 +30,7 @@ class Task(pl.LightningModule, ABC):
         loss, metrics, size = self.loss(batch)
         self.batch_size = size
         values = {f"{stage}/{name}": value for name, value in {"loss": loss.detach(), **metrics}.items()}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=size)
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, prog_bar=stage == "val")
         return loss
 
     def training_step(self, batch: Any) -> Tensor:

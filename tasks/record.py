@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: its clock, metrics.csv, the wandb run and the closing summary."""
+"""What a run leaves in its folder: checkpoints, its clock, metrics.csv, the wandb run and the closing summary."""
 
 import csv
 import io
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -23,10 +24,22 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+class Checkpoint(ModelCheckpoint):
+    """Lightning's, which forgets the best epoch so far when the run folder was moved; this one does not."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def moved(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        paths = {key: moved(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        models = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | paths | {"best_k_models": models, "dirpath": self.dirpath})
+
+
 class Clock(pl.Callback):
     """Log the training time so far (seconds, without validation) and the training examples a second, every epoch.
 
-    Both go on across a resume.
+    Both go on across a resume. Prints a line an epoch.
     """
 
     def __init__(self) -> None:
@@ -53,6 +66,9 @@ class Clock(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pl_module.log_dict({"seconds": self.seconds, "examples_per_second": self.examples_per_second})
+        values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        words = [f"epoch {trainer.current_epoch}", *(f"{name} {value:.4g}" for name, value in values.items())]
+        pl_module.print("  ".join([*words, f"{self.examples_per_second:.0f} examples/s"]))
 
     @property
     def examples_per_second(self) -> float:
@@ -141,7 +157,10 @@ class Wandb(WandbLogger):
             save_dir=run_dir,
             resume="allow",
             mode=mode,
+            settings=wandb.Settings(quiet=True),
         )
+        # Lightning hands on an option that wandb has ended, which then warns.
+        self._wandb_init.pop("anonymous", None)
 
 
 def finish_wandb(summary: dict[str, Any] | None) -> None:
@@ -154,10 +173,10 @@ def finish_wandb(summary: dict[str, Any] | None) -> None:
 
 
 def result(trainer: Any, task: Any) -> dict[str, Any]:
-    """What metrics.json says of a finished run; metrics are those of the best epoch."""
+    """What metrics.json says of a run that was trained; its metric is the best epoch's."""
     best = trainer.checkpoint_callback
     clock = next(callback for callback in trainer.callbacks if isinstance(callback, Clock))
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+    metrics = {}
     best_epoch = None
     if best.best_model_path:
         metrics[best.monitor] = float(best.best_model_score)
@@ -184,6 +203,8 @@ def summary_table(outcome: dict[str, Any], run_dir: str) -> str:
         ("examples/s", f"{outcome['examples_per_second']:.0f}"),
         ("run folder", run_dir),
     ]
+    if list(Path(run_dir).glob("wandb/offline-run-*")):
+        rows.append(("to upload", f"wandb sync {run_dir}/wandb/offline-run-*"))
     width = max(len(name) for name, _ in rows)
     line = "-" * (width + 2 + max(len(value) for _, value in rows))
     return "\n".join([line, *(f"{name:<{width}}  {value}" for name, value in rows), line])

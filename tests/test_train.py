@@ -72,6 +72,10 @@ def test_a_run_leaves_its_record(configure, tmp_path):
     assert outcome["encoder_parameters"] == 203_776
     assert outcome["parameters"] > outcome["encoder_parameters"]
     assert outcome["examples_per_second"] > 0
+    with (folder / "metrics.csv").open(newline="") as file:
+        clocks = [row["seconds"] for row in csv.DictReader(file) if row["seconds"]]
+    assert outcome["seconds"] == pytest.approx(float(clocks[-1]), rel=1e-4)
+    assert outcome["seconds_per_epoch"] == outcome["seconds"] / 2
     assert "commit" in outcome
     assert [row["epoch"] for row in rows(folder)][:2] == ["0", "1"]
     assert "num_layers: 2" in (folder / "config.yaml").read_text()
@@ -105,6 +109,21 @@ def test_resumed_equals_uninterrupted(configure, tmp_path):
     assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i])
     # The first part's own test lies between its epochs; the file of the resumed run has it replaced.
     assert rows(whole) == rows(parts)
+
+
+def test_a_moved_run_remembers_its_best_epoch(configure, tmp_path):
+    """The resumed epoch has no validation, so only an earlier one can be the best."""
+    train.run(configure(f"run_dir={tmp_path / 'one'}", "trainer.max_epochs=2", *SHORT))
+    best = checkpoint(tmp_path / "one", "best")
+    (tmp_path / "one").rename(tmp_path / "two")
+    still = ("trainer.max_epochs=3", "trainer.limit_val_batches=0", *SHORT[::2])
+    value = train.run(configure(f"run_dir={tmp_path / 'two'}", f"resume={tmp_path / 'two'}", *still))
+    assert value == json.loads((tmp_path / "two/metrics.json").read_text())["metrics"]["val/accuracy"]
+    assert value == float(
+        best["callbacks"][next(key for key in best["callbacks"] if "Checkpoint" in key and "accuracy" in key)][
+            "best_model_score"
+        ]
+    )
 
 
 def test_a_run_is_not_overwritten(configure, tmp_path):
