@@ -9,18 +9,18 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `data` is not installed, it lies beside this folder
 
+from tasks.door import guard
+
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     data = hydra.utils.instantiate(cfg.data)
-    try:
-        data.prepare_data()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    data.prepare_data()
+    data.setup()  # reads it all, so that what is wrong with it shows now
     print(f"{HydraConfig.get().runtime.choices['data']}: ready")
 
 
 if __name__ == "__main__":
     # Nothing of this is a run: no folder, no log file.
-    sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
-    main()
+    sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
+    guard(main)

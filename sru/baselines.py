@@ -69,11 +69,10 @@ class QRNNLayer(nn.Module):
 
     def forward(self, x: Tensor, c0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """h (T, B, hidden_size) and the last state (B, hidden_size)."""
-        steps, batch, _ = x.shape
-        z, gates = self.linear(x).view(steps, batch, -1, self.hidden_size).tensor_split([1], dim=2)
+        z, gates = self.linear(x).unflatten(2, (-1, self.hidden_size)).tensor_split([1], dim=2)
         u = torch.cat([torch.tanh(z + self.bias[0]), gates], dim=2)
         if c0 is None:
-            c0 = x.new_zeros(batch, self.hidden_size)
+            c0 = x.new_zeros(x.shape[1], self.hidden_size)
         skip = x if self.highway and not self.has_projected_skip else None
         mask = sequence_mask(self.dropout, c0) if self.training else None
         scale = 1.0 if self.highway else 0.0
@@ -92,6 +91,8 @@ class QRNN(nn.Module):
         self, input_size: int, hidden_size: int, num_layers: int = 2, *, dropout: float = 0.0, highway: bool = False
     ) -> None:
         super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, not {num_layers}")
         self.output_size = hidden_size
         self.layers = nn.ModuleList(
             QRNNLayer(
@@ -146,7 +147,7 @@ class CNN(nn.Module):
         return h, (x[steps:], h[-1] if steps else peak)
 
     def respond(self, convolution: nn.Conv1d, x: Tensor, steps: int) -> Tensor:
-        """A convolution over time as one matrix product and a sum of shifts: ten times faster on a CPU than conv1d."""
+        """A convolution over time as one matrix product and a sum of shifts, which needs no transposed copy of x."""
         width = convolution.kernel_size[0]
         taps = x[self.history + 1 - width :] @ convolution.weight.permute(1, 2, 0).flatten(1)
         taps = taps.unflatten(2, (width, convolution.out_channels))

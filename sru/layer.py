@@ -11,6 +11,8 @@ from sru.kernels import recurrence
 
 def sequence_mask(p: float, like: Tensor) -> Tensor | None:
     """A dropout mask (B, D) that every step of a sequence shares, scaled by 1 / (1 - p); None when p is 0."""
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout must lie in [0, 1), not {p}")
     return None if p == 0 else torch.empty_like(like).bernoulli_(1 - p).div_(1 - p)
 
 
@@ -29,12 +31,13 @@ class SRUCell(nn.Module):
     Args:
         input_size: features of x.
         hidden_size: features of one direction.
-        dropout: probability on c_t before the highway, one mask (B, D) for all steps of a sequence.
+        dropout: probability of dropping r_t * (c_t - x_t * alpha), what the layer adds to its highway; one mask (B, D)
+            for all steps of a sequence.
         bidirectional: a second set of columns runs from the last step to the first.
         highway_bias: the reset gate's bias b_r at the start; negative values let more of x through (-3 for deep
             language models).
         forget_bias: the forget gate's bias b_f at the start. The published 0 halves c at every step; 2 remembers for
-            about eight, which trains faster where embeddings start at random (README, results).
+            about eight, which trains better where embeddings start at random (README, results).
         has_skip_term: False removes the highway: h_t = r_t * c_t.
         rescale: the scaling correction alpha = sqrt(1 + 2 exp(highway_bias)); False sets alpha to 1 (section 3.2).
         has_vc_term: False removes v * c_{t-1} from both gates, which is the cell of 2017.
@@ -91,7 +94,7 @@ class SRUCell(nn.Module):
         bound = math.sqrt(3 / self.input_size)
         self.weight.uniform_(-bound, bound)
         candidate, gates, skip = self.weight.tensor_split([self.output_size, 3 * self.output_size])
-        # An input that was dropped out has 1 / (1 - p) of its variance.
+        # Dropout makes what reaches the output 1 / (1 - p) as large.
         candidate.mul_(math.sqrt(1 - self.dropout))
         if self.has_projected_skip:
             skip.mul_(self.alpha)
@@ -112,10 +115,9 @@ class SRUCell(nn.Module):
         """
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x must be (T, B, {self.input_size}), not {tuple(x.shape)}")
-        steps, batch, _ = x.shape
-        u = F.linear(x, self.weight).view(steps, batch, -1, self.output_size)
+        u = F.linear(x, self.weight).unflatten(2, (self.weight.shape[0] // self.output_size, self.output_size))
         if c0 is None:
-            c0 = x.new_zeros(batch, self.output_size)
+            c0 = x.new_zeros(x.shape[1], self.output_size)
         # A projected skip has alpha in its initial weights.
         scale = 0.0 if not self.has_skip_term else 1.0 if self.has_projected_skip else self.alpha
         return recurrence(

@@ -4,7 +4,10 @@ import csv
 import io
 import json
 import os
+import platform
 import secrets
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,8 +15,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
 
@@ -22,6 +28,18 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Saves beside the old file and then takes its place; Lightning goes through the system's temporary folder, and a
+    kill during the copy from there would leave half a checkpoint and no old one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, path)
 
 
 class Checkpoint(ModelCheckpoint):
@@ -86,10 +104,13 @@ class MetricsFile(Logger):
         self.path = Path(path)
         self.rows: dict[tuple[bool, int], dict[str, Any]] = {}
         if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    cells = {key: value for key, value in row.items() if value != ""}
-                    self.rows[self.key(cells, int(row["step"]))] = cells
+            try:
+                with self.path.open(newline="", encoding="utf-8") as file:
+                    for row in csv.DictReader(file):
+                        cells = {key: value for key, value in row.items() if value != ""}
+                        self.rows[self.key(cells, int(row["step"]))] = cells
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.path} is damaged; move it away to go on without its rows.") from error
 
     @property
     def name(self) -> str:
@@ -148,11 +169,12 @@ class Wandb(WandbLogger):
             mode = os.environ["WANDB_MODE"]
         else:
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        parts = [choices["data"], choices["model"], *choices["ablation"]]
         super().__init__(
             project=project,
             group=choices["experiment"],
-            tags=[choices["task"], choices["data"], choices["model"], *choices["ablation"]],
-            name=Path(run_dir).name,
+            tags=[choices["task"], *parts],
+            name=" ".join([*parts, Path(run_dir).name]),
             id=id_file.read_text(encoding="utf-8").strip(),
             save_dir=run_dir,
             resume="allow",
@@ -194,21 +216,49 @@ def result(trainer: Any, task: Any) -> dict[str, Any]:
     }
 
 
-def summary_table(outcome: dict[str, Any], run_dir: str) -> str:
+def provenance() -> dict[str, Any]:
+    """What a repetition of the run needs beside its configuration."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = None
+    if shutil.which("git"):
+        commit = git("rev-parse", "HEAD") + ("-modified" if git("status", "--porcelain") else "")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "commit": commit,
+        "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": gpu or platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_config(config: Any, origin: dict[str, Any], folder: Path) -> None:
+    """config.yaml and run.json, which a resume starts from."""
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+    write_text(folder / "run.json", json.dumps(origin, indent=2) + "\n")
+
+
+def summary_table(outcome: dict[str, Any], folder: Path) -> str:
     """The closing table of a run, for people."""
     rows = [(name, f"{value:.4g}") for name, value in outcome["metrics"].items()]
     rows += [
         ("parameters", f"{outcome['parameters']:,} ({outcome['encoder_parameters']:,} in the encoder)"),
-        ("training time", f"{outcome['seconds']:.1f} s ({outcome['epochs']} epochs)"),
+        ("wall time", f"{outcome['wall_seconds']:.1f} s, of which training {outcome['seconds']:.1f} s"),
+        ("epochs", f"{outcome['epochs']}, the best is {outcome['best_epoch']}"),
         ("examples/s", f"{outcome['examples_per_second']:.0f}"),
-        ("run folder", run_dir),
+        ("run folder", str(folder)),
     ]
-    if list(Path(run_dir).glob("wandb/offline-run-*")):
-        rows.append(("to upload", f"wandb sync {run_dir}/wandb/offline-run-*"))
+    if list(folder.glob("wandb/offline-run-*")):
+        rows.append(("to upload", f"wandb sync {folder}/wandb/offline-run-*"))
     width = max(len(name) for name, _ in rows)
     line = "-" * (width + 2 + max(len(value) for _, value in rows))
     return "\n".join([line, *(f"{name:<{width}}  {value}" for name, value in rows), line])
 
 
-def write_result(outcome: dict[str, Any], run_dir: str) -> None:
-    write_text(Path(run_dir) / "metrics.json", json.dumps(outcome, indent=2) + "\n")
+def write_result(outcome: dict[str, Any], folder: Path) -> None:
+    write_text(folder / "metrics.json", json.dumps(outcome, indent=2) + "\n")

@@ -9,7 +9,7 @@ from conftest import ROOT, options
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
-import train
+from tasks import door
 
 EVERY = [
     *(f"task={name}" for name in options("task")),
@@ -37,13 +37,13 @@ def bind(node):
 def test_a_configuration_composes_and_binds(configure, override):
     cfg = configure(override)
     bind(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    train.check_options(cfg)
+    door.check(cfg)
 
 
 @pytest.mark.parametrize("name", options("ablation"))
 def test_an_ablation_changes_one_value_and_names_itself(configure, name):
     plain, ablated = configure(), configure(f"ablation=[{name}]")
-    changed = {key: new for key, _, new in train.changes(plain, ablated)}
+    changed = {key: new for key, _, new in door.changes(plain, ablated)}
     assert changed.pop(f"ablations.{name}") is True
     assert changed.pop("choices.ablation") == [name]
     assert [key.split(".")[0] for key in changed] == ["model"]
@@ -94,4 +94,4 @@ def test_every_yaml_file_is_reached_by_a_test():
 
 def test_an_option_of_another_model_is_refused_by_name(configure):
     with pytest.raises(ValueError, match=r"sru\.LSTM has no option 'has_skip_term'"):
-        train.check_options(configure("model=lstm", "ablation=[no_highway]"))
+        door.check(configure("model=lstm", "ablation=[no_highway]"))

@@ -77,6 +77,15 @@ def test_the_contract_of_an_encoder(name):
     assert all(p.grad is not None for p in encoder.parameters())
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 5), (1, 3, 5), (4, 0, 5), (4, 1, 5)])
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name not in ("lstm", "gru")])
+def test_empty_and_short_sequences(name, shape):
+    """torch's own networks refuse a length of 0."""
+    encoder = ENCODERS[name]()
+    h, _ = encoder(torch.randn(shape))
+    assert h.shape == (*shape[:2], encoder.output_size)
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_state_survives_a_cut(name):
     torch.manual_seed(0)
@@ -118,7 +127,7 @@ def test_sizes_are_those_of_the_papers_first_table(encoder, published):
 
 def test_the_initialisation_is_the_published_one():
     torch.manual_seed(0)
-    cell = SRUCell(600, 500, highway_bias=-3.0, forget_bias=2.0, dropout=0.2)
+    cell = SRUCell(600, 500, highway_bias=-3.0, dropout=0.2)
     candidate, forget, reset, skip = cell.weight.detach().view(4, 500, 600)
     assert math.isclose(cell.alpha, 1.0486, abs_tol=1e-4)
     assert candidate.var() * 600 == pytest.approx(0.8, rel=0.02)
@@ -127,9 +136,23 @@ def test_the_initialisation_is_the_published_one():
     assert skip.var() * 600 == pytest.approx(cell.alpha**2, rel=0.02)
     assert candidate.abs().max() <= math.sqrt(3 / 600)
     assert cell.v.detach().var() == pytest.approx(0.5, rel=0.15)
-    assert cell.bias[0].eq(2).all()
-    assert SRUCell(2, 2).bias.eq(0).all()
+    assert cell.bias[0].eq(0).all()
     assert cell.bias[1].eq(-3).all()
+
+
+def test_the_forget_gate_starts_where_it_is_told():
+    assert SRUCell(2, 2, forget_bias=2.0).bias[0].eq(2).all()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_layer_gives_what_it_gives_on_the_cpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    stack = SRU(5, 7, 3, bidirectional=True).double()
+    x = torch.randn(11, 3, 5, dtype=torch.float64)
+    expected = stack(x)
+    for found, value in zip(stack.cuda()(x.cuda()), expected, strict=True):
+        torch.testing.assert_close(found.cpu(), value)
 
 
 def test_the_scaling_correction_keeps_the_variance_of_a_deep_stack():
@@ -188,6 +211,8 @@ def test_padding_changes_nothing():
         (lambda: SRU(0, 4), "input_size"),
         (lambda: SRU(4, 4, 0), "num_layers"),
         (lambda: SRU(4, 4, dropout=1.5), "dropout"),
+        (lambda: QRNN(4, 4, 0), "num_layers"),
+        (lambda: QRNN(4, 4, dropout=1.0)(torch.zeros(3, 2, 4)), "dropout"),
         (lambda: SRU(4, 4)(torch.zeros(3, 2, 5)), r"\(T, B, 4\)"),
         (lambda: SRU(4, 4)(torch.zeros(3, 4)), r"\(T, B, 4\)"),
         (lambda: SRU(4, 4)(torch.zeros(3, 2, 4), torch.zeros(2, 3, 4)), "c0"),

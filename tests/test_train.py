@@ -4,12 +4,15 @@ import csv
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, options
 
 import train
+from tasks import door
+from tasks.record import AtomicCheckpoints
 
 SHORT = ("trainer.limit_train_batches=6", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2")
 
@@ -83,7 +86,13 @@ def test_a_run_leaves_its_record(configure, tmp_path):
 
 def test_the_network_learns_the_embedded_corpus(configure):
     accuracy = train.run(configure("trainer.max_epochs=8"))
-    assert accuracy > 40  # ten classes; the largest is about a fifth
+    assert accuracy > 30  # ten classes; the largest is about a fifth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", options("model"))
+def test_every_model_learns_the_embedded_corpus_well(configure, model):
+    assert train.run(configure(f"model={model}", "trainer.max_epochs=30")) > 45
 
 
 def test_the_same_seed_gives_the_same_bits(configure, tmp_path):
@@ -127,11 +136,67 @@ def test_a_moved_run_remembers_its_best_epoch(configure, tmp_path):
 
 
 def test_a_run_is_not_overwritten(configure, tmp_path):
+    train.run(configure("trainer=debug"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="resume="):
+        train.run(configure("seed=5"))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("override", ["depth=3", "data.fold=2", "seed=9", "task.optimizer.lr=0.5", "model=lstm"])
+def test_a_resume_refuses_another_experiment_and_leaves_the_record(configure, tmp_path, override):
+    folder = tmp_path / "run"
+    train.run(configure("trainer=debug"))
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=rf"resume={folder} goes on with the same experiment"):
+        train.run(configure("trainer=debug", "trainer.max_epochs=2", f"resume={folder}", override))
+    assert (folder / "config.yaml").read_text() == before
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "malicious"])
+def test_a_damaged_checkpoint_is_refused_by_name(configure, tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    train.run(configure("trainer=debug"))
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    if damage in ("truncated", "empty"):
+        last.write_bytes(last.read_bytes()[: 1000 if damage == "truncated" else 0])
+    else:
+        torch.save({"state_dict": {}} if damage == "foreign" else {"state_dict": Evil()}, last)
+    with pytest.raises(ValueError, match=r"last\.ckpt is (damaged|no checkpoint)"):
+        train.run(configure("trainer=debug", f"resume={tmp_path / 'run'}"))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_one_run_folder_takes_one_process_at_a_time(configure, tmp_path):
+    cfg = configure("trainer=debug")
+    with door.opened_folder(cfg), pytest.raises(FileExistsError, match="Another process"):
+        train.run(cfg)
+
+
+def test_a_run_that_broke_off_before_its_first_checkpoint_starts_anew(configure, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("seed: 1\n")
-    with pytest.raises(FileExistsError, match="resume="):
-        train.run(configure())
-    assert (tmp_path / "run/config.yaml").read_text() == "seed: 1\n"
+    train.run(configure("trainer=debug"))
+    assert (tmp_path / "run/metrics.json").exists()
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpoints().save_checkpoint({"epoch": 1}, path)
+
+    def killed(checkpoint, file):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpoints().save_checkpoint({"epoch": 2}, path)
+    assert torch.load(path, weights_only=True) == {"epoch": 1}
 
 
 def test_the_command_line_resumes_in_the_same_folder_and_the_same_wandb_run(tmp_path):
@@ -174,12 +239,15 @@ def test_a_sweep_gives_a_folder_and_a_wandb_run_a_job(tmp_path):
         (["task=clasification"], "Did you mean: classification"),
         (["data=pydocs"], "Did you mean: pydoc"),
         (["trainer.max_epoch=3"], "Did you mean: trainer.max_epochs"),
-        (["data.fold=10"], "data.fold=10 is not one of 0 to 9"),
-        (["data=cr", "data.root=/nonexistent"], "/nonexistent"),
+        (["modle=sru"], "Did you mean: model"),
+        (["data.fold=10"], "data.fold=10 must be a whole number, 0 to 9"),
+        (["trainer.devices=2"], "trainer.devices=2 must be a whole number, 1, for now"),
+        (["run_dir="], "run_dir= must name a folder"),
+        (["data=cr", "data.root=/dev/null/x"], "/dev/null/x"),
         (["model=lstm", "ablation=[no_vc]"], "sru.LSTM has no option 'has_vc_term'"),
         (["run_dir=/proc/nowhere"], "run_dir=/proc/nowhere cannot be written"),
         (["resume=/nonexistent"], "resume=/nonexistent is no run folder"),
-        (["depth=deep"], "depth=deep is no number"),
+        (["depth=deep"], "depth=deep must be a whole number, 1 to 1000"),
         (["hydra.run.dir=/dev/null/x"], "hydra.run.dir=FOLDER"),
         (["ablation=[no_vx]"], "Did you mean: no_vc"),
         (["model.dropout=1.5"], "dropout must lie in [0, 1), not 1.5"),

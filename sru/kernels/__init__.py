@@ -89,9 +89,10 @@ def numba_is_installed() -> bool:
 def has_kernel(u: Tensor) -> bool:
     """Whether a compiled kernel takes u; where one is missing on u's device, a warning says what to do, once."""
     if u.device.type == "cpu":
-        if not numba_is_installed():
-            warn_once("The SRU's CPU kernels need numba, so the slow reference runs. Type: pip install numba")
-        return not why_not_cpu(u)
+        reason = why_not_cpu(u)
+        if reason:
+            warn_once(f"The SRU's CPU kernels cannot run, so the slow reference does: {reason}")
+        return not reason
     warn_once(f"There is no fused SRU kernel for {u.device.type} yet, so the slow reference runs.")
     return False
 
@@ -114,6 +115,9 @@ def check(
     bidirectional: bool,
 ) -> None:
     """Refuse what no backend takes."""
+    for name, value in {"u": u, "x": x, "v": v, "b": b, "c0": c0, "mask": mask, "pad": pad}.items():
+        if not isinstance(value, Tensor) and (value is not None or name in ("u", "v", "b", "c0")):
+            raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
     if u.dim() != 4 or u.shape[2] not in (3, 4):
         raise ValueError(f"u must be (T, B, K, D) with K 3 or 4, not {tuple(u.shape)}")
     if not u.is_floating_point():

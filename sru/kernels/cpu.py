@@ -29,8 +29,9 @@ def pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="sru")
 
 
-# A forked child has none of its parent's threads.
-os.register_at_fork(after_in_child=pool.cache_clear)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    # A forked child has none of its parent's threads.
+    os.register_at_fork(after_in_child=pool.cache_clear)
 
 
 def launch(kernel: Callable, inputs: "Inputs", scale: float, options: list[int], tensors: list[Tensor]) -> None:

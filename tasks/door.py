@@ -1,0 +1,219 @@
+"""What stands at a command's door: its options and its run folder are checked, and errors are told to a person."""
+
+import contextlib
+import difflib
+import inspect
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+ROOT = Path(__file__).parent.parent
+# Key: lowest and highest value, example. An example with a point takes any number, one without only whole ones.
+RANGES: dict[str, tuple[float, float, float]] = {
+    "seed": (0, 2**32 - 1, 1),
+    "depth": (1, 1000, 2),
+    "width": (1, 100_000, 128),
+    "dropout": (0, 0.999, 0.5),
+    "epochs": (1, 10**6, 100),
+    "data.batch_size": (1, 10**6, 32),
+    "data.fold": (0, 9, 0),
+    "data.min_count": (1, 10**6, 2),
+    "trainer.max_epochs": (1, 10**6, 100),
+    "trainer.devices": (1, 1, 1),
+}
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a number out of range, and an option that the class named by data, model or task does not take."""
+    for key, (low, high, example) in RANGES.items():
+        value = OmegaConf.select(cfg, key, default=example)
+        kinds = (int, float) if isinstance(example, float) else (int,)
+        if type(value) not in kinds or not low <= value <= high:
+            kind = "a number" if isinstance(example, float) else "a whole number"
+            span = f"{low} to {high}" if low < high else f"{low}, for now"
+            raise ValueError(f"{key}={value} must be {kind}, {span}; type for example {key}={example}")
+    for stage in ("train", "val", "test"):
+        limit = cfg.trainer[f"limit_{stage}_batches"]
+        if stage == "train" and limit is not None and (not isinstance(limit, int | float) or limit <= 0):
+            raise ValueError(f"trainer.limit_train_batches={limit} must be above 0, or null for all")
+    if not isinstance(cfg.run_dir, str) or not cfg.run_dir:
+        raise ValueError(f"run_dir={cfg.run_dir} must name a folder; leave it out for one below runs/")
+    for part in ("data", "model", "task"):
+        target = get_class(cfg[part]._target_)
+        ours = [
+            c
+            for c in target.__mro__
+            if "__init__" in vars(c) and c.__module__.split(".")[0] in ("sru", "data", "tasks")
+        ]
+        known = sorted({name for c in ours for name in inspect.signature(c).parameters if name != "options"})
+        for name in cfg[part]:
+            if name not in known and name not in ("_target_", "_partial_"):
+                raise ValueError(
+                    f"{part} {cfg[part]._target_} has no option {name!r} (from an ablation or an experiment?). "
+                    f"It has: {', '.join(known)}."
+                )
+
+
+@contextlib.contextmanager
+def opened_folder(cfg: DictConfig) -> Iterator[Path]:
+    """The run's folder, made, writable, and this process's alone; what a run has recorded in it is not overwritten."""
+    folder = Path(cfg.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(
+            f"Another process is training in run_dir={folder}; wait for it, or name another run_dir."
+        ) from None
+    except OSError as error:
+        raise PermissionError(
+            f"run_dir={folder} cannot be written ({error.strerror}); name another with run_dir=FOLDER."
+        ) from error
+    try:
+        if cfg.resume:
+            check_resume(cfg, folder)
+        elif (folder / "checkpoints/last.ckpt").exists() or (folder / "metrics.json").exists():
+            raise FileExistsError(
+                f"run_dir={folder} holds a run already. Go on with resume={folder}, or name another run_dir."
+            )
+        yield folder
+    finally:
+        lock.release()
+        (folder / ".lock").unlink(missing_ok=True)
+
+
+def check_resume(cfg: DictConfig, folder: Path) -> None:
+    """Refuse to go on with a damaged run or another experiment; print what else has changed."""
+    last = folder / "checkpoints/last.ckpt"
+    if not last.exists():
+        raise FileNotFoundError(
+            f"resume={folder}: it has no checkpoints/last.ckpt, so it stopped before its first epoch ended. "
+            f"Start it anew: the same command without resume, with run_dir={folder}."
+        )
+    try:
+        keys = torch.load(last, map_location="cpu", weights_only=True, mmap=True).keys()
+        before = OmegaConf.load(folder / "config.yaml")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"resume={folder}: damaged ({error}); use a copy of the folder, or start a new run."
+        ) from error
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        raise ValueError(
+            f"{last} is damaged, or no checkpoint of this project ({type(error).__name__}); nothing of it was run. "
+            "Use a copy of the folder, or start a new run."
+        ) from error
+    if not {"random_state", "state_dict", "pytorch-lightning_version"} <= keys:
+        raise ValueError(f"{last} is no checkpoint of this project; use a copy of the folder, or start a new run.")
+    # What a run may be given anew; the optimiser's settings are not among it, for the checkpoint holds them.
+    free = ("epochs", "trainer.", "callbacks.", "loggers.", "data.root", "data.cache", "run_dir")
+    for key, old, new in changes(before, cfg):
+        # What only names the folder is no change, and a list repeats what has keys of its own.
+        if str(old).replace(str(before.run_dir), cfg.run_dir) == str(new) or isinstance(new, list) or key == "resume":
+            continue
+        if not key.startswith(free):
+            raise ValueError(
+                f"resume={folder} goes on with the same experiment, but {key} was {old} and is {new}. Leave that "
+                "out, or start a new run. More epochs: trainer.max_epochs=N."
+            )
+        print(f"resumed with {key}: {old} -> {new}")
+
+
+def resumed(arguments: list[str]) -> list[str]:
+    """Put the overrides of the run in `resume=FOLDER` before those given now, and go on in its folder."""
+    folders = [word.removeprefix("resume=") for word in arguments if word.startswith("resume=")]
+    if not folders:
+        return arguments
+    folder = Path(folders[0].strip("'\"")).resolve()
+    if len(folders) > 1 or {"-m", "--multirun"} & set(arguments):
+        raise ValueError("resume goes on with one run: give it once, and without -m.")
+    if not (folder / "run.json").exists():
+        raise FileNotFoundError(f"resume={folder} is no run folder (it has no run.json); runs lie below runs/.")
+    if any(word.startswith(("run_dir=", "hydra.run.dir=")) for word in arguments):
+        raise ValueError(f"resume={folder} goes on in that folder: leave run_dir out.")
+    try:
+        overrides = [str(word) for word in json.loads((folder / "run.json").read_text(encoding="utf-8"))["overrides"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'run.json'} is damaged; use a copy of the folder, or start a new run.") from error
+    quoted = "'" + str(folder).replace("'", "\\'") + "'"
+    own = ("resume=", "run_dir=", "hydra.run.dir=")
+    kept = [word for word in [*overrides, *arguments] if not word.startswith(own)]
+    return [*kept, f"resume={quoted}", f"run_dir={quoted}", f"hydra.run.dir={quoted}"]
+
+
+def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dict as {dotted key: value}."""
+    if not isinstance(node, dict):
+        return {prefix[:-1]: node}
+    return {key: value for name in node for key, value in leaves(node[name], f"{prefix}{name}.").items()}
+
+
+def changes(before: Any, after: Any) -> list[tuple[str, Any, Any]]:
+    """The keys whose values differ, as (dotted key, old, new)."""
+    old, new = (leaves(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, after))
+    return [(key, old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+
+
+def explain(error: BaseException) -> str:
+    """One message for a person: what is wrong, what is there, what was perhaps meant."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OSError) and error.filename is not None:
+        # From the system or Hydra, which cannot say what to type.
+        return f"{error.filename}: {error.strerror}. Where runs are written: hydra.run.dir=FOLDER, or hydra.sweep.dir."
+    text = (
+        f"{error}" if isinstance(error, (ValueError, OSError, HydraException)) else f"{type(error).__name__}: {error}"
+    )
+    missing_file = re.search(r"Could not (?:find|load) '([\w/]+)/([^']+)'", text)
+    missing_key = re.search(r"Could not override '([^']+)'", text)
+    if not isinstance(error, (HydraException, OmegaConfBaseException)) or not (missing_file or missing_key):
+        return text
+    if missing_file:
+        group, wrong = missing_file[1], missing_file[2]
+        text = f"There is no {group}={wrong}."
+        known = sorted(path.stem for path in (ROOT / "conf" / group).glob("[!_]*.yaml"))
+    else:
+        assert missing_key is not None
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+            known = list(leaves(OmegaConf.to_container(hydra.compose("config"))))
+        known += [path.name for path in (ROOT / "conf").iterdir() if path.is_dir()]
+        wrong, text = missing_key[1], f"There is no key {missing_key[1]!r}."
+    close = difflib.get_close_matches(wrong.lower(), known, n=3, cutoff=0.5)
+    return text + (f" Did you mean: {', '.join(close)}?" if close else f" There are: {', '.join(known)}.")
+
+
+def guard(main: Callable[[], Any]) -> None:
+    """Run a command; an error becomes one message and exit status 1, unless HYDRA_FULL_ERROR asks for the traceback."""
+    show_traceback = "HYDRA_FULL_ERROR" in os.environ
+    # Hydra would print a traceback and exit; with this it hands the error on.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except Exception as error:
+        if show_traceback:
+            raise
+        clear_stub()
+        sys.exit(f"error: {explain(error)}\n(HYDRA_FULL_ERROR=1 shows where.)")
+
+
+def clear_stub() -> None:
+    """Remove the folder that Hydra made for a run which then was refused: nothing but Hydra's own notes is in it."""
+    if HydraConfig.initialized():
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        if folder.is_dir() and {path.name for path in folder.iterdir()} == {".hydra"}:
+            shutil.rmtree(folder)
