@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-SHAPES = [(1, 32, 128), (32, 32, 128), (40, 32, 128), (128, 32, 512), (256, 16, 1024)]
+SHAPES = [(1, 1, 512), (1, 32, 128), (32, 32, 128), (40, 32, 128), (128, 32, 512), (256, 16, 1024)]
 
 
 def medians(contenders: dict[str, Callable[[], object]], seconds: float = 2.0) -> dict[str, float]:
@@ -190,19 +191,29 @@ def imports(_: argparse.Namespace) -> None:
 
 SECTIONS = {"recurrence": recurrence, "epoch": epoch, "import": imports}
 
-if __name__ == "__main__":
+
+def main() -> None:
+    corpora = sorted(path.stem for path in (ROOT / "conf/data").glob("[!_]*.yaml"))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("section", nargs="?", default="all", choices=[*SECTIONS, "all"])
-    parser.add_argument("--data", default="pydoc", help="the corpus of `epoch`, a name in conf/data (default: pydoc)")
+    parser.add_argument("--data", default="pydoc", choices=corpora, help="the corpus of `epoch` (default: pydoc)")
     parser.add_argument("--root", help="where that corpus lies (data.root)")
     parser.add_argument("--turns", type=int, default=3, help="epochs that `epoch` measures for each model (default: 3)")
     options = parser.parse_args()
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    ) if Path("/proc/cpuinfo").exists() else platform.processor()  # fmt: skip
-    print(f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
-          f"torch {torch.__version__}.\n")  # fmt: skip
+    if options.turns < 1:
+        parser.error(f"--turns must be at least 1, not {options.turns}")
+    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")]
+    print(
+        f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; ", end=""
+    )
+    print(", ".join([f"Python {platform.python_version()}", *(f"{n} {version(n)}" for n in ("torch", "numba"))]) + "\n")
     for name, section in SECTIONS.items():
         if options.section in (name, "all"):
             section(options)
+
+
+if __name__ == "__main__":
+    from tasks.door import guard
+
+    guard(main)

@@ -122,7 +122,9 @@ def read_run(folder: Path) -> Run:
             published = published.get(choices["data"])
         published = None if published is None else float(published)
         names: dict[str, Any] = {key: str(choices[key]) for key in ("task", "data", "model")}
-        names |= {"depth": int(config["depth"]), "ablation": " ".join(choices["ablation"])}
+        # 0: a model like the CNN, which has no depth to choose.
+        layers = int(config["depth"]) if "num_layers" in config["model"] else 0
+        names |= {"depth": layers, "ablation": " ".join(choices["ablation"])}
         names["vectors"] = str(data["vectors"] or "random") if "vectors" in data else ""
         options = flatten(config)
         chance = json.dumps([config["seed"], data.get("seed"), data.get("fold")], default=str)
@@ -186,7 +188,7 @@ def row(group: Group) -> dict[str, str]:
     with np.errstate(invalid="ignore"):  # a run that diverged may have left an infinite loss
         mean, std = values.mean(), values.std(ddof=1) if len(values) > 1 else None
     places = 2 if abs(mean) >= 10 else 3
-    cells = {key: str(run.names[key]) for key in IDENTITY}
+    cells = {key: str(run.names[key] or "") for key in IDENTITY}
     cells["metric"] += "" if run.tested else " †"
     cells["mean"] = f"{mean:.{places}f}"
     cells["std"] = "" if std is None else f"{std:.{places}f}"
@@ -261,7 +263,8 @@ def draw(groups: list[Group], path: Path) -> list[str]:
                 messages.append(f"no curve: {error}")
         epochs = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
         if epochs:
-            parts = [f"{first.names['depth']} layers", first.names["ablation"], first.names["vectors"], group.differs]
+            depth = f"{first.names['depth']} layers" if first.names["depth"] else ""
+            parts = [depth, first.names["ablation"], first.names["vectors"], group.differs]
             label = ", ".join(part for part in [first.names["model"], *parts, "" if first.tested else "†"] if part)
             mean = np.mean([[curve[epoch] for epoch in epochs] for curve in curves], axis=0)
             panels.setdefault((first.names["data"], first.names["task"], first.monitor), []).append((label, mean))
@@ -278,10 +281,11 @@ def draw(groups: list[Group], path: Path) -> list[str]:
             # A model looks alike in all panels; after ten colours come other dashes.
             number = labels.index(label)
             style = ("-", "--", ":", "-.")[number // 10 % 4]
-            axes.plot(*mean.T, style, color=f"C{number % 10}", marker=".", markersize=3, label=label)
+            axes.plot(*mean.T, style, color=f"C{number % 10}", marker=".", markersize=5, label=label)
         axes.set(title=data, xlabel="training time (s)", ylabel=monitor)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        # Below the axes: a long one would hide the curves.
+        axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=120)
     return messages

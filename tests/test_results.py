@@ -23,7 +23,7 @@ CONFIG: dict[str, Any] = {
     "paper": None,
     "choices": {"task": "classification", "data": "cr", "model": "sru", "ablation": [], "experiment": None},
     "data": {"root": "/a", "cache": "/b", "fold": 0, "seed": 1, "vectors": None, "batch_size": 32},
-    "model": {"hidden_size": 128, "has_vc_term": True},
+    "model": {"hidden_size": 128, "num_layers": 2, "has_vc_term": True},
     "task": {"optimizer": {"lr": 0.001}},
     "trainer": {"max_epochs": 100, "callbacks": [], "logger": [], "default_root_dir": ""},
     "callbacks": {"best": {"dirpath": ""}},
