@@ -141,10 +141,6 @@ class SentenceClassification(pl.LightningDataModule):
             "pad": self.index[text.PAD],
         }
 
-    def encode(self, sentences: Sequence[str]) -> Tensor:
-        """Running text, not yet split into words, as one batch (T, B), LEFT padded: for predictions."""
-        return self.collate([self.words_of(" ".join(text.tokenise(sentence))) for sentence in sentences])
-
     def collate(self, sentences: Sequence[list[str]]) -> Tensor:
         """Word indices (T, B), each sentence at the end of its column."""
         tokens = torch.full((max(map(len, sentences)), len(sentences)), self.index[text.PAD])

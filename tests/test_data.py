@@ -1,16 +1,8 @@
-"""Corpora for classification: downloads, reading, splits, batches, vocabulary, vectors, and what bad input is told."""
+"""Corpora for classification: reading, splits, batches, vocabulary, and what bad input is told."""
 
 import gzip
-import http.server
 import lzma
-import multiprocessing
-import re
 import shutil
-import socket
-import sys
-import threading
-import zipfile
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -20,7 +12,6 @@ import yaml
 
 from data import text
 from data.classification import PythonManual, SentenceClassification, split_examples
-from data.fetch import fetch
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = Path(__file__).parent / "samples"
@@ -97,7 +88,6 @@ def test_the_seed_of_a_run_moves_no_example_to_another_split(tmp_path):
     one, other = corpus(tmp_path, seed=1), corpus(tmp_path, seed=2)
     assert one.dims["vocab_size"] == other.dims["vocab_size"]
     assert one.splits == other.splits
-    assert not torch.equal(one.encode(["the tea"]), torch.zeros(2, 1))
     first, second = next(iter(one.train_dataloader())), next(iter(other.train_dataloader()))
     assert first[0].shape != second[0].shape or not torch.equal(first[0], second[0])
 
@@ -159,10 +149,6 @@ def test_text_is_cleaned_and_lower_cased_unless_told_otherwise(tmp_path):
 
 def test_running_text_is_split_as_the_corpora_are(tmp_path):
     assert text.tokenise("We didn’t go: it's 5-fold.") == ["We", "did", "n't", "go", ":", "it", "'s", "5-fold", "."]
-    data = corpus(tmp_path, min_count=1)
-    data.setup()
-    words = [[data.words[i] for i in column] for column in data.encode(["It's warm!", "Zebra"]).T]
-    assert words == [["it", "'s", "warm", "!"], ["<pad>", "<pad>", "<pad>", "<unk>"]]
 
 
 def test_given_splits_are_read_from_their_files(tmp_path):
@@ -245,151 +231,6 @@ def test_a_trainer_saves_the_vocabulary_and_sees_the_batches(tmp_path):
     assert checkpoint["SentenceClassification"]["vocabulary"] == data.words
 
 
-# Vectors
-
-WORDS = ["<pad>", "<unk>", "tea", "the", "zebra"]
-
-
-def sample_vector(word):
-    line = next(line for line in (SAMPLES / "vectors.txt").read_text().splitlines() if line.startswith(word + " "))
-    return torch.nn.functional.normalize(torch.tensor([float(x) for x in line.split()[1:]]), dim=0)
-
-
-def vectors_in(tmp_path, name, content=None, *, member="vectors.txt"):
-    """The sample's vectors (or `content`) under a file name whose suffix says how to pack them."""
-    content = (SAMPLES / "vectors.txt").read_bytes() if content is None else content
-    path = tmp_path / name
-    if name.endswith(".zip"):
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr(member, content)
-    else:
-        path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)(content))
-    return path
-
-
-@pytest.mark.parametrize("name", ["v.txt", "v.txt.gz", "v.txt.xz", "v.zip"])
-@pytest.mark.parametrize("header", [b"", b"18 4\n"])
-def test_vectors_of_a_text_file_have_unit_length_and_their_words(tmp_path, name, header):
-    path = vectors_in(tmp_path, name, header + (SAMPLES / "vectors.txt").read_bytes())
-    vectors = text.load_vectors(WORDS, str(path), tmp_path, tmp_path / "cache")
-    assert vectors.shape == (5, 4)
-    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(5))
-    torch.testing.assert_close(vectors[2], sample_vector("tea"))
-    torch.testing.assert_close(vectors[3], sample_vector("the"))
-
-
-def test_words_without_a_vector_draw_one_by_a_fixed_seed(tmp_path):
-    path = str(SAMPLES / "vectors.txt")
-    one = text.load_vectors(WORDS, path, tmp_path, tmp_path / "one")
-    torch.manual_seed(99)
-    other = text.load_vectors(WORDS, path, tmp_path, tmp_path / "other")
-    assert torch.equal(one, other)
-    assert (one[0] != 0).all()  # padding has a vector like any other
-    assert not torch.equal(one[1], one[4])
-
-
-def test_words_are_looked_up_as_they_are_written(tmp_path):
-    vectors = text.load_vectors(["<pad>", "<unk>", "Tea", "tea"], str(SAMPLES / "vectors.txt"), tmp_path, tmp_path)
-    assert not torch.allclose(vectors[2], vectors[3])
-
-
-def test_the_first_of_two_vectors_of_a_word_counts(tmp_path):
-    path = vectors_in(tmp_path, "v.txt", b"tea 1 0 0\nthe 0 1 0\ntea 0 0 1\n")
-    assert text.load_vectors(WORDS, str(path), tmp_path, tmp_path)[2].tolist() == [1, 0, 0]
-
-
-def test_the_large_file_is_read_once_for_a_vocabulary(tmp_path, monkeypatch):
-    path = vectors_in(tmp_path, "v.txt")
-    one = text.load_vectors(WORDS, str(path), tmp_path, tmp_path / "cache")
-    with monkeypatch.context() as patch:
-        patch.setattr(text, "text_lines", lambda *_: pytest.fail("the file was read again"))
-        assert torch.equal(text.load_vectors(WORDS, str(path), tmp_path, tmp_path / "cache"), one)
-    path.write_bytes(b"tea 1 0 0\nthe 0 1 0\n")  # another file under the same name is read
-    assert text.load_vectors(WORDS, str(path), tmp_path, tmp_path / "cache").shape == (5, 3)
-    assert text.load_vectors([*WORDS, "bread"], str(path), tmp_path, tmp_path / "cache").shape == (6, 3)
-
-
-def test_a_failed_reading_leaves_nothing_in_the_cache(tmp_path):
-    path = vectors_in(tmp_path, "v.txt", b"tea 1 0 0\nthe 0 1\n")
-    with pytest.raises(ValueError, match=r"v.txt:2"):
-        text.load_vectors(WORDS, str(path), tmp_path, tmp_path / "cache")
-    assert not [p for p in (tmp_path / "cache" / "vectors").iterdir() if p.is_dir()]
-
-
-def test_certificates_are_still_verified_after_torchtext(tmp_path):
-    import ssl
-
-    text.load_vectors(WORDS, str(SAMPLES / "vectors.txt"), tmp_path, tmp_path)
-    assert ssl._create_default_https_context is ssl.create_default_context
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty"),
-        (b"3 4\n", "is empty"),
-        (b"tea 1 2 3\nthe 1 2\n", r"v.txt:2: expected a word and 3 numbers, found b'the 1 2'"),
-        (b"tea 1 2 3\nthe 1 2 3 4\n", r"v.txt:2: expected a word and 3 numbers, found b'the 1 2 3 4'"),
-        (b"2 4\ntea 1 2 3\n", r"v.txt:2: expected a word and 4 numbers"),
-        (b"tea 1 2 3\nthe 1 x 3\n", r"v.txt:2: expected a word and 3 finite numbers"),
-        (b"tea 1 2 3\nthe 1 nan 3\n", r"v.txt:2: expected a word and 3 finite numbers"),
-        (b"no spaces here\ntea\n", r"v.txt:1|v.txt:2"),
-        (b"chat 1 2 3\nchien 1 2 3\n", "has no vector for any of the 3 words"),
-    ],
-)
-def test_bad_vectors_are_refused_by_file_and_line(tmp_path, content, message):
-    path = vectors_in(tmp_path, "v.txt", content)
-    with pytest.raises(ValueError, match=message):
-        text.load_vectors(WORDS, str(path), tmp_path, tmp_path / "cache")
-
-
-def test_a_damaged_archive_of_vectors_is_named(tmp_path):
-    packed = gzip.compress((SAMPLES / "vectors.txt").read_bytes())
-    (tmp_path / "v.txt.gz").write_bytes(packed[: len(packed) // 2])
-    (tmp_path / "v.zip").write_bytes(b"PK not really")
-    for name in ("v.txt.gz", "v.zip"):
-        with pytest.raises(ValueError, match=rf"{name} is damaged"):
-            text.load_vectors(WORDS, str(tmp_path / name), tmp_path, tmp_path / "cache")
-
-
-def test_vectors_that_are_not_there_are_explained(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"data.vectors=glove is neither a file nor one of glove.6B.50d, .*word2vec"
-    ):
-        text.load_vectors(WORDS, "glove", tmp_path, tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"GoogleNews.*code.google.com.*data.vectors=glove.840B.300d"):
-        text.load_vectors(WORDS, "word2vec", tmp_path, tmp_path)
-
-
-def test_a_glove_archive_is_found_by_name_and_checked(tmp_path, monkeypatch):
-    path = vectors_in(tmp_path, "glove.6B.zip", member="glove.6B.50d.txt")
-    with pytest.raises(ValueError, match=r"glove.6B.zip is not the right file: .* expected 617afb2f"):
-        text.load_vectors(WORDS, "glove.6B.50d", tmp_path, tmp_path / "cache")
-    checksum = sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(text.GLOVE, "glove.6B.50d", ("glove.6B.zip", "http://127.0.0.1:1/none", checksum))
-    vectors = text.load_vectors(WORDS, "glove.6B.50d", tmp_path, tmp_path / "cache")
-    torch.testing.assert_close(vectors[2], sample_vector("tea"))
-
-
-@pytest.mark.parametrize("name", ["v.bin", "v.bin.gz"])
-def test_the_binary_format_gives_the_vectors_of_the_text(tmp_path, name):
-    models = pytest.importorskip("gensim.models", reason="needs the word2vec extra")
-    written = models.KeyedVectors(4)
-    numbers = torch.tensor([[1 / 3, 2 / 7, 0.3, -0.4], [1.0, 0.0, 2 / 3, 1e-7], [1.0, 1.0, 1.0, 1.0]])
-    written.add_vectors(["tea", "the", "unused"], numbers.numpy())
-    written.save_word2vec_format(str(tmp_path / name), binary=True)
-    vectors = text.load_vectors(WORDS, str(tmp_path / name), tmp_path, tmp_path / "cache")
-    assert torch.equal(vectors[2:4], torch.nn.functional.normalize(numbers[:2], dim=1))
-
-
-def test_the_binary_format_without_gensim_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gensim", None)
-    monkeypatch.setitem(sys.modules, "gensim.models", None)
-    (tmp_path / "v.bin").write_bytes(b"1 2\ntea 00000000")
-    with pytest.raises(ImportError, match=re.escape("pip install '.[word2vec]'")):
-        text.load_vectors(WORDS, str(tmp_path / "v.bin"), tmp_path, tmp_path / "cache")
-
-
 # Bad corpora
 
 
@@ -423,161 +264,6 @@ def test_a_missing_file_without_an_address_is_named(tmp_path):
 
 def test_a_label_without_words_is_one_unknown_word(tmp_path):
     assert corpus(tmp_path).words_of("") == ["<unk>"]
-
-
-# Downloads
-
-
-class Server:
-    """An HTTP server on this machine whose manners a test can spoil; `asked` lists the Range headers it saw."""
-
-    def __init__(self):
-        self.content = REVIEWS * 200
-        self.ranges, self.break_at, self.asked = True, None, []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.asked.append(self.headers.get("Range"))
-                if self.path != "/file":
-                    return self.send_error(404)
-                start = int(outer.asked[-1][6:-1]) if outer.asked[-1] and outer.ranges else 0
-                if start >= len(outer.content):
-                    return self.send_error(416)
-                self.send_response(206 if start else 200)
-                self.send_header("Content-Length", str(len(outer.content) - start))
-                self.end_headers()
-                self.wfile.write(outer.content[start : outer.break_at])
-
-            def log_message(self, *_):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/file"
-        self.sha256 = sha256(self.content).hexdigest()
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-
-@pytest.fixture
-def server():
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
-
-
-def visible(folder):
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def test_a_download_is_checked_and_done_once(tmp_path, server):
-    path = tmp_path / "new" / "file.txt"
-    assert fetch(path, server.url, server.sha256) == path
-    assert path.read_bytes() == server.content
-    fetch(path, server.url, server.sha256)
-    assert server.asked == [None]
-    assert visible(path.parent) == ["file.txt"]
-
-
-def test_a_broken_transfer_goes_on_where_it_stopped(tmp_path, server):
-    server.break_at = 100_000
-    with pytest.raises(ConnectionError, match=r"broke off\. Run the same command again"):
-        fetch(tmp_path / "file.txt", server.url, server.sha256)
-    assert visible(tmp_path) == ["file.txt.part"]
-    assert server.asked == [None, "bytes=65536-"]  # it tried once more, and that brought no whole block
-    server.break_at = None
-    fetch(tmp_path / "file.txt", server.url, server.sha256)
-    assert server.asked[2:] == ["bytes=65536-"]
-    assert (tmp_path / "file.txt").read_bytes() == server.content
-
-
-def test_a_server_without_ranges_starts_again(tmp_path, server):
-    server.ranges = False
-    (tmp_path / "file.txt.part").write_bytes(server.content[:5000])
-    fetch(tmp_path / "file.txt", server.url, server.sha256)
-    assert (tmp_path / "file.txt").read_bytes() == server.content
-
-
-def test_a_server_without_ranges_that_breaks_off_is_given_up(tmp_path, server):
-    server.ranges, server.break_at = False, 100_000
-    with pytest.raises(ConnectionError, match="broke off"):
-        fetch(tmp_path / "file.txt", server.url, server.sha256)
-    assert len(server.asked) == 2
-
-
-def test_a_part_longer_than_the_file_is_dropped(tmp_path, server):
-    (tmp_path / "file.txt.part").write_bytes(server.content + b"more")
-    fetch(tmp_path / "file.txt", server.url, server.sha256)
-    assert (tmp_path / "file.txt").read_bytes() == server.content
-
-
-def test_a_download_with_a_wrong_checksum_is_deleted(tmp_path, server):
-    with pytest.raises(ValueError, match=rf"(?s)expected {'0' * 64}.*got {server.sha256}.*came from {server.url}"):
-        fetch(tmp_path / "file.txt", server.url, "0" * 64)
-    assert visible(tmp_path) == []
-
-
-def test_a_damaged_file_is_named_and_left(tmp_path, server):
-    path = tmp_path / "file.txt"
-    path.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=rf"file.txt is not the right file: .* expected {server.sha256}.*`rm {path}`"):
-        fetch(path, server.url, server.sha256)
-    assert path.read_bytes() == b"damaged"
-    assert server.asked == []
-
-
-def test_the_checksum_of_a_packed_file_is_that_of_its_content(tmp_path):
-    (tmp_path / "file.txt.gz").write_bytes(gzip.compress(REVIEWS))
-    assert fetch(tmp_path / "file.txt", None, sha256(REVIEWS).hexdigest()) == tmp_path / "file.txt.gz"
-    (tmp_path / "file.txt.gz").write_bytes(gzip.compress(REVIEWS)[:200])
-    with pytest.raises(ValueError, match=r"file.txt.gz is damaged"):
-        fetch(tmp_path / "file.txt", None, sha256(REVIEWS).hexdigest())
-
-
-def test_an_unknown_checksum_is_recorded_and_then_holds(tmp_path, server):
-    path = tmp_path / "file.txt"
-    fetch(path, server.url)
-    assert (tmp_path / "file.txt.sha256").read_text().strip() == server.sha256
-    fetch(path, server.url)
-    path.write_bytes(b"changed")
-    with pytest.raises(ValueError, match=rf"expected {server.sha256}"):
-        fetch(path, server.url)
-
-
-def test_a_page_that_is_not_there_is_reported_with_its_address(tmp_path, server):
-    url = server.url + "s"
-    with pytest.raises(
-        ConnectionError, match=rf"cannot download {url} to .*file.txt: the server answers 404 Not Found"
-    ):
-        fetch(tmp_path / "file.txt", url, server.sha256)
-
-
-def test_no_network_names_address_place_and_the_corpus_that_needs_none(tmp_path):
-    with socket.socket() as closed:  # bound and never listening: it refuses
-        closed.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}/file"
-        with pytest.raises(ConnectionError, match=rf"{url} to {tmp_path}/file.txt: Connection refused.*data=pydoc"):
-            fetch(tmp_path / "file.txt", url, "0" * 64)
-
-
-def test_a_root_that_cannot_be_written_says_what_to_type(tmp_path, server):
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(PermissionError, match=r"cannot write to .*data.root=DIR.*SRU_DATA"):
-        fetch(tmp_path / "file" / "sentcls" / "cr.all", server.url, server.sha256)
-
-
-def test_two_processes_download_a_file_once(tmp_path, server):
-    context = multiprocessing.get_context("fork")
-    children = [
-        context.Process(target=fetch, args=(tmp_path / "file.txt", server.url, server.sha256)) for _ in range(3)
-    ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(30)
-    assert [child.exitcode for child in children] == [0, 0, 0]
-    assert server.asked == [None]
-    assert (tmp_path / "file.txt").read_bytes() == server.content
 
 
 # The embedded corpus, and the real ones
