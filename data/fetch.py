@@ -83,7 +83,12 @@ def fetch(path: Path, url: str | None = None, sha256: str | None = None) -> Path
 def recorded(path: Path) -> str | None:
     """The checksum that the first download left beside the file, if any."""
     record = path.with_name(path.name + ".sha256")
-    return record.read_text().strip() if record.is_file() else None
+    if not record.is_file():
+        return None
+    digest = record.read_bytes().decode("ascii", errors="replace").strip()
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"{record} holds no checksum: `rm {record} {path}` to download the file and note it again")
+    return digest
 
 
 def require_writable(folder: Path) -> None:

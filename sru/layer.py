@@ -80,7 +80,7 @@ class SRUCell(nn.Module):
         if has_vc_term:
             self.v = nn.Parameter(v)
         else:
-            self.register_buffer("v", v)
+            self.register_buffer("v", v, persistent=False)
         self.reset_parameters()
 
     @property

@@ -29,6 +29,11 @@ def test_packages_meet_in_the_configuration_only(path):
     assert imported(path) & OURS <= ALLOWED[package]
 
 
+def test_hydra_stays_at_the_door():
+    names = {path.name for path in FILES if path.parent.name in ("tasks", "data", "sru") and "hydra" in imported(path)}
+    assert names <= {"door.py", "record.py"}
+
+
 def test_the_library_needs_torch_numpy_and_numba_only():
     third_party = set().union(*(imported(path) for path in FILES if path.relative_to(ROOT).parts[0] == "sru"))
     assert third_party - sys.stdlib_module_names <= {"sru", "torch", "numpy", "numba"}

@@ -131,6 +131,14 @@ def test_an_unknown_checksum_is_recorded_and_then_holds(tmp_path, server):
         fetch(path, server.url)
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"0" * 63])
+def test_a_spoilt_record_of_a_checksum_is_refused(tmp_path, server, content):
+    fetch(tmp_path / "file.txt", server.url)
+    (tmp_path / "file.txt.sha256").write_bytes(content)
+    with pytest.raises(ValueError, match=r"file\.txt\.sha256 holds no checksum"):
+        fetch(tmp_path / "file.txt", server.url)
+
+
 def test_a_page_that_is_not_there_is_reported_with_its_address(tmp_path, server):
     url = server.url + "s"
     with pytest.raises(
@@ -158,7 +166,7 @@ def fetch_together(barrier, *args):
     fetch(*args)
 
 
-def test_two_processes_download_a_file_once(tmp_path, server):
+def test_three_processes_download_a_file_once(tmp_path, server):
     context = multiprocessing.get_context("spawn")  # a fork would copy the server's thread in any state
     arguments = (context.Barrier(3), tmp_path / "file.txt", server.url, server.sha256)
     children = [context.Process(target=fetch_together, args=arguments) for _ in range(3)]
