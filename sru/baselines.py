@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sru.kernels import recurrence
+from sru.kernels.linear import linear
 from sru.layer import sequence_mask
 
 
@@ -69,7 +70,7 @@ class QRNNLayer(nn.Module):
 
     def forward(self, x: Tensor, c0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """h (T, B, hidden_size) and the last state (B, hidden_size)."""
-        z, gates = self.linear(x).unflatten(2, (-1, self.hidden_size)).tensor_split([1], dim=2)
+        z, gates = linear(x, self.linear.weight).unflatten(2, (-1, self.hidden_size)).tensor_split([1], dim=2)
         u = torch.cat([torch.tanh(z + self.bias[0]), gates], dim=2)
         if c0 is None:
             c0 = x.new_zeros(x.shape[1], self.hidden_size)
@@ -149,6 +150,6 @@ class CNN(nn.Module):
     def respond(self, convolution: nn.Conv1d, x: Tensor, steps: int) -> Tensor:
         """A convolution over time as one matrix product and a sum of shifts, which needs no transposed copy of x."""
         width = convolution.kernel_size[0]
-        taps = x[self.history + 1 - width :] @ convolution.weight.permute(1, 2, 0).flatten(1)
-        taps = taps.unflatten(2, (width, convolution.out_channels))
-        return sum(taps[i : i + steps, :, i] for i in range(width)) + convolution.bias
+        taps = linear(x[self.history + 1 - width :], convolution.weight.permute(2, 0, 1).flatten(0, 1))
+        taps = taps.unflatten(2, (width, convolution.out_channels)).unbind(2)
+        return sum(tap[i : i + steps] for i, tap in enumerate(taps)) + convolution.bias

@@ -4,9 +4,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sru.kernels import recurrence
+from sru.kernels.linear import linear
 
 
 def sequence_mask(p: float, like: Tensor) -> Tensor | None:
@@ -115,7 +115,7 @@ class SRUCell(nn.Module):
         """
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x must be (T, B, {self.input_size}), not {tuple(x.shape)}")
-        u = F.linear(x, self.weight).unflatten(2, (self.weight.shape[0] // self.output_size, self.output_size))
+        u = linear(x, self.weight).unflatten(2, (self.weight.shape[0] // self.output_size, self.output_size))
         if c0 is None:
             c0 = x.new_zeros(x.shape[1], self.output_size)
         # A projected skip has alpha in its initial weights.

@@ -9,6 +9,21 @@ import torch
 from torch import Tensor, nn
 
 
+class Dropout(nn.Module):
+    """torch.nn.Dropout, which draws its masks on a CPU five times as slowly."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout must lie in [0, 1), not {p}")
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not self.training or self.p == 0:
+            return nn.functional.dropout(x, self.p, self.training)
+        return x * torch.rand_like(x).lt_(1 - self.p).div_(1 - self.p)
+
+
 class Task(pl.LightningModule, ABC):
     """A network with its loss and metrics; a subclass builds the network and defines `loss`.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.base import Task
+from tasks.base import Dropout, Task
 
 
 class Classification(Task):
@@ -45,7 +45,7 @@ class Classification(Task):
             # As published, the padding has a fixed vector too.
             self.embedding = nn.Embedding.from_pretrained(vectors, freeze=True)
         self.encoder = encoder(input_size=self.embedding.embedding_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.output = nn.Linear(self.encoder.output_size, num_classes)
 
     def forward(self, tokens: Tensor) -> Tensor:

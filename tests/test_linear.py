@@ -1,0 +1,80 @@
+"""The layer's matrix product: the same numbers as torch's, whichever library makes them."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sru.kernels.linear import MIN_ROWS, has_onednn, linear
+
+needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
+
+
+def inputs(shape: tuple[int, ...], out: int, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(out, shape[-1], generator=generator, dtype=dtype, requires_grad=True)
+    return x, weight, torch.randn(*shape[:-1], out, generator=generator, dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (1, 8), (7, 1, 3), (MIN_ROWS, 8), (5, 9, 1), (40, 3, 300), (70, 129)])
+@pytest.mark.parametrize("out", [1, 12, 384])
+def test_values_and_gradients_are_exact(shape, out):
+    x, weight, grad = inputs(shape, out)
+    y = linear(x, weight)
+    found = [y, *torch.autograd.grad(y, (x, weight), grad)]
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    y64 = F.linear(x64, weight64)
+    for got, expected in zip(found, [y64, *torch.autograd.grad(y64, (x64, weight64), grad.double())], strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def made_by_onednn(y: torch.Tensor) -> bool:
+    return "_LinearBackward" in (y.grad_fn.name(), *(function.name() for function, _ in y.grad_fn.next_functions))
+
+
+@needs_onednn
+def test_large_float32_products_take_onednn_and_no_others():
+    x, weight, _ = inputs((MIN_ROWS, 8), 12)
+    assert made_by_onednn(linear(x, weight))
+    assert not made_by_onednn(linear(x[1:], weight))
+    assert not made_by_onednn(linear(x.double(), weight.double()))
+
+
+def test_views_are_read_as_they_are():
+    x, weight, _ = inputs((50, 6, 16), 24)
+    for view in (x.transpose(0, 1), x[::2], x[:, 1:4], x.flip(0), x[:1].expand(50, 6, 16)):
+        torch.testing.assert_close(linear(view, weight), F.linear(view, weight), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(linear(x, weight[::2]), F.linear(x, weight[::2]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_has_a_gradient():
+    x, weight, _ = inputs((64, 5), 40)
+
+    def penalty(product, x, weight):
+        return torch.autograd.grad(product(x, weight).square().sum(), x, create_graph=True)[0].square().sum()
+
+    found = torch.autograd.grad(penalty(linear, x, weight), (x, weight))
+    expected = torch.autograd.grad(penalty(F.linear, x, weight), (x, weight))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_autocast_and_transforms_keep_torchs_meaning():
+    x, weight, _ = inputs((64, 8), 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    per_sample = torch.func.vmap(linear, (0, None))(torch.stack([x, x]), weight)
+    torch.testing.assert_close(per_sample[1], F.linear(x, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_inputs_cost_no_gradient():
+    x, weight, _ = inputs((64, 8), 16)
+    y = linear(x.detach(), weight)
+    y.sum().backward()
+    assert x.grad is None
+    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(16, 8), rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_call_gives_the_same_bits():
+    x, weight, grad = inputs((300, 64), 96)
+    runs = [torch.autograd.grad(linear(x, weight), (x, weight), grad) for _ in range(5)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
