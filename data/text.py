@@ -41,6 +41,7 @@ GLOVE = {f"glove.6B.{width}d": GLOVE_6B for width in (50, 100, 200, 300)} | {
     )
 }
 WORD2VEC = "GoogleNews-vectors-negative300.bin"
+MIN_WIDTH = 3  # torchtext takes a line of fewer numbers for a header
 UNSEEN_SEED, UNSEEN_BOUND = 1234, 0.25
 
 
@@ -170,8 +171,10 @@ def text_lines(lines: IO[bytes], where: str, wanted: set[bytes]) -> Iterator[byt
         width = width or spaces
         word, *values = line.rsplit(b" ", width)
         # A few words of GloVe hold spaces (". . ."); a word that ends in a number is a line with too many of them.
-        if width < 2 or spaces < width or (spaces > width and is_number(word.rpartition(b" ")[2])):
-            raise ValueError(f"{where}:{number}: expected a word and {max(width, 2)} numbers, found {line[:80]!r}")
+        if width < MIN_WIDTH or spaces < width or (spaces > width and is_number(word.rpartition(b" ")[2])):
+            raise ValueError(
+                f"{where}:{number}: expected a word and {max(width, MIN_WIDTH)} numbers, found {line[:80]!r}"
+            )
         if word in wanted and word not in seen:
             if not all(map(is_number, values)):
                 raise ValueError(f"{where}:{number}: expected a word and {width} finite numbers, found {line[:80]!r}")
@@ -195,11 +198,24 @@ def binary_lines(path: Path, wanted: set[bytes]) -> Iterator[bytes]:
         from gensim.models import KeyedVectors
     except ImportError as error:
         raise ImportError(f"{path} is in word2vec's binary format: type pip install '.[word2vec]'") from error
+
+    class WantedVectors(KeyedVectors):
+        """Keeps what is wanted as gensim reads along; pages of its matrix that are never written cost no memory."""
+
+        def add_vector(self, key, vector):
+            return super().add_vector(key, vector) if key.encode() in wanted else 0
+
+        def set_vecattr(self, *_):
+            """No made-up word counts, which gensim would keep for every word of the file."""
+
     try:
-        vectors = KeyedVectors.load_word2vec_format(str(path), binary=True)
-    except (ValueError, UnicodeDecodeError) as error:
+        # word2vec's own tool may cut a word within a character.
+        vectors = WantedVectors.load_word2vec_format(str(path), binary=True, unicode_errors="replace")
+        if vectors.vector_size < MIN_WIDTH:
+            raise ValueError(f"its vectors have {vectors.vector_size} numbers, expected at least {MIN_WIDTH}")
+    except ValueError as error:
         raise ValueError(f"{path} is not in word2vec's binary format: {error}") from error
     for word in sorted(wanted):
-        if word.decode() in vectors:
+        if word.decode() in vectors.key_to_index:
             numbers = " ".join(f"{value:.9g}" for value in vectors[word.decode()])
             yield word + b" " + numbers.encode() + b"\n"

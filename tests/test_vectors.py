@@ -149,6 +149,18 @@ def test_the_binary_format_gives_the_vectors_of_the_text(tmp_path, name):
     assert torch.equal(vectors[2:4], torch.nn.functional.normalize(numbers[:2], dim=1))
 
 
+def test_a_binary_file_cut_short_or_within_a_character(tmp_path):
+    pytest.importorskip("gensim", reason="needs the word2vec extra")
+    record = b" " + torch.tensor([3.0, 4.0, 0.0]).numpy().tobytes()
+    whole = b"3 3\nt\xc3" + record + b"tea" + record + b"the" + record
+    (tmp_path / "whole.bin").write_bytes(whole)
+    vectors = text.load_vectors(WORDS, str(tmp_path / "whole.bin"), tmp_path, tmp_path / "cache")
+    torch.testing.assert_close(vectors[2], torch.tensor([0.6, 0.8, 0.0]))
+    (tmp_path / "cut.bin").write_bytes(whole[:-3])
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "cut.bin"))):
+        text.load_vectors(WORDS, str(tmp_path / "cut.bin"), tmp_path, tmp_path / "cache")
+
+
 def test_the_binary_format_without_gensim_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gensim", None)
     monkeypatch.setitem(sys.modules, "gensim.models", None)
