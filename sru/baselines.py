@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sru.cell import sequence_mask
 from sru.kernels import recurrence
 from sru.kernels.linear import linear
-from sru.layer import sequence_mask
 
 
 class _Recurrent(nn.Module):

@@ -1,149 +1,29 @@
-"""The SRU layer and its stack (Lei et al., EMNLP 2018; sections 2 and 3 of the paper)."""
+"""The stack of SRU layers, in the shapes of torch.nn.LSTM."""
 
-import math
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from sru.kernels import recurrence
+from sru import convert
+from sru.cell import SRUCell, check_state, state_dtype
 from sru.kernels.linear import linear
 
-
-def sequence_mask(p: float, like: Tensor) -> Tensor | None:
-    """A dropout mask (B, D) that every step of a sequence shares, scaled by 1 / (1 - p); None when p is 0."""
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout must lie in [0, 1), not {p}")
-    return None if p == 0 else torch.empty_like(like).bernoulli_(1 - p).div_(1 - p)
-
-
-class SRUCell(nn.Module):
-    """One SRU layer over a whole sequence.
-
-    With x (T, B, input_size) and D = hidden_size, or twice that when bidirectional:
-
-        f_t = sigmoid(W_f x_t + v_f * c_{t-1} + b_f)
-        r_t = sigmoid(W_r x_t + v_r * c_{t-1} + b_r)
-        c_t = f_t * c_{t-1} + (1 - f_t) * (W x_t)
-        h_t = r_t * c_t + (1 - r_t) * x_t * alpha
-
-    Where input_size differs from D, a fourth matrix projects x_t for the last line, as the released code does.
-
-    Args:
-        input_size: features of x.
-        hidden_size: features of one direction.
-        dropout: probability of dropping r_t * (c_t - x_t * alpha), what the layer adds to its highway; one mask (B, D)
-            for all steps of a sequence.
-        bidirectional: a second set of columns runs from the last step to the first.
-        highway_bias: the reset gate's bias b_r at the start; negative values let more of x through (-3 for deep
-            language models).
-        forget_bias: the forget gate's bias b_f at the start. The published 0 halves c at every step; 2 remembers for
-            about eight, which trains better where embeddings start at random (README, results).
-        has_skip_term: False removes the highway: h_t = r_t * c_t.
-        rescale: the scaling correction alpha = sqrt(1 + 2 exp(highway_bias)); False sets alpha to 1 (section 3.2).
-        has_vc_term: False removes v * c_{t-1} from both gates, which is the cell of 2017.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        *,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        highway_bias: float = 0.0,
-        forget_bias: float = 0.0,
-        has_skip_term: bool = True,
-        rescale: bool = True,
-        has_vc_term: bool = True,
-    ) -> None:
-        super().__init__()
-        if input_size < 1 or hidden_size < 1:
-            raise ValueError(f"input_size and hidden_size must be at least 1, not {input_size} and {hidden_size}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.output_size = hidden_size * (2 if bidirectional else 1)
-        self.dropout = dropout
-        self.bidirectional = bidirectional
-        self.highway_bias = highway_bias
-        self.forget_bias = forget_bias
-        self.has_skip_term = has_skip_term
-        self.rescale = rescale
-        self.has_vc_term = has_vc_term
-        self.has_projected_skip = has_skip_term and input_size != self.output_size
-        matrices = 4 if self.has_projected_skip else 3
-        # Rows: candidate, forget, reset [, skip], so that one product gives u (T, B, K, D).
-        self.weight = nn.Parameter(torch.empty(matrices * self.output_size, input_size))
-        self.bias = nn.Parameter(torch.empty(2, self.output_size))
-        v = torch.empty(2, self.output_size)
-        if has_vc_term:
-            self.v = nn.Parameter(v)
-        else:
-            self.register_buffer("v", v, persistent=False)
-        self.reset_parameters()
-
-    @property
-    def alpha(self) -> float:
-        """The scaling correction: what x is multiplied with to keep its variance through the highway."""
-        return math.sqrt(1 + 2 * math.exp(self.highway_bias)) if self.rescale else 1.0
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the published initialisation: weights of variance 1 / input_size (section 3.2)."""
-        bound = math.sqrt(3 / self.input_size)
-        self.weight.uniform_(-bound, bound)
-        candidate, gates, skip = self.weight.tensor_split([self.output_size, 3 * self.output_size])
-        # Dropout makes what reaches the output 1 / (1 - p) as large.
-        candidate.mul_(math.sqrt(1 - self.dropout))
-        if self.has_projected_skip:
-            skip.mul_(self.alpha)
-        self.bias[0].fill_(self.forget_bias)
-        self.bias[1].fill_(self.highway_bias)
-        if self.has_vc_term:
-            # W x and v * c share a gate's variance.
-            gates.mul_(math.sqrt(0.5))
-            self.v.uniform_(-math.sqrt(1.5), math.sqrt(1.5))
-        else:
-            self.v.zero_()
-
-    def forward(self, x: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run the layer: h (T, B, D) and the last state (B, D).
-
-        x (T, B, input_size); c0 (B, D), zeros when None; mask_pad (T, B), True where a step is padding: there the state
-        is carried on and h is 0.
-        """
-        if x.dim() != 3 or x.shape[2] != self.input_size:
-            raise ValueError(f"x must be (T, B, {self.input_size}), not {tuple(x.shape)}")
-        u = linear(x, self.weight).unflatten(2, (self.weight.shape[0] // self.output_size, self.output_size))
-        if c0 is None:
-            c0 = x.new_zeros(x.shape[1], self.output_size)
-        # A projected skip has alpha in its initial weights.
-        scale = 0.0 if not self.has_skip_term else 1.0 if self.has_projected_skip else self.alpha
-        return recurrence(
-            u,
-            x if self.has_skip_term and not self.has_projected_skip else None,
-            self.v,
-            self.bias,
-            c0,
-            mask=sequence_mask(self.dropout, c0) if self.training else None,
-            pad=mask_pad,
-            scale=scale,
-            bidirectional=self.bidirectional,
-        )
-
-    def extra_repr(self) -> str:
-        text = f"{self.input_size}, {self.hidden_size}"
-        defaults = {
-            "dropout": 0.0,
-            "bidirectional": False,
-            "highway_bias": 0.0,
-            "forget_bias": 0.0,
-            "has_skip_term": True,
-            "rescale": True,
-            "has_vc_term": True,
-        }
-        return text + "".join(f", {k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v)
+# What the papers use in each setting: SRU(n, d, num_layers, **presets["deep"]).
+presets: dict[str, dict[str, Any]] = {
+    # SRU (2018), section 4.1.
+    "classification": {"dropout": 0.5},
+    # SRU (2018), section 4.4: the highway open at the start, and a projection for the width.
+    "language_modelling": {"dropout": 0.2, "highway_bias": -3.0, "projection_size": 512},
+    # Ten layers and more: normalised, with the highway open at the start.
+    "deep": {"dropout": 0.1, "highway_bias": -2.0, "layer_norm": True},
+    # SRU (2017), section 4.5, with the bias and the dropout that pytorch-kaldi's recipes took.
+    "speech": {"dropout": 0.1, "rnn_dropout": 0.1, "highway_bias": -1.0, "projection_size": 256},
+}
 
 
 class SRU(nn.Module):
@@ -151,14 +31,21 @@ class SRU(nn.Module):
 
     `h, c = sru(x, c0)` with x (T, B, input_size), h (T, B, output_size) and c, c0 (num_layers, B, output_size), where
     output_size is hidden_size, or twice that when bidirectional (forward half first). Feeding c back as c0 continues
-    the sequence.
+    the sequence. A sequence may also be (T, input_size), without a batch, or a PackedSequence.
 
     Args:
         input_size: features of x.
         hidden_size: features of one direction of a layer.
         num_layers: layers of the stack.
         dropout: as in SRUCell, on every layer but the last.
-        bidirectional, highway_bias, forget_bias, has_skip_term, rescale, has_vc_term: as in SRUCell.
+        batch_first: x and h are (B, T, ...) and mask_pad is (B, T); the state is not affected.
+        nn_rnn_compatible_return: the state, given and returned, is (num_layers * directions, B, hidden_size), as in
+            torch.nn.LSTM.
+        proj_input_to_hidden_first: a matrix makes x as wide as the layers before the first of them.
+        projection_size: as in SRUCell, one for all layers or a sequence of one for each.
+        transform_module: as in SRUCell: a sequence of one for each layer (None for a layer of matrices), or a module of
+            which every layer gets a copy.
+        options: those of SRUCell.
     """
 
     def __init__(
@@ -168,39 +55,184 @@ class SRU(nn.Module):
         num_layers: int = 2,
         *,
         dropout: float = 0.0,
-        bidirectional: bool = False,
-        highway_bias: float = 0.0,
-        forget_bias: float = 0.0,
-        has_skip_term: bool = True,
-        rescale: bool = True,
-        has_vc_term: bool = True,
+        batch_first: bool = False,
+        nn_rnn_compatible_return: bool = False,
+        proj_input_to_hidden_first: bool = False,
+        projection_size: int | Sequence[int] = 0,
+        transform_module: nn.Module | Sequence[nn.Module | None] | None = None,
+        custom_m: nn.Module | Sequence[nn.Module | None] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, not {num_layers}")
-        self.output_size = hidden_size * (2 if bidirectional else 1)
+        if "n_proj" in options:
+            raise TypeError("SRU has no n_proj: it is called projection_size (n_proj in SRUCell)")
+        self.num_directions = 2 if options.get("bidirectional") else 1
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.output_size = hidden_size * self.num_directions
+        self.batch_first = batch_first
+        self.nn_rnn_compatible_return = nn_rnn_compatible_return
+        self.input_to_hidden = (
+            nn.Linear(input_size, self.output_size, bias=False) if proj_input_to_hidden_first else None
+        )
+        modules = transform_module if transform_module is not None else custom_m
+        if modules is None or (isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList)):
+            modules = [modules] + [copy.deepcopy(modules) for _ in range(num_layers - 1)]
+        sizes = [projection_size] * num_layers if isinstance(projection_size, int) else projection_size
+        for name, values in {"transform_module": modules, "projection_size": sizes}.items():
+            if len(values) != num_layers:
+                raise ValueError(f"{name} must have one entry for each of {num_layers} layers, not {len(values)}")
         self.layers = nn.ModuleList(
             SRUCell(
-                input_size if i == 0 else self.output_size,
+                input_size if i == 0 and not proj_input_to_hidden_first else self.output_size,
                 hidden_size,
                 dropout=dropout if i < num_layers - 1 else 0.0,
-                bidirectional=bidirectional,
-                highway_bias=highway_bias,
-                forget_bias=forget_bias,
-                has_skip_term=has_skip_term,
-                rescale=rescale,
-                has_vc_term=has_vc_term,
+                projection_size=sizes[i],
+                transform_module=modules[i],
+                **options,
             )
             for i in range(num_layers)
         )
 
-    def forward(self, x: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run the stack; mask_pad (T, B) is True where a step is padding, whose output is 0."""
-        shape = (len(self.layers), x.shape[1], self.output_size) if x.dim() == 3 else None
-        if c0 is not None and shape is not None and c0.shape != shape:
-            raise ValueError(f"c0 must be (num_layers, B, output_size) = {shape}, not {tuple(c0.shape)}")
+    def forward(
+        self,
+        x: Tensor | PackedSequence,
+        c0: Tensor | None = None,
+        mask_pad: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Run the stack: h, in the form of x, and the last states.
+
+        mask_pad (T, B) is True where a step is padding, whose output is 0 and which leaves the state alone; it may lie
+        on either side. lengths (B,) says the same of sequences that begin at step 0.
+        """
+        if isinstance(x, PackedSequence):
+            if mask_pad is not None or lengths is not None:
+                raise ValueError("a PackedSequence knows its lengths: give it without mask_pad and lengths")
+            return self.run_packed(x, c0)
+        single = x.dim() == 2
+        if x.dim() not in (2, 3):
+            raise ValueError(f"x must be {self.layout()}, or (T, {self.input_size}) for one, not {tuple(x.shape)}")
+        if single:
+            x, mask_pad = x[:, None], None if mask_pad is None else mask_pad[:, None]
+            c0 = c0[:, None] if isinstance(c0, Tensor) and c0.dim() == 2 else c0
+        elif self.batch_first:
+            x, mask_pad = x.transpose(0, 1), None if mask_pad is None else mask_pad.transpose(0, 1)
+        if x.shape[2] != self.input_size:
+            raise ValueError(f"x must have input_size = {self.input_size} features, not {x.shape[2]}: {self.layout()}")
+        if lengths is not None:
+            mask_pad = self.padding(lengths, x, mask_pad)
+        if mask_pad is not None and mask_pad.shape != x.shape[:2]:
+            order = "(B, T)" if self.batch_first else "(T, B)"
+            raise ValueError(f"mask_pad must be {order} beside x, not {tuple(mask_pad.shape)} once time comes first")
+        h, c = self.run(x, c0, mask_pad)
+        if single:
+            return h[:, 0], c[:, 0]
+        return h.transpose(0, 1) if self.batch_first else h, c
+
+    def run(self, x: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stack over x (T, B, input_size), with the state in the layout of the caller."""
+        batch = x.shape[1]
+        if c0 is not None:
+            meaning = "(num_layers, B, output_size)"
+            shape: tuple[int, ...] = (self.num_layers, batch, self.output_size)
+            if self.nn_rnn_compatible_return:
+                meaning = "(num_layers * directions, B, hidden_size)"
+                shape = (self.num_layers * self.num_directions, batch, self.hidden_size)
+            check_state(c0, shape, meaning, x)
+            c0 = c0.unflatten(0, (self.num_layers, -1)).transpose(1, 2).flatten(2) if self.is_split() else c0
+        if self.input_to_hidden is not None:
+            x = linear(x, self.input_to_hidden.weight)
         states = []
         for i, layer in enumerate(self.layers):
-            x, c = layer(x, None if c0 is None else c0[i], mask_pad)
+            x, c = layer(x, None if c0 is None else c0[i].to(state_dtype(x)), mask_pad)
             states.append(c)
-        return x, torch.stack(states)
+        c = torch.stack(states)
+        if self.is_split():
+            c = c.unflatten(2, (self.num_directions, self.hidden_size)).transpose(1, 2).flatten(0, 1)
+        return x, c
+
+    def run_packed(self, x: PackedSequence, c0: Tensor | None) -> tuple[PackedSequence, Tensor]:
+        """The stack over a PackedSequence; the state is in the order in which the sequences were packed."""
+        padded, lengths = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes))
+        if c0 is not None and x.sorted_indices is not None:
+            c0 = c0.index_select(1, x.sorted_indices)
+        h, c = self.run(padded, c0, self.padding(lengths, padded, None))
+        packed = pack_padded_sequence(h, lengths)
+        if x.unsorted_indices is not None:
+            c = c.index_select(1, x.unsorted_indices)
+        return PackedSequence(packed.data, x.batch_sizes, x.sorted_indices, x.unsorted_indices), c
+
+    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One step: h (B, output_size) and the state, of x (B, input_size) or, without a batch, (input_size,).
+
+        As many steps as the sequence is long give what one call gives.
+        """
+        if self.num_directions == 2:
+            raise ValueError("a bidirectional SRU needs the whole sequence: it has no step")
+        if x.dim() not in (1, 2):
+            raise ValueError(f"x must be (B, {self.input_size}) or ({self.input_size},), not {tuple(x.shape)}")
+        sequence = x[:, None] if self.batch_first and x.dim() == 2 else x[None]
+        h, c = self(sequence, state)
+        return h.squeeze(1 if self.batch_first and x.dim() == 2 else 0), c
+
+    def padding(self, lengths: Tensor | Sequence[int], x: Tensor, mask_pad: Tensor | None) -> Tensor:
+        """mask_pad (T, B) of sequences of these lengths, padded at their end."""
+        if mask_pad is not None:
+            raise ValueError("give either lengths or mask_pad")
+        lengths = torch.as_tensor(lengths, device=x.device)
+        steps, batch = x.shape[:2]
+        if lengths.shape != (batch,) or lengths.is_floating_point():
+            raise ValueError(f"lengths must be {batch} integers, one a sequence, not {lengths.tolist()}")
+        if not torch.compiler.is_compiling() and batch and not 0 <= lengths.min() <= lengths.max() <= steps:
+            raise ValueError(f"lengths must lie in 0 to {steps}, the steps of x, not {lengths.tolist()}")
+        return torch.arange(steps, device=x.device)[:, None] >= lengths
+
+    def layout(self) -> str:
+        return f"({'B, T' if self.batch_first else 'T, B'}, {self.input_size})"
+
+    def is_split(self) -> bool:
+        """Whether the caller's state keeps the directions apart."""
+        return self.nn_rnn_compatible_return and self.num_directions == 2
+
+    def reset_parameters(self) -> None:
+        """Draw the initialisation again."""
+        if self.input_to_hidden is not None:
+            self.input_to_hidden.reset_parameters()
+        for i in range(self.num_layers):
+            self[i].reset_parameters()
+
+    def flatten_parameters(self) -> None:
+        """Nothing: here for code that calls it on any recurrent network."""
+
+    def __getitem__(self, i: int) -> SRUCell:
+        """Layer i of the stack."""
+        return cast(SRUCell, self.layers[i])
+
+    @property
+    def rnn_lst(self) -> nn.ModuleList:
+        """The layers, by their official name."""
+        return self.layers
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        convert.read_official_names(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        names = ("batch_first", "nn_rnn_compatible_return")
+        return ", ".join(f"{name}=True" for name in names if getattr(self, name))
+
+
+def _signature() -> inspect.Signature:
+    """SRU's arguments with SRUCell's in the place of **options."""
+    own = inspect.signature(SRU.__init__).parameters
+    layer = inspect.signature(SRUCell).parameters
+    known = {n: p for n, p in own.items() if n not in ("self", "options")}
+    more = {n: p for n, p in layer.items() if n not in known and n not in ("unknown", "n_proj")}
+    return inspect.Signature([*known.values(), *more.values()])
+
+
+SRU.__signature__ = _signature()  # type: ignore[attr-defined]

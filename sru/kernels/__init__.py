@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sru.kernels import reference
+from sru.kernels import ops, portable, reference  # noqa: F401  importing ops registers them
 
 BACKENDS = ("auto", "cpu", "reference")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def recurrence(
@@ -23,6 +24,7 @@ def recurrence(
     mask: Tensor | None = None,
     pad: Tensor | None = None,
     scale: float = 1.0,
+    zoneout: float = 0.0,
     activation: str = "identity",
     bidirectional: bool = False,
     backend: str = "auto",
@@ -30,6 +32,7 @@ def recurrence(
     """Run the elementwise part of an SRU layer over time: h (T, B, D) and c_last (B, D).
 
         f = sigmoid(u1 + v0 * c + b0),  r = sigmoid(u2 + v1 * c + b1)     with the state c of the step before
+        f = zoneout + (1 - zoneout) * f
         c = f * c + (1 - f) * u0
         h = X + mask * r * (g(c) - X)                                     with X = scale * x, or scale * u3
 
@@ -41,15 +44,18 @@ def recurrence(
         mask: (B, D), a dropout mask that all steps of a sequence share, already divided by 1 - p.
         pad: (T, B) of bool, True where a step is padding: there c is carried on and h is 0.
         scale: weight of the skip; 0 removes the highway, 1 the scaling correction.
+        zoneout: share of its state that every step keeps, as the expectation of zoneout does; 0 for none.
         activation: g, one of identity, tanh, relu.
         bidirectional: the second half of the D columns runs from the last step to the first; its c_last is the state
             after step 0.
         backend: auto (by the tensors' device and dtype), cpu (the compiled kernels) or reference (plain torch).
 
+    h has the dtype of u. The state is computed, and returned, in float32 where u is float16 or bfloat16.
+
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device or shape, by name.
     """
-    check(u, x, v, b, c0, mask, pad, scale, activation, bidirectional)
+    check(u, x, v, b, c0, mask, pad, scale, zoneout, activation, bidirectional)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if backend == "cpu":
@@ -60,22 +66,32 @@ def recurrence(
         "mask": mask,
         "pad": pad,
         "scale": float(scale),
+        "zoneout": float(zoneout),
         "activation": activation,
         "bidirectional": bidirectional,
     }
-    if backend == "reference" or (backend == "auto" and not has_kernel(u)):
+    if backend == "reference":
+        return reference.recurrence(u, x, v, b, c0, **options)
+    if torch.compiler.is_exporting():
+        return portable.recurrence(u, x, v, b, c0, **options)
+    if torch.jit.is_tracing() or not has_kernel(u):
         return reference.recurrence(u, x, v, b, c0, **options)
     from sru.kernels import cpu
 
-    return cpu.recurrence(u, x, v, b, c0, **options)
+    through = ""
+    if torch.compiler.is_compiling() or u.is_meta:
+        through = "compile"
+    elif torch._C._are_functorch_transforms_active():
+        through = "func"
+    return cpu.recurrence(u, x, v, b, c0, through=through, **options)
 
 
 def why_not_cpu(u: Tensor) -> str:
     """Why the compiled CPU kernels cannot take u; empty if they can."""
-    if u.device.type != "cpu":
+    if u.device.type not in ("cpu", "meta"):
         return f"u is on {u.device}; move it with .cpu()"
-    if u.dtype not in (torch.float32, torch.float64):
-        return f"u is {u.dtype}; it takes torch.float32 and torch.float64"
+    if u.dtype not in DTYPES:
+        return f"u is {u.dtype}; it takes {', '.join(map(str, DTYPES))}"
     if not numba_is_installed():
         return "numba is not installed; type: pip install numba"
     return ""
@@ -88,7 +104,7 @@ def numba_is_installed() -> bool:
 
 def has_kernel(u: Tensor) -> bool:
     """Whether a compiled kernel takes u; where one is missing on u's device, a warning says what to do, once."""
-    if u.device.type == "cpu":
+    if u.device.type in ("cpu", "meta"):
         reason = why_not_cpu(u)
         if reason:
             warn_once(f"The SRU's CPU kernels cannot run, so the slow reference does: {reason}")
@@ -111,6 +127,7 @@ def check(
     mask: Tensor | None,
     pad: Tensor | None,
     scale: float,
+    zoneout: float,
     activation: str,
     bidirectional: bool,
 ) -> None:
@@ -148,6 +165,8 @@ def check(
         raise ValueError("x must be None when u holds the skip (K = 4)")
     if matrices == 3 and x is None and scale != 0:
         raise ValueError(f"x is None and u holds no skip (K = 3), so scale must be 0, not {scale}")
+    if not 0 <= zoneout < 1:
+        raise ValueError(f"zoneout must lie in [0, 1), not {zoneout}")
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, not {activation!r}")
     if bidirectional and size % 2:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sru.kernels.cpu_kernels import ACTIVATIONS, backward, compiled, forward
+from sru.kernels.ops import Transformed
 
 TILE_BATCH = 4  # sequences of a tile
 TILE_COLUMNS = 512
@@ -34,7 +35,9 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=pool.cache_clear)
 
 
-def launch(kernel: Callable, inputs: "Inputs", scale: float, options: list[int], tensors: list[Tensor]) -> None:
+def launch(
+    kernel: Callable, inputs: "Inputs", scale: float, zoneout: float, options: list[int], tensors: list[Tensor]
+) -> None:
     """Run all tiles, shared among as many threads as torch may use where there is enough work.
 
     The options follow the inputs' arguments; the tensors are those whose addresses they hold.
@@ -44,7 +47,7 @@ def launch(kernel: Callable, inputs: "Inputs", scale: float, options: list[int],
     tiles = inputs.tiles
     threads = min(tiles, torch.get_num_threads()) if inputs.elements >= SERIAL_ELEMENTS else 1
     if threads <= 1:
-        function(packed.buffer_info()[0], None, 1.0, scale, 0, tiles)
+        function(packed.buffer_info()[0], None, 1.0, scale, zoneout, 0, tiles)
         return
     shares = iter([(tiles * i // threads, tiles * (i + 1) // threads) for i in range(threads)])
     done: SimpleQueue[None] = SimpleQueue()
@@ -53,7 +56,7 @@ def launch(kernel: Callable, inputs: "Inputs", scale: float, options: list[int],
 
     def work(alive: Any = alive) -> None:
         for first, last in shares:
-            function(packed.buffer_info()[0], None, 1.0, scale, first, last)
+            function(packed.buffer_info()[0], None, 1.0, scale, zoneout, first, last)
             done.put(None)
 
     for _ in range(threads - 1):
@@ -77,21 +80,30 @@ def recurrence(
     mask: Tensor | None,
     pad: Tensor | None,
     scale: float,
+    zoneout: float,
     activation: str,
     bidirectional: bool,
+    through: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """As `sru.kernels.recurrence`, for float32 and float64."""
+    """As `sru.kernels.recurrence`; `through`: compile or func, where torch needs registered operators."""
+    dtype = u.dtype
     if scale == 0:
         x = None
-    if any(a is not None and a.dtype != u.dtype for a in (x, v, b, c0, mask)):
-        v, b, c0 = v.to(u.dtype), b.to(u.dtype), c0.to(u.dtype)
-        x = None if x is None else x.to(u.dtype)
-        mask = None if mask is None else mask.to(u.dtype)
-    options = mask, pad, scale, ACTIVATIONS[activation], 2 if bidirectional else 1
-    if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (u, x, v, b, c0)):
-        return Recurrence.apply(u, x, v, b, c0, *options)
-    h, _, c_last = run_forward(u, x, v, b, c0, *options, keep=False)
-    return h, c_last
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    if dtype != wide or any(a is not None and a.dtype != wide for a in (x, v, b, c0, mask)):
+        u, v, b, c0 = u.to(wide), v.to(wide), b.to(wide), c0.to(wide)
+        x, mask = (None if a is None else a.to(wide) for a in (x, mask))
+    options = mask, pad, scale, zoneout, ACTIVATIONS[activation], 2 if bidirectional else 1
+    keep = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (u, x, v, b, c0))
+    if through == "compile":
+        h, _, c_last = torch.ops.sru.recurrence(u, x, v, b, c0, *options, keep)
+    elif through == "func":
+        h, _, c_last = Transformed.apply(u, x, v, b, c0, *options)
+    elif keep:
+        h, c_last = Recurrence.apply(u, x, v, b, c0, *options)
+    else:
+        h, _, c_last = run_forward(u, x, v, b, c0, *options, keep=False)
+    return h.to(dtype), c_last
 
 
 def with_rows(tensor: Tensor) -> Tensor:
@@ -126,7 +138,7 @@ class Inputs:
         ]
 
 
-def run_forward(u, x, v, b, c0, mask, pad, scale, activation, halves, *, keep):
+def run_forward(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, *, keep):
     """h, c and c_last; c has all steps where they are kept, else two rows of scratch."""
     steps, batch, _, size = u.shape
     inputs = Inputs(u, x, v, b, c0, mask, pad, scale, halves)
@@ -134,42 +146,45 @@ def run_forward(u, x, v, b, c0, mask, pad, scale, activation, halves, *, keep):
     c = u.new_empty(steps if keep else 2, batch, size)
     c_last = u.new_empty(batch, size)
     outputs = [activation, h.data_ptr(), c.data_ptr(), int(keep), c_last.data_ptr()]
-    launch(forward, inputs, scale, outputs, [h, c, c_last])
+    launch(forward, inputs, scale, zoneout, outputs, [h, c, c_last])
     return h, c, c_last
+
+
+def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, c, scale, zoneout, activation, halves, *, needs_x):
+    """The gradients of u, x (None where it is not needed), v, b and c0."""
+    steps, batch, matrices, size = u.shape
+    inputs = Inputs(u, x, v, b, c0, mask, pad, scale, halves)
+    gh = with_rows(gh)
+    gu = u.new_empty(u.shape)
+    if matrices == 4:
+        gskip = gu[:, :, 3]
+    elif needs_x:
+        gskip = u.new_empty(steps, batch, size)
+    else:  # the kernel writes it always: all steps write the same rows, which nobody reads
+        gskip = u.new_empty(batch, size).expand(steps, batch, size)
+    gc = gc_last.clone(memory_format=torch.contiguous_format)
+    sums = u.new_empty(inputs.chunks, 4, size)
+    outputs = [
+        *(activation, c.data_ptr(), gh.data_ptr(), gh.stride(0), gh.stride(1), gu.data_ptr(), gu.stride(2)),
+        *(gskip.data_ptr(), gskip.stride(0), gskip.stride(1), gc.data_ptr(), sums.data_ptr(), matrices),
+    ]
+    launch(backward, inputs, scale, zoneout, outputs, [c, gh, gu, gskip, gc, sums])
+    total = sums.sum(0)
+    return gu, gskip if needs_x else None, total[:2], total[2:], gc
 
 
 class Recurrence(torch.autograd.Function):
     """The recurrence with its backward kernel; first derivatives only."""
 
     @staticmethod
-    def forward(ctx, u, x, v, b, c0, mask, pad, scale, activation, halves):
-        h, c, c_last = run_forward(u, x, v, b, c0, mask, pad, scale, activation, halves, keep=True)
+    def forward(ctx, u, x, v, b, c0, mask, pad, *options):
+        h, c, c_last = run_forward(u, x, v, b, c0, mask, pad, *options, keep=True)
         ctx.save_for_backward(u, x, v, b, c0, mask, pad, c)
-        ctx.options = scale, activation, halves
+        ctx.options = options
         return h, c_last
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gh, gc_last):
-        u, x, v, b, c0, mask, pad, c = ctx.saved_tensors
-        scale, activation, halves = ctx.options
-        steps, batch, matrices, size = u.shape
-        inputs = Inputs(u, x, v, b, c0, mask, pad, scale, halves)
-        gh = with_rows(gh)
-        gu = u.new_empty(u.shape)
-        needs_x = ctx.needs_input_grad[1]
-        if matrices == 4:
-            gskip = gu[:, :, 3]
-        elif needs_x:
-            gskip = u.new_empty(steps, batch, size)
-        else:  # the kernel writes it always: all steps write the same rows, which nobody reads
-            gskip = u.new_empty(batch, size).expand(steps, batch, size)
-        gc = gc_last.clone(memory_format=torch.contiguous_format)
-        sums = u.new_empty(inputs.chunks, 4, size)
-        outputs = [
-            *(activation, c.data_ptr(), gh.data_ptr(), gh.stride(0), gh.stride(1), gu.data_ptr(), gu.stride(2)),
-            *(gskip.data_ptr(), gskip.stride(0), gskip.stride(1), gc.data_ptr(), sums.data_ptr(), matrices),
-        ]
-        launch(backward, inputs, scale, outputs, [c, gh, gu, gskip, gc, sums])
-        total = sums.sum(0)
-        return gu, gskip if needs_x else None, total[:2], total[2:], gc, None, None, None, None, None
+        grads = run_backward(gh, gc_last, *ctx.saved_tensors, *ctx.options, needs_x=ctx.needs_input_grad[1])
+        return *grads, None, None, None, None, None, None

@@ -136,13 +136,14 @@ def row(like, address, n):
 # array's layout is the order of the first lines below.
 
 
-def forward(a, like, one, scale, first, last):
+def forward(a, like, one, scale, zoneout, first, last):
     """Tiles first to last of the forward pass. `like` carries the dtype, whose size in bytes is a[6]."""
     T, B, D, tile_batch, tile_columns, halves, size = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
     u, u_t, u_b, u_k, skip, skip_t, skip_b = a[7], a[8], a[9], a[10], a[11], a[12], a[13]
     v, v_k, b, b_k, c0, c0_b, mask, mask_b, pad = a[14], a[15], a[16], a[17], a[18], a[19], a[20], a[21], a[22]
     activation, h, c, keep, c_last = a[23], a[24], a[25], a[26], a[27]
     half = D // halves
+    rest = one - zoneout
     blocks = (half + tile_columns - 1) // tile_columns
     for tile in range(first, last):
         side = tile // blocks % halves
@@ -172,7 +173,7 @@ def forward(a, like, one, scale, first, last):
                 m = row(like, mask + size * (j * mask_b + start), n)
                 if activation == 0:
                     for k in range(n):
-                        f = sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
+                        f = zoneout + rest * sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
                         r = sigmoid(u2[k] + vr[k] * cp[k] + br[k])
                         state = u0[k] + (cp[k] - u0[k]) * f
                         carried = scale * x[k]
@@ -180,7 +181,7 @@ def forward(a, like, one, scale, first, last):
                         hn[k] = carried + m[k] * r * (state - carried)
                 else:
                     for k in range(n):
-                        f = sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
+                        f = zoneout + rest * sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
                         cn[k] = u0[k] + (cp[k] - u0[k]) * f
                         hn[k] = sigmoid(u2[k] + vr[k] * cp[k] + br[k])
                     for k in range(n):
@@ -196,7 +197,7 @@ def forward(a, like, one, scale, first, last):
                 to[k] = cn[k]
 
 
-def backward(a, like, one, scale, first, last):
+def backward(a, like, one, scale, zoneout, first, last):
     """Tiles first to last of the backward pass, with the gates computed again from c.
 
     The gradient of c_t is the sum of what h_t and c_{t+1} hand down; all else is linear in it or apart from it, so that
@@ -208,6 +209,7 @@ def backward(a, like, one, scale, first, last):
     activation, c, gh, gh_t, gh_b, gu, gu_k = a[23], a[24], a[25], a[26], a[27], a[28], a[29]
     gskip, gskip_t, gskip_b, gc, sums, matrices = a[30], a[31], a[32], a[33], a[34], a[35]
     half = D // halves
+    rest = one - zoneout
     blocks = (half + tile_columns - 1) // tile_columns
     for tile in range(first, last):
         side = tile // blocks % halves
@@ -254,10 +256,10 @@ def backward(a, like, one, scale, first, last):
                     # gu0 holds the gradient of c_t until the next loop.
                     gu0[k] = kept * slope(cn[k], y, one, activation)
                 for k in range(n):
-                    f = sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
+                    s = sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
                     total = gu0[k] + lam[k]
-                    gated = total * f
-                    g1 = gated * (one - f) * (cp[k] - u0[k])
+                    gated = total * (zoneout + rest * s)
+                    g1 = total * rest * s * (one - s) * (cp[k] - u0[k])
                     gu0[k] = total - gated
                     gu1[k] = g1
                     lam[k] = gated + g1 * vf[k] + gu2[k] * vr[k]
@@ -273,7 +275,7 @@ def compiled(kernel: Callable, dtype: torch.dtype) -> Callable:
     """The kernel as a C function, compiled at the first call and kept on disk for the next process."""
     number, c_number = (types.float32, ctypes.c_float) if dtype == torch.float32 else (types.float64, ctypes.c_double)
     integers, like = types.CPointer(types.int64), types.CPointer(number)
-    signature = types.void(integers, like, number, number, types.int64, types.int64)
+    signature = types.void(integers, like, number, number, number, types.int64, types.int64)
     options: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
     try:
         code = numba.cfunc(signature, cache=True, **options)(kernel)
@@ -282,6 +284,6 @@ def compiled(kernel: Callable, dtype: torch.dtype) -> Callable:
     # Plain addresses are cheaper to pass than typed pointers.
     pointers, bounds = [ctypes.c_void_p] * 2, [ctypes.c_int64] * 2
     address: Any = code.address
-    function: Any = ctypes.CFUNCTYPE(None, *pointers, c_number, c_number, *bounds)(address)
+    function: Any = ctypes.CFUNCTYPE(None, *pointers, c_number, c_number, c_number, *bounds)(address)
     function.code = code  # the machine code lives as long as the function
     return function

@@ -2,6 +2,7 @@
 
 import functools
 import platform
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,32 +18,37 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     torch sends a float32 product to MKL, whose AVX-512 code does not run on AMD's processors; oneDNN's does, at twice
     the speed there (bench/NOTES.md). Everywhere else, and while torch compiles, exports or transforms, this is torch's.
     """
-    rows = x.numel() // max(x.shape[-1], 1)
-    if rows < MIN_ROWS or not is_faster(x, weight):
+    if not is_faster(x, weight):
         return F.linear(x, weight)
     return _Linear.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN takes this product; both tensors on one kind of device and of one dtype."""
+    """Whether oneDNN takes this product and is faster at it."""
+    # Before any size is looked at, which would tie a compiled or exported program to it.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and weight.numel() > 0
-        and has_onednn()
+        and x.numel() >= MIN_ROWS * x.shape[-1]
+        and prefers_onednn()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
     )
 
 
 @functools.cache
-def has_onednn() -> bool:
-    """Whether this torch carries the op that its own compiler uses for linear layers on x86."""
+def prefers_onednn() -> bool:
+    """Whether this is an AMD processor, and torch carries the oneDNN product that its own compiler uses.
+
+    Not timed: a clock may decide otherwise in the next process, whose numbers would then differ in their last bits.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    vendor = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
     return (
-        platform.machine() in ("x86_64", "AMD64")
+        "AuthenticAMD" in vendor
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )

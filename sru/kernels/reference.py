@@ -16,10 +16,11 @@ def recurrence(
     mask: Tensor | None,
     pad: Tensor | None,
     scale: float,
+    zoneout: float,
     activation: str,
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `sru.kernels.recurrence`; float16 and bfloat16 are computed in float32. Differentiable by autograd."""
+    """As `sru.kernels.recurrence`, differentiable by autograd as often as wanted."""
     if bidirectional:
         halves = []
         for half, reverse in zip(torch.arange(u.shape[3], device=u.device).chunk(2), (False, True), strict=True):
@@ -33,6 +34,7 @@ def recurrence(
                 mask=None if mask is None else mask[:, half],
                 pad=None if pad is None else order(pad),
                 scale=scale,
+                zoneout=zoneout,
                 activation=activation,
                 bidirectional=False,
             )
@@ -48,7 +50,7 @@ def recurrence(
     skip = u3[0] if u3 else x.unbind() if x is not None else ()
     c, outputs = c0, []
     for t in range(u.shape[0]):
-        f = torch.sigmoid(u1[t] + v[0] * c + b[0])
+        f = zoneout + (1 - zoneout) * torch.sigmoid(u1[t] + v[0] * c + b[0])
         r = torch.sigmoid(u2[t] + v[1] * c + b[1])
         state = f * c + (1 - f) * u0[t]
         carried = scale * skip[t] if skip and scale != 0 else torch.zeros_like(state)
@@ -61,4 +63,4 @@ def recurrence(
         c = state
         outputs.append(h)
     h = torch.stack(outputs) if outputs else u[:, :, 0].clone()
-    return h.to(dtype), c.to(dtype)
+    return h.to(dtype), c

@@ -1,0 +1,290 @@
+"""One SRU layer over a whole sequence (Lei et al., EMNLP 2018; sections 2 and 3 of the paper)."""
+
+import difflib
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sru import convert
+from sru.kernels import recurrence
+from sru.kernels.linear import linear
+
+# Arguments of the official package that it dropped itself, and the last version that had them.
+REMOVED = {"use_relu": "2.1.8", "use_selu": "2.1.8", "weight_norm": "2.1.7", "use_weight_norm": "2.1.7"}
+
+
+def sequence_mask(p: float, like: Tensor) -> Tensor | None:
+    """A dropout mask (B, D) that every step of a sequence shares, scaled by 1 / (1 - p); None when p is 0."""
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout must lie in [0, 1), not {p}")
+    return None if p == 0 else torch.empty_like(like).bernoulli_(1 - p).div_(1 - p)
+
+
+class SRUCell(nn.Module):
+    """One SRU layer over a whole sequence.
+
+    With x (T, B, input_size) and D = hidden_size, or twice that when bidirectional:
+
+        f_t = sigmoid(W_f x_t + v_f * c_{t-1} + b_f)
+        r_t = sigmoid(W_r x_t + v_r * c_{t-1} + b_r)
+        c_t = f_t * c_{t-1} + (1 - f_t) * (W x_t)
+        h_t = r_t * g(c_t) + (1 - r_t) * x_t * alpha
+
+    Where input_size differs from D, a fourth matrix projects x_t for the last line, as the released code does.
+
+    Args:
+        input_size: features of x.
+        hidden_size: features of one direction.
+        dropout: probability of dropping r_t * (g(c_t) - x_t * alpha), what the layer adds to its highway; one mask
+            (B, D) for all steps of a sequence.
+        rnn_dropout: probability of dropping an input of the matrices, the highway's apart; one mask for all steps.
+        bidirectional: a second set of columns runs from the last step to the first.
+        projection_size: width of a matrix before the others, which saves parameters; 0 for none.
+        activation: g, one of identity, tanh, relu.
+        layer_norm: normalise the input of the matrices, or with `normalize_after` the output of the layer.
+        highway_bias: the reset gate's bias b_r at the start; negative values let more of x through (-3 for deep
+            language models).
+        forget_bias: the forget gate's bias b_f at the start. The published 0 halves c at every step; 2 remembers for
+            about eight, which trains better where embeddings start at random (README, results).
+        has_skip_term: False removes the highway: h_t = r_t * g(c_t).
+        rescale: the scaling correction alpha = sqrt(1 + 2 exp(highway_bias)); False sets alpha to 1 (section 3.2).
+        has_vc_term: False removes v * c_{t-1} from both gates, which is the cell of 2017.
+        weight_c_init: v starts uniformly within plus or minus this; None for the published square root of 3/2.
+        zoneout: probability that a state keeps its value at a step, drawn in training, the mean in evaluation.
+        transform_module: takes the place of the matrices: maps (T, B, input_size) to (T, B, D * k), where the k (4 with
+            a projected highway, else 3) numbers of a column lie together: candidate, forget, reset, highway.
+        backend: auto, cpu or reference; see sru.kernels.recurrence.
+        use_tanh, v1, n_proj, custom_m: the official names of activation="tanh", has_vc_term=False, projection_size and
+            transform_module.
+        amp_recurrence_fp16: taken for the official package's sake; the state here is always float32 at least.
+    """
+
+    weight: nn.Parameter | None
+    weight_proj: nn.Parameter | None
+    scale_x: Tensor
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        dropout: float = 0.0,
+        rnn_dropout: float = 0.0,
+        bidirectional: bool = False,
+        projection_size: int = 0,
+        activation: str = "identity",
+        layer_norm: bool = False,
+        normalize_after: bool = False,
+        highway_bias: float = 0.0,
+        forget_bias: float = 0.0,
+        has_skip_term: bool = True,
+        rescale: bool = True,
+        has_vc_term: bool = True,
+        weight_c_init: float | None = None,
+        zoneout: float = 0.0,
+        transform_module: nn.Module | None = None,
+        backend: str = "auto",
+        use_tanh: bool = False,
+        v1: bool = False,
+        n_proj: int = 0,
+        custom_m: nn.Module | None = None,
+        amp_recurrence_fp16: bool = False,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        refuse(unknown, type(self))
+        if input_size < 1 or hidden_size < 1:
+            raise ValueError(f"input_size and hidden_size must be at least 1, not {input_size} and {hidden_size}")
+        for name, p in {"dropout": dropout, "rnn_dropout": rnn_dropout, "zoneout": zoneout}.items():
+            if not 0 <= p < 1:
+                raise ValueError(f"{name} must lie in [0, 1), not {p}")
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.output_size = hidden_size * (2 if bidirectional else 1)
+        self.dropout = dropout
+        self.rnn_dropout = rnn_dropout
+        self.bidirectional = bidirectional
+        self.projection_size = projection_size or n_proj
+        self.activation = "tanh" if use_tanh else activation
+        self.normalize_after = normalize_after
+        self.highway_bias = highway_bias
+        self.forget_bias = forget_bias
+        self.has_skip_term = has_skip_term
+        self.rescale = rescale
+        self.has_vc_term = has_vc_term and not v1
+        self.weight_c_init = weight_c_init
+        self.zoneout = zoneout
+        self.backend = backend
+        self.has_projected_skip = has_skip_term and input_size != self.output_size
+        self.matrices = 4 if self.has_projected_skip else 3
+        self.alpha = math.sqrt(1 + 2 * math.exp(highway_bias)) if rescale else 1.0
+        self.layer_norm = nn.LayerNorm(self.output_size if normalize_after else input_size) if layer_norm else None
+        self.transform_module = transform_module if transform_module is not None else custom_m
+        self.register_parameter("weight", None)
+        self.register_parameter("weight_proj", None)
+        if self.transform_module is None:
+            # Rows: candidate, forget, reset [, skip], so that one product gives u (T, B, K, D).
+            columns = self.projection_size or input_size
+            self.weight = nn.Parameter(torch.empty(self.matrices * self.output_size, columns))
+            if self.projection_size:
+                self.weight_proj = nn.Parameter(torch.empty(self.projection_size, input_size))
+        elif self.projection_size:
+            raise ValueError("projection_size and transform_module exclude each other; project within the module")
+        self.bias = nn.Parameter(torch.empty(2, self.output_size))
+        v = torch.empty(2, self.output_size)
+        if self.has_vc_term:
+            self.v = nn.Parameter(v)
+        else:
+            self.register_buffer("v", v, persistent=False)
+        # As the official package, the state dict holds alpha: a file may come from a layer that has another one.
+        self.register_buffer("scale_x", torch.tensor([self.alpha]))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the published initialisation: weights of variance 1 / input_size (section 3.2)."""
+        if self.weight is not None:
+            bound = math.sqrt(3 / self.weight.shape[1])
+            self.weight.uniform_(-bound, bound)
+            candidate, gates, skip = self.weight.tensor_split([self.output_size, 3 * self.output_size])
+            # Dropout makes what reaches the output 1 / (1 - p) as large.
+            candidate.mul_(math.sqrt(1 - self.dropout))
+            if self.has_projected_skip:
+                skip.mul_(self.alpha)
+            if self.has_vc_term:
+                # W x and v * c share a gate's variance.
+                gates.mul_(math.sqrt(0.5))
+        if self.weight_proj is not None:
+            bound = math.sqrt(3 / self.input_size)
+            self.weight_proj.uniform_(-bound, bound)
+        if self.layer_norm is not None:
+            self.layer_norm.reset_parameters()
+        self.bias[0].fill_(self.forget_bias)
+        self.bias[1].fill_(self.highway_bias)
+        bound = math.sqrt(1.5) if self.weight_c_init is None else self.weight_c_init
+        if self.has_vc_term:
+            self.v.uniform_(-bound, bound)
+        else:
+            self.v.zero_()
+
+    def forward(self, x: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run the layer: h (T, B, D) and the last state (B, D).
+
+        x (T, B, input_size), or (B, input_size) for a single step; c0 (B, D), zeros when None; mask_pad (T, B), True
+        (or not 0) where a step is padding: there the state is carried on and h is 0.
+        """
+        if x.dim() == 2:
+            h, c = self(x[None], c0, None if mask_pad is None else mask_pad[None])
+            return h[0], c
+        if x.dim() != 3 or x.shape[2] != self.input_size:
+            raise ValueError(
+                f"x must be (T, B, {self.input_size}), or (B, {self.input_size}) for one step, not {tuple(x.shape)}"
+            )
+        if mask_pad is not None and mask_pad.dtype != torch.bool:
+            mask_pad = mask_pad != 0
+        c0 = self.initial_state(x) if c0 is None else self.check_state(c0, x)
+        u = self.project(x)
+        # A projected skip has alpha in its initial weights.
+        scale = 0.0 if not self.has_skip_term else 1.0 if self.has_projected_skip else self.alpha
+        if self.training and self.zoneout:
+            # A forget gate at 1 keeps the state.
+            kept = torch.rand(u[:, :, :1].shape, device=u.device) < self.zoneout
+            u = torch.cat([u[:, :, :1], u[:, :, 1:2].masked_fill(kept, 1e4), u[:, :, 2:]], dim=2)
+        h, c = recurrence(
+            u,
+            x if self.has_skip_term and not self.has_projected_skip else None,
+            self.v,
+            self.bias,
+            c0,
+            mask=sequence_mask(self.dropout, c0) if self.training else None,
+            pad=mask_pad,
+            scale=scale,
+            zoneout=0.0 if self.training else self.zoneout,
+            activation=self.activation,
+            bidirectional=self.bidirectional,
+            backend=self.backend,
+        )
+        if self.layer_norm is not None and self.normalize_after:
+            h = self.layer_norm(h)
+            if mask_pad is not None:
+                h = h.masked_fill(mask_pad[:, :, None], 0.0)
+        return h, c
+
+    def project(self, x: Tensor) -> Tensor:
+        """u (T, B, K, D) of x: layer norm, input dropout and the matrices."""
+        if self.layer_norm is not None and not self.normalize_after:
+            x = self.layer_norm(x)
+        if self.training and self.rnn_dropout:
+            x = x * sequence_mask(
+                self.rnn_dropout, x[:1].expand(1, *x.shape[1:]) if len(x) else x.new_zeros(x.shape[1:])
+            )
+        if self.weight is not None:
+            if self.weight_proj is not None:
+                x = linear(x, self.weight_proj)
+            return linear(x, self.weight).unflatten(2, (self.matrices, self.output_size))
+        assert self.transform_module is not None
+        u = self.transform_module(x)
+        expected = (*x.shape[:2], self.output_size * self.matrices)
+        if not isinstance(u, Tensor) or u.shape != expected:
+            found = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
+            raise ValueError(f"transform_module must return a tensor {expected} for x {tuple(x.shape)}, not {found}")
+        return u.unflatten(2, (self.output_size, self.matrices)).transpose(2, 3)
+
+    def initial_state(self, x: Tensor) -> Tensor:
+        """Zeros (B, D), of float32 where x is of half precision."""
+        return x.new_zeros(x.shape[1], self.output_size, dtype=state_dtype(x))
+
+    def check_state(self, c0: Tensor, x: Tensor) -> Tensor:
+        """The state; TypeError or ValueError if it does not fit x."""
+        check_state(c0, (x.shape[1], self.output_size), "(B, output_size)", x)
+        return c0
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        convert.read_official_cell(self, state_dict, prefix)
+        state_dict.setdefault(f"{prefix}scale_x", self.scale_x)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.alpha = float(state_dict[f"{prefix}scale_x"])
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.input_size}, {self.hidden_size}"]
+        for name, parameter in inspect.signature(SRUCell).parameters.items():
+            value = getattr(self, name, parameter.default)
+            if parameter.kind is parameter.KEYWORD_ONLY and not isinstance(value, nn.Module):
+                parts += [f"{name}={value!r}"] if value != parameter.default else []
+        return ", ".join(parts)
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the state beside an input x: float32 at least."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def check_state(c0: Any, shape: tuple[int, ...], meaning: str, x: Tensor) -> None:
+    """Refuse what is no state of x: its type, shape, dtype and device, each by name."""
+    if isinstance(c0, (tuple, list)):
+        raise TypeError(f"c0 must be a tensor {meaning}, not a {type(c0).__name__}: an SRU carries c alone, no (h, c)")
+    if not isinstance(c0, Tensor):
+        raise TypeError(f"c0 must be a tensor {meaning}, not {type(c0).__name__}")
+    if c0.shape != shape:
+        raise ValueError(f"c0 must be {meaning} = {tuple(shape)}, not {tuple(c0.shape)}")
+    if c0.dtype not in (x.dtype, state_dtype(x)):
+        raise TypeError(f"c0 must be {state_dtype(x)} beside x of {x.dtype}, not {c0.dtype}")
+    if c0.device != x.device:
+        raise ValueError(f"c0 is on {c0.device}, x on {x.device}; move it with c0.to(x.device)")
+
+
+def refuse(unknown: dict[str, Any], owner: type) -> None:
+    """TypeError for arguments that no version has, or that the official package dropped."""
+    for name in unknown:
+        if name in REMOVED:
+            raise TypeError(
+                f"{owner.__name__} has no {name}: the official package dropped it after version {REMOVED[name]}. "
+                "Choose activation='identity', 'tanh' or 'relu', or layer_norm=True."
+            )
+        names = [n for n, p in inspect.signature(owner).parameters.items() if p.kind is not p.VAR_KEYWORD]
+        close = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(names)}"
+        raise TypeError(f"{owner.__name__} has no argument {name}: {hint}")

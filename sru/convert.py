@@ -1,0 +1,131 @@
+"""The official package's state dicts, versions 2.x and 3.0.0.dev, read and written.
+
+Its matrix (input_size, D * k), transposed from 3.0 on, holds the k numbers of a column together; ours (k * D,
+input_size) is k blocks of rows. Its weight_c and bias (2 * D) are our v and bias (2, D). All else differs in name only.
+"""
+
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sru.cell import SRUCell
+    from sru.layer import SRU
+
+VERSIONS = ("2.6.0", "3.0.0.dev")
+
+
+def from_official_matrix(matrix: Tensor, k: int) -> Tensor:
+    """Our weight (k * D, n) of the official (D * k, n)."""
+    return matrix.unflatten(0, (-1, k)).transpose(0, 1).flatten(0, 1)
+
+
+def to_official_matrix(weight: Tensor, k: int) -> Tensor:
+    """The official (D * k, n) of our weight (k * D, n)."""
+    return weight.unflatten(0, (k, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def read_official_names(state: MutableMapping[str, Tensor], prefix: str) -> None:
+    """Rename the layers of a stack in place."""
+    old = f"{prefix}rnn_lst."
+    for key in [key for key in state if key.startswith(old)]:
+        state[f"{prefix}layers.{key.removeprefix(old)}"] = state.pop(key)
+    if any(key.startswith(f"{prefix}ln_lst.") for key in state):
+        raise ValueError("a state dict of version 2.1.7 or earlier with layer norm: its layers cannot be told apart")
+
+
+def read_official_cell(cell: "SRUCell", state: MutableMapping[str, Tensor], prefix: str) -> None:
+    """Turn one layer's official entries into ours, in place; what is ours already stays as it is.
+
+    ValueError: the entries belong to a layer with other options, which are named.
+    """
+    if f"{prefix}weight_c" not in state:
+        return
+
+    where = prefix[:-1] or "the layer"
+    if f"{prefix}gain" in state:
+        raise ValueError(f"{where} has weight normalisation, which ended with version 2.1.7: it cannot be converted")
+    v = state.pop(f"{prefix}weight_c").view(2, -1)
+    if cell.has_vc_term:
+        state[f"{prefix}v"] = v
+    elif v.count_nonzero():
+        raise ValueError(f"{where} has a weight_c that is not 0: build ours with has_vc_term=True (v1=False)")
+    if f"{prefix}bias" in state:
+        state[f"{prefix}bias"] = state[f"{prefix}bias"].view(2, -1)
+    if cell.transform_module is not None:
+        for key in [key for key in state if key.startswith(f"{prefix}custom_m.")]:
+            state[f"{prefix}transform_module.{key.removeprefix(f'{prefix}custom_m.')}"] = state.pop(key)
+        return
+    projection: Tensor | None = None
+    if f"{prefix}weight" in state:
+        matrix = state.pop(f"{prefix}weight").t()
+        if f"{prefix}weight_proj" in state:
+            projection = state.pop(f"{prefix}weight_proj").t()
+    elif f"{prefix}transform_module.weight" in state:
+        matrix = state.pop(f"{prefix}transform_module.weight")
+    elif f"{prefix}transform_module.1.weight" in state:
+        matrix = state.pop(f"{prefix}transform_module.1.weight")
+        projection = state.pop(f"{prefix}transform_module.0.weight")
+    else:
+        raise ValueError(f"{where} was made with a module of its own: build ours with transform_module=")
+    size = 0 if projection is None else projection.shape[0]
+    if size != cell.projection_size:
+        raise ValueError(
+            f"{where} has projection_size={size}, ours {cell.projection_size}. Version 2.x ignores a projection that "
+            "is not smaller than both sides: give SRU a sequence of sizes, with 0 for a layer without one"
+        )
+    if matrix.shape[0] != cell.matrices * cell.output_size:
+        raise ValueError(
+            f"{where} maps to {matrix.shape[0]} columns, ours to {cell.matrices} * {cell.output_size}: check "
+            "hidden_size, bidirectional and has_skip_term"
+        )
+    state[f"{prefix}weight"] = from_official_matrix(matrix, cell.matrices)
+    if projection is not None:
+        state[f"{prefix}weight_proj"] = projection
+
+
+def to_official(sru: "SRU", version: str = "3.0.0.dev") -> dict[str, Tensor]:
+    """The state dict that the official SRU of a version, 2.6.0 or 3.0.0.dev, loads.
+
+    ValueError: the network has what that version has not.
+    """
+    if version not in VERSIONS:
+        raise ValueError(f"version must be one of {', '.join(VERSIONS)}, not {version!r}")
+    state: dict[str, Tensor] = {}
+    if sru.input_to_hidden is not None:
+        state["input_to_hidden.weight"] = sru.input_to_hidden.weight.detach()
+    for i in range(sru.num_layers):
+        for key, value in cell_to_official(sru[i], version).items():
+            state[f"rnn_lst.{i}.{key}"] = value
+    return state
+
+
+def cell_to_official(cell: "SRUCell", version: str) -> dict[str, Tensor]:
+    """As `to_official`, of one layer."""
+    if cell.activation == "relu" or cell.zoneout:
+        raise ValueError(f"version {version} has no relu and no zoneout")
+    state = {
+        "weight_c": cell.v.detach().flatten(),
+        "bias": cell.bias.detach().flatten(),
+        "scale_x": cell.scale_x,
+    }
+    old = version.startswith("2")
+    if cell.weight is None:
+        assert cell.transform_module is not None
+        name = "custom_m" if old else "transform_module"
+        state |= {f"{name}.{key}": value for key, value in cell.transform_module.state_dict().items()}
+    else:
+        matrix = to_official_matrix(cell.weight.detach(), cell.matrices)
+        projection = cell.weight_proj
+        if projection is None:
+            state |= {"weight": matrix.t().contiguous()} if old else {"transform_module.weight": matrix}
+        elif old:
+            if cell.projection_size >= min(cell.input_size, cell.output_size):
+                raise ValueError(f"version {version} ignores projection_size={cell.projection_size}: it is too large")
+            state |= {"weight_proj": projection.detach().t().contiguous(), "weight": matrix.t().contiguous()}
+        else:
+            state |= {"transform_module.0.weight": projection.detach(), "transform_module.1.weight": matrix}
+    if cell.layer_norm is not None:
+        state |= {f"layer_norm.{key}": value for key, value in cell.layer_norm.state_dict().items()}
+    return {key: value.clone() for key, value in state.items()}
