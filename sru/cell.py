@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sru import convert
-from sru.kernels import recurrence
+from sru.kernels import ACTIVATIONS, BACKENDS, recurrence
 from sru.kernels.linear import linear
 
 # Arguments of the official package that it dropped itself, and the last version that had them.
@@ -101,6 +101,10 @@ class SRUCell(nn.Module):
         for name, p in {"dropout": dropout, "rnn_dropout": rnn_dropout, "zoneout": zoneout}.items():
             if not 0 <= p < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {p}")
+        activation = "tanh" if use_tanh else activation
+        for name, value, known in (("activation", activation, ACTIVATIONS), ("backend", backend, BACKENDS)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.output_size = hidden_size * (2 if bidirectional else 1)
@@ -108,7 +112,7 @@ class SRUCell(nn.Module):
         self.rnn_dropout = rnn_dropout
         self.bidirectional = bidirectional
         self.projection_size = projection_size or n_proj
-        self.activation = "tanh" if use_tanh else activation
+        self.activation = activation
         self.normalize_after = normalize_after
         self.highway_bias = highway_bias
         self.forget_bias = forget_bias
@@ -217,10 +221,8 @@ class SRUCell(nn.Module):
         """u (T, B, K, D) of x: layer norm, input dropout and the matrices."""
         if self.layer_norm is not None and not self.normalize_after:
             x = self.layer_norm(x)
-        if self.training and self.rnn_dropout:
-            x = x * sequence_mask(
-                self.rnn_dropout, x[:1].expand(1, *x.shape[1:]) if len(x) else x.new_zeros(x.shape[1:])
-            )
+        mask = sequence_mask(self.rnn_dropout, x.new_empty(x.shape[1:])) if self.training else None
+        x = x if mask is None else x * mask
         if self.weight is not None:
             if self.weight_proj is not None:
                 x = linear(x, self.weight_proj)
@@ -252,7 +254,8 @@ class SRUCell(nn.Module):
         parts = [f"{self.input_size}, {self.hidden_size}"]
         for name, parameter in inspect.signature(SRUCell).parameters.items():
             value = getattr(self, name, parameter.default)
-            if parameter.kind is parameter.KEYWORD_ONLY and not isinstance(value, nn.Module):
+            # What is a module prints itself.
+            if parameter.kind is parameter.KEYWORD_ONLY and not isinstance(value, nn.Module | None):
                 parts += [f"{name}={value!r}"] if value != parameter.default else []
         return ", ".join(parts)
 

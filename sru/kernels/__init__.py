@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sru.kernels import ops, portable, reference  # noqa: F401  importing ops registers them
 
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
 BACKENDS = ("auto", "cpu", "reference")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -167,7 +168,7 @@ def check(
         raise ValueError(f"x is None and u holds no skip (K = 3), so scale must be 0, not {scale}")
     if not 0 <= zoneout < 1:
         raise ValueError(f"zoneout must lie in [0, 1), not {zoneout}")
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, not {activation!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     if bidirectional and size % 2:
         raise ValueError(f"a bidirectional u must have an even number of columns, not {size}")

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from sru.kernels import reference
 from sru.kernels.cpu_kernels import ACTIVATIONS, backward, compiled, forward
 from sru.kernels.ops import Transformed
 
@@ -174,7 +174,7 @@ def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, c, scale, zoneout, acti
 
 
 class Recurrence(torch.autograd.Function):
-    """The recurrence with its backward kernel; first derivatives only."""
+    """The recurrence with its backward kernel."""
 
     @staticmethod
     def forward(ctx, u, x, v, b, c0, mask, pad, *options):
@@ -184,7 +184,23 @@ class Recurrence(torch.autograd.Function):
         return h, c_last
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gh, gc_last):
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+            return *differentiate_reference(gh, gc_last, *ctx.saved_tensors[:7], *ctx.options), *[None] * 6
         grads = run_backward(gh, gc_last, *ctx.saved_tensors, *ctx.options, needs_x=ctx.needs_input_grad[1])
-        return *grads, None, None, None, None, None, None
+        return *grads, *[None] * 6
+
+
+def differentiate_reference(gh, gc_last, u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves):
+    """The gradients as functions that have gradients themselves: those of the reference."""
+    # Views, since x may be what u was made of: a gradient of each alone is wanted.
+    inputs = [
+        a if a is None else a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in (u, x, v, b, c0)
+    ]
+    name = next(name for name, number in ACTIVATIONS.items() if number == activation)
+    outputs = reference.recurrence(
+        *inputs, mask=mask, pad=pad, scale=scale, zoneout=zoneout, activation=name, bidirectional=halves == 2
+    )
+    given = [a for a in inputs if a is not None]
+    found = iter(torch.autograd.grad(outputs, given, (gh, gc_last), create_graph=True, materialize_grads=True))
+    return [None if a is None else next(found) for a in inputs]
