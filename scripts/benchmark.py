@@ -1,14 +1,16 @@
-"""Measure speed as ratios within one run: python scripts/benchmark.py [recurrence|epoch|import|all]."""
+"""Measure speed as ratios within one run: python scripts/benchmark.py [recurrence|layer|epoch|import|all]."""
 
 import argparse
 import contextlib
 import io
+import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -89,6 +91,93 @@ def recurrence(_: argparse.Namespace) -> None:
         rows.append(cells)
     head = ["(T, B, D)", "inference, ns (of copy)", "forward, ns", "backward, ns", "reference / kernel, both passes"]
     table(head, rows)
+
+
+# A layer as wide as its input, or one step of it; run by this process and, for the official package, by another.
+LAYER_SHAPES = [(32, 32, 128), (128, 32, 512), (256, 16, 1024), (1, 1, 512)]
+
+
+def layer_calls(network: torch.nn.Module, steps: int, batch: int, size: int) -> dict[str, Callable[[], object]]:
+    """Inference, and a training step without an optimiser, of a recurrent network with LSTM's call."""
+    x = torch.randn(steps, batch, size, requires_grad=True)
+    grad = torch.randn(steps, batch, size)
+
+    def infer():
+        with torch.no_grad():
+            network(x)
+
+    def train():
+        h, _ = network(x)
+        torch.autograd.grad(h, [x, *(p for p in network.parameters() if p.requires_grad)], grad)
+
+    return {"infer": infer, "train": train}
+
+
+def official(threads: int) -> None:
+    """The seconds of the official package, one line a shape; in its own environment, for `layer --official`."""
+    from sru import SRU  # not ours: that environment's
+
+    torch.set_num_threads(threads)
+    for shape in LAYER_SHAPES:
+        print(json.dumps(medians(layer_calls(SRU(shape[2], shape[2], num_layers=1), *shape))))
+
+
+def layer(options: argparse.Namespace) -> None:
+    """A layer with its matrix product beside torch.nn.LSTM, and the official package where there is one."""
+    from sru import SRU
+
+    theirs: list[dict[str, float]] = []
+    if options.official:
+        code = (
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import benchmark; "
+            f"sys.path.remove({str(ROOT)!r}); benchmark.official({torch.get_num_threads()})"
+        )
+        command = [options.official, "-W", "ignore", "-c", code]
+        with tempfile.TemporaryDirectory() as elsewhere:  # where no folder `sru` hides the package
+            done = subprocess.run(command, cwd=elsewhere, stdout=subprocess.PIPE, text=True, check=True)
+        theirs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rows = []
+    for i, shape in enumerate(LAYER_SHAPES):
+        networks = {"sru": SRU(shape[2], shape[2], 1), "lstm": torch.nn.LSTM(shape[2], shape[2])}
+        calls = {
+            f"{name} {kind}": call
+            for name, network in networks.items()
+            for kind, call in layer_calls(network, *shape).items()
+        }
+        found = medians(calls)
+        cells = [str(shape)]
+        for kind in ("infer", "train"):
+            ours = found[f"sru {kind}"]
+            cells += [f"{ours * 1e3:.3g}", f"{found[f'lstm {kind}'] / ours:.1f}x"]
+            cells += [f"{theirs[i][kind] / ours:.1f}x"] if theirs else []
+        rows.append(cells)
+    than = ["LSTM / SRU", "official / SRU"] if theirs else ["LSTM / SRU"]
+    print(f"One layer, float32, input as wide as the layer, {torch.get_num_threads()} threads.\n")
+    table(["(T, B, D)", "inference, ms", *than, "forward and backward, ms", *than], rows)
+
+    # Callers at once, each with a sequence of its own, as a server has them.
+    shape = (32, 1, 256)
+    rows = []
+    for name, network in {"SRU": SRU(256, 256, 2), "LSTM": torch.nn.LSTM(256, 256, 2)}.items():
+        call = layer_calls(network, *shape)["infer"]
+        alone = medians({"call": call}, seconds=1.0)["call"]
+        times: list[float] = []
+
+        def work(call=call, times=times):
+            for _ in range(30):
+                start = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - start)
+
+        threads = [threading.Thread(target=work) for _ in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        together = statistics.median(times)
+        rows.append([name, f"{alone * 1e3:.3g}", f"{together * 1e3:.3g}", f"{together / alone:.1f}x"])
+    print(f"Two layers, inference of {shape}, one caller and ten at once.\n")
+    table(["network", "alone, ms", "among ten, ms", "slower by"], rows)
 
 
 def epoch(options: argparse.Namespace) -> None:
@@ -194,7 +283,7 @@ def imports(_: argparse.Namespace) -> None:
     table(["what", "seconds"], rows)
 
 
-SECTIONS = {"recurrence": recurrence, "epoch": epoch, "import": imports}
+SECTIONS = {"recurrence": recurrence, "layer": layer, "epoch": epoch, "import": imports}
 
 
 def main() -> None:
@@ -204,6 +293,7 @@ def main() -> None:
     parser.add_argument("--data", default="pydoc", choices=corpora, help="the corpus of `epoch` (default: pydoc)")
     parser.add_argument("--root", help="where that corpus lies (data.root)")
     parser.add_argument("--turns", type=int, default=3, help="epochs that `epoch` measures for each model (default: 3)")
+    parser.add_argument("--official", help="a Python whose environment holds sru 2.6.0, for `layer` to compare with")
     options = parser.parse_args()
     if options.turns < 1:
         parser.error(f"--turns must be at least 1, not {options.turns}")

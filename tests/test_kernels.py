@@ -407,6 +407,6 @@ def test_the_cpu_backend_by_name_says_why_it_cannot_run(monkeypatch):
     arguments = inputs(3, 2, 4)
     with pytest.raises(RuntimeError, match=r"torch.float8_e5m2; it takes torch.float32, torch.float64"):
         recurrence(*(a.to(torch.float8_e5m2) for a in arguments), backend="cpu")
-    monkeypatch.setattr(sru.kernels, "numba_is_installed", lambda: False)
+    monkeypatch.setattr(sru.kernels, "HAS_NUMBA", False)
     with pytest.raises(RuntimeError, match="pip install numba"):
         recurrence(*arguments, backend="cpu")

@@ -168,7 +168,7 @@ def test_backward_frees_what_forward_kept():
 
 
 def test_without_numba_one_warning_says_what_to_type_and_the_reference_runs(monkeypatch):
-    monkeypatch.setattr(sru.kernels, "numba_is_installed", lambda: False)
+    monkeypatch.setattr(sru.kernels, "HAS_NUMBA", False)
     sru.kernels.warn_once.cache_clear()
     arguments = inputs(3, 2, 4)
     with pytest.warns(UserWarning, match="pip install numba") as caught:

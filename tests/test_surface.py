@@ -4,6 +4,7 @@ import inspect
 import itertools
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -488,3 +489,42 @@ print(run(1000) - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 4096  # KiB
+
+
+def test_eight_threads_at_once_get_the_bits_of_one():
+    stack, x = SRU(32, 64, 2), torch.randn(40, 8, 32)
+    parameters = list(stack.parameters())
+
+    def run(_=None):
+        h, c = stack(x)
+        return [h, c, *torch.autograd.grad(h.sum() + c.sum(), parameters)]
+
+    expected = run()
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(run, range(32)):
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class Encoded(torch.utils.data.Dataset):
+    """Items that a worker computes with a network of its parent."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        with torch.no_grad():
+            return self.network(torch.full((20, 4, 8), float(i)))[0]
+
+
+def test_a_forked_loader_worker_computes_what_its_parent_does():
+    network = SRU(8, 16, 2)
+    items = Encoded(network)
+    expected = [items[i] for i in range(4)]  # the parent has computed, with its threads, before the fork
+    loader = torch.utils.data.DataLoader(
+        items, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    for found, value in zip(loader, expected, strict=True):
+        torch.testing.assert_close(found, value)

@@ -12,6 +12,7 @@ from sru.kernels import ops, portable, reference  # noqa: F401  importing ops re
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 BACKENDS = ("auto", "cpu", "reference")
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -93,14 +94,9 @@ def why_not_cpu(u: Tensor) -> str:
         return f"u is on {u.device}; move it with .cpu()"
     if u.dtype not in DTYPES:
         return f"u is {u.dtype}; it takes {', '.join(map(str, DTYPES))}"
-    if not numba_is_installed():
+    if not HAS_NUMBA:
         return "numba is not installed; type: pip install numba"
     return ""
-
-
-@functools.cache
-def numba_is_installed() -> bool:
-    return importlib.util.find_spec("numba") is not None
 
 
 def has_kernel(u: Tensor) -> bool:

@@ -194,7 +194,7 @@ class Recurrence(torch.autograd.Function):
 def differentiate_reference(gh, gc_last, u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves):
     """The gradients as functions that have gradients themselves: those of the reference."""
     # Views, since x may be what u was made of: a gradient of each alone is wanted.
-    inputs = [
+    inputs: list[Any] = [
         a if a is None else a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in (u, x, v, b, c0)
     ]
     name = next(name for name, number in ACTIVATIONS.items() if number == activation)

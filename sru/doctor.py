@@ -1,0 +1,137 @@
+"""What runs on this machine: `python -m sru.doctor` tries every backend, and says what to type where one fails."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import sru
+from sru import kernels
+from sru.kernels.linear import prefers_onednn
+
+
+def version(name: str) -> str:
+    try:
+        return f"{name} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"no {name}"
+
+
+def in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def run(backend: str, device: str, dtype: torch.dtype, precision: torch.dtype) -> list[Tensor]:
+    """Outputs and gradients, in float64, of numbers that dtype can hold, computed in `precision`."""
+
+    def numbers(*shape: int) -> Tensor:
+        values = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).sin().view(shape)
+        return values.to(device, dtype).to(precision).requires_grad_()
+
+    u, v, b, c0 = numbers(5, 3, 4, 6), numbers(2, 6), numbers(2, 6), numbers(3, 6)
+    h, c = kernels.recurrence(u, None, v, b, c0, activation="tanh", bidirectional=True, backend=backend)
+    gradients = torch.autograd.grad(h.square().sum() + c.square().sum(), [u, v, b, c0])
+    return [a.detach().double().cpu() for a in (h, c, *gradients)]
+
+
+def failure(backend: str, device: str) -> str:
+    """Why a backend does not work on a device, found by running it; empty if it works."""
+    for dtype in kernels.DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        try:
+            truth, found = run("reference", "cpu", dtype, torch.float64), run(backend, device, dtype, dtype)
+        except Exception as error:  # a broken installation raises anything
+            return f"{in_one_line(error)} (with {name})"
+        for t, f in zip(truth, found, strict=True):
+            allowed = max(16 * torch.finfo(dtype).eps, 1e-12) * max(1.0, t.abs().max().item())
+            # Written so that a NaN fails.
+            if t.shape != f.shape or not (t - f).abs().max().item() <= allowed:
+                return f"wrong numbers with {name}: {f.flatten()[:2].tolist()}, not {t.flatten()[:2].tolist()}"
+    return ""
+
+
+def auto(device: str) -> tuple[str, bool]:
+    """What auto picks on a device, and whether that works."""
+    picked: dict[str, list[str]] = {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a missing kernel, which the table shows
+            for dtype in kernels.DTYPES:
+                u = torch.empty(0, device=device, dtype=dtype)
+                name = u.device.type if kernels.has_kernel(u) else "reference"
+                picked.setdefault(name, []).append(str(dtype).removeprefix("torch."))
+    except Exception as error:  # a GPU that torch counts but cannot use
+        return f"FAILS: {in_one_line(error)}", False
+    problems = {name: failure(name, device) for name in picked}
+    texts = [
+        f"{name} for {', '.join(dtypes)}" + (f" (FAILS: {problems[name]})" if problems[name] else "")
+        for name, dtypes in picked.items()
+    ]
+    return "; ".join(texts), not any(problems.values())
+
+
+def cache_folder() -> str:
+    """Where numba keeps the compiled kernels."""
+    try:
+        import numba
+
+        from sru.kernels import cpu_kernels
+
+        # Asked for a folder, numba tries to write there.
+        return f"{numba.njit(cache=True)(cpu_kernels.forward).stats.cache_path} (writable)"
+    except Exception as error:
+        if "no locator" not in str(error):
+            return f"nowhere: {in_one_line(error)}"
+        return "nowhere, so every process compiles: set NUMBA_CACHE_DIR to a folder that can be written"
+
+
+def examine() -> tuple[dict[str, str], bool]:
+    """The table, and whether what auto picks works on every device that is present."""
+    cpuinfo = Path("/proc/cpuinfo")
+    about = cpuinfo.read_text() if cpuinfo.exists() else ""
+    processors = [line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")]
+    rows = {
+        "sru": f"{sru.__version__} in {Path(sru.__file__).parent}",
+        "python": f"{platform.python_version()} in {sys.prefix}",
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda}, {torch.backends.cpu.get_cpu_capability()}",
+        "packages": ", ".join(map(version, ("numba", "numpy", "cupy-cuda12x", "cupy-cuda13x"))),
+        "processor": (processors or [platform.processor() or platform.machine()])[0],
+        "threads": f"{torch.get_num_threads()} on {os.cpu_count()} cores",
+    }
+    for name, missing in {"reference": "", "cpu": kernels.why_not_cpu(torch.empty(0))}.items():
+        problem = "" if missing else failure(name, "cpu")
+        works = f"FAILS: {problem}" if problem else "works, forward and backward"
+        rows[f"backend {name}"] = f"does not run here: {missing}" if missing else works
+    gpu = "torch sees one, and runs the reference there"
+    if torch.version.cuda is None:
+        gpu = "torch is built without CUDA; see https://pytorch.org/get-started for one with it"
+    elif not torch.cuda.is_available():
+        gpu = f"torch finds none for its CUDA {torch.version.cuda}; type: nvidia-smi"
+    rows["backend cuda"] = "does not run: this version has no fused CUDA kernel yet, only the slow reference"
+    rows["GPU"] = gpu
+    healthy = True
+    for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        rows[f"auto on {device}"], works_here = auto(device)
+        healthy = healthy and works_here
+    rows["matrix product"] = "oneDNN for float32 on the CPU, else torch's own" if prefers_onednn() else "torch's own"
+    rows["compiled code"] = cache_folder()
+    return rows, healthy
+
+
+def main() -> int:
+    """Print the table; returns the exit status: 1 where what auto picks on a device fails, else 0."""
+    rows, healthy = examine()
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        print(f"{name:{width}}  {text}")
+    print("\nAll is well." if healthy else "\nWhat auto picks FAILS here; SRU(..., backend='reference') may run.")
+    return 0 if healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""The layer within torch: compiled, transformed, exported, copied, in every dtype."""
+
+import copy
+import io
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.export import Dim
+from torch.func import functional_call, grad, vmap
+
+from sru import SRU
+from sru.kernels import recurrence
+
+HALF = [torch.bfloat16, torch.float16]
+EVERY_OPTION = {"bidirectional": True, "layer_norm": True, "projection_size": 3, "activation": "tanh", "zoneout": 0.2}
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code():
+    torch._dynamo.reset()
+
+
+def gradients(call, stack, x):
+    """What call(x) gives, and the gradients of x and the parameters."""
+    x = x.detach().requires_grad_()
+    stack.zero_grad()
+    h, c = call(x)
+    (h.sum() + c.square().sum()).backward()
+    return [h, c, x.grad, *(p.grad for p in stack.parameters())]
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["plain", "every_option"])
+def test_compiled_in_one_graph_it_trains_alike(options):
+    stack, x = SRU(4, 6, 2, **options).eval(), torch.randn(7, 3, 4)
+    compiled = torch.compile(stack, fullgraph=True, backend="aot_eager")
+    for expected, found in zip(gradients(stack, stack, x), gradients(compiled, stack, x), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch's inductor needs a C++ compiler")
+def test_compiled_by_inductor_it_trains_and_infers_alike():
+    stack, x = SRU(4, 6, 2), torch.randn(7, 3, 4)
+    compiled = torch.compile(stack, fullgraph=True)
+    for expected, found in zip(gradients(stack, stack, x), gradients(compiled, stack, x), strict=True):
+        torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), stack(x))
+
+
+def test_compiled_it_takes_lengths_dropout_and_packed_states():
+    stack = SRU(4, 6, 2, dropout=0.3, rnn_dropout=0.2, nn_rnn_compatible_return=True, bidirectional=True).train()
+    compiled = torch.compile(stack, fullgraph=True, backend="aot_eager")
+    x, lengths = torch.randn(7, 3, 4), torch.tensor([7, 3, 0])
+    h, c = compiled(x, lengths=lengths)
+    h, c = compiled(x, c, lengths=lengths)
+    assert h[:, 2].eq(0).all()
+    h.sum().backward()
+    assert all(p.grad is not None for p in stack.parameters())
+
+
+def test_a_compiled_network_takes_any_number_of_steps_without_compiling_again():
+    stack = SRU(4, 6, 2)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(stack, fullgraph=True, backend=counter, dynamic=True)
+    for steps, batch in ((5, 2), (9, 3), (130, 40)):
+        x = torch.randn(steps, batch, 4)
+        torch.testing.assert_close(compiled(x), stack(x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_operators_keep_torchs_rules(projected, padded):
+    u = torch.randn(4, 2, 4 if projected else 3, 6, requires_grad=True)
+    x = None if projected else torch.randn(4, 2, 6, requires_grad=True)
+    v, b = (torch.randn(2, 6, requires_grad=True) for _ in "vb")
+    c0 = torch.randn(2, 6, requires_grad=True)
+    pad = torch.rand(4, 2) < 0.3 if padded else None
+    mask = torch.rand(2, 6) if padded else None
+    torch.library.opcheck(
+        torch.ops.sru.recurrence.default, (u, x, v, b, c0, mask, pad, 1.0, 0.1, 1, 1, True), raise_exception=True
+    )
+    detached = [a if a is None else a.detach() for a in (u, x, v, b, c0)]
+    torch.library.opcheck(
+        torch.ops.sru.recurrence_backward.default,
+        (torch.randn(4, 2, 6), torch.randn(2, 6), *detached, mask, pad, torch.randn(4, 2, 6), 1.0, 0.1, 1, 1),
+        raise_exception=True,
+    )
+
+
+# torch.func
+
+
+def test_functional_gradients_are_the_ordinary_ones():
+    stack, x = SRU(4, 6, 2).double(), torch.randn(5, 3, 4, dtype=torch.float64)
+    parameters = dict(stack.named_parameters())
+
+    def loss(parameters, x):
+        return functional_call(stack, parameters, (x,))[0].square().sum()
+
+    found = grad(loss)(parameters, x)
+    loss(parameters, x).backward()
+    for name, parameter in stack.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)
+    # Of every example by itself, and of an ensemble.
+    xs = torch.randn(4, 5, 3, 4, dtype=torch.float64)
+    singly = vmap(grad(loss), (None, 0))(parameters, xs)
+    ensemble = {name: torch.stack([p.detach(), 2 * p.detach()]) for name, p in parameters.items()}
+    members = vmap(loss, (0, None))(ensemble, x)
+    for i in range(4):
+        for name, value in grad(loss)(parameters, xs[i]).items():
+            torch.testing.assert_close(singly[name][i], value)
+    torch.testing.assert_close(members[1], loss({name: 2 * p for name, p in parameters.items()}, x))
+
+
+# Export
+
+
+@pytest.mark.parametrize("options", [{}, EVERY_OPTION | {"zoneout": 0.0}], ids=["plain", "every_option"])
+def test_an_exported_program_runs_without_this_library(tmp_path, options):
+    stack = SRU(4, 6, 2, **options).eval()
+    x, state = torch.randn(5, 2, 4), torch.randn(2, 2, stack.output_size)
+    dynamic = {
+        "x": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC},
+        "c0": {1: Dim.DYNAMIC},
+        "mask_pad": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC},
+    }
+    pad = torch.zeros(5, 2, dtype=torch.bool)
+    with torch.no_grad():
+        program = torch.export.export(stack, (x, state, pad), dynamic_shapes=dynamic)
+    torch.export.save(program, tmp_path / "sru.pt2")
+    x, state, pad = torch.randn(70, 3, 4), torch.randn(2, 3, stack.output_size), torch.rand(70, 3) < 0.2
+    torch.save((x, state, pad), tmp_path / "inputs.pt")
+    code = """
+import sys, torch
+sys.modules["sru"] = None
+inputs = torch.load("inputs.pt")
+torch.save(torch.export.load("sru.pt2").module()(*inputs), "outputs.pt")
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    with torch.no_grad():
+        expected = stack(x, state, pad)
+    for found, value in zip(torch.load(tmp_path / "outputs.pt"), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_onnx_file_gives_the_same_numbers_for_any_length(tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="needs the onnx extra")
+    pytest.importorskip("onnxscript", reason="needs the onnx extra")
+    stack = SRU(4, 6, 2, layer_norm=True).eval()
+    with torch.no_grad():
+        program = torch.onnx.export(
+            stack,
+            (torch.randn(5, 2, 4), torch.randn(2, 2, 6)),
+            dynamo=True,
+            dynamic_shapes={"x": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, "c0": {1: Dim.DYNAMIC}},
+            verbose=False,
+        )
+    program.save(tmp_path / "sru.onnx")
+    session = runtime.InferenceSession(tmp_path / "sru.onnx")
+    x, state = torch.randn(9, 3, 4), torch.randn(2, 3, 6)
+    names = [entry.name for entry in session.get_inputs()]
+    outputs = session.run(None, dict(zip(names, (x.numpy(), state.numpy()), strict=True)))
+    for found, value in zip(outputs, stack(x, state), strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), value.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_network_runs_for_the_length_that_it_was_traced_with():
+    stack, x = SRU(4, 6, 2), torch.randn(5, 2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(stack, (x,))(x), stack(x))
+
+
+# Copies
+
+
+def test_copies_are_whole():
+    stack, x = SRU(4, 6, 2, **EVERY_OPTION).eval(), torch.randn(5, 2, 4)
+    file = io.BytesIO()
+    torch.save(stack.state_dict(), file)
+    file.seek(0)
+    loaded = SRU(4, 6, 2, **EVERY_OPTION).eval()
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    for other in (copy.deepcopy(stack), pickle.loads(pickle.dumps(stack)), loaded):
+        torch.testing.assert_close(other(x), stack(x), rtol=0, atol=0)
+
+
+def test_on_the_meta_device_it_has_shapes_and_no_numbers():
+    with torch.device("meta"):
+        stack = SRU(4, 6, 2, dropout=0.1)
+    h, c = stack(torch.empty(500, 2, 4, device="meta"))
+    assert (h.shape, c.shape, h.device.type) == ((500, 2, 6), (2, 2, 6), "meta")
+    h.sum().backward()
+    assert stack[0].weight.grad.shape == (24, 4)
+    stack.to_empty(device="cpu").reset_parameters()
+    original = SRU(4, 6, 2)
+    stack.load_state_dict(original.state_dict())
+    x = torch.randn(5, 2, 4)
+    torch.testing.assert_close(stack.eval()(x), original.eval()(x))
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "layer_norm": True, "zoneout": 0.1}])
+def test_half_precision_keeps_its_state_in_float32(dtype, options):
+    stack = SRU(16, 32, 2, **options).eval()
+    x = torch.randn(40, 3, 16)
+    expected = stack(x)
+    half = copy.deepcopy(stack).to(dtype)
+    h, c = half(x.to(dtype))
+    assert (h.dtype, c.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(h.float(), expected[0], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(c, expected[1], rtol=0.05, atol=0.05)
+    for state in (c, c.to(dtype)):  # what came out, and what a caller may have made
+        assert half(x.to(dtype), state)[1].dtype == torch.float32
+    (h.sum() + c.sum()).backward()
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in half.parameters())
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_autocast_is_near_float32(dtype):
+    stack = SRU(16, 32, 3, bidirectional=True)
+    x = torch.randn(40, 3, 16, requires_grad=True)
+    expected = stack(x)
+    with torch.autocast("cpu", dtype=dtype):
+        h, c = stack(x)
+        h, c = stack(x, c)
+        h, c = stack(x)
+    assert c.dtype == torch.float32
+    torch.testing.assert_close(h.float(), expected[0], rtol=0.05, atol=0.05)
+    h.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in stack.parameters())
+
+
+def test_float64_stays_float64():
+    h, c = SRU(4, 6, 2).double()(torch.randn(5, 2, 4, dtype=torch.float64))
+    assert h.dtype == c.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradients_of_half_precision_are_those_of_float32(dtype, backend):
+    arguments = [torch.randn(s) for s in ((30, 2, 3, 8), (30, 2, 8), (2, 8), (2, 8), (2, 8))]
+    arguments = [a.to(dtype) for a in arguments]
+    grads = torch.randn(30, 2, 8).to(dtype), torch.randn(2, 8)
+    found = []
+    for cast in (lambda a: a, torch.Tensor.float):
+        inputs = [cast(a).detach().requires_grad_() for a in arguments]
+        h, c = recurrence(*inputs, backend=backend)
+        found.append(torch.autograd.grad((h, c), inputs, (grads[0].to(h.dtype), grads[1])))
+    for half, single in zip(*found, strict=True):
+        assert half.dtype == dtype
+        torch.testing.assert_close(half, single.to(dtype))
+
+
+def test_another_copy_of_the_operators_is_not_ours_to_break():
+    """The official package registers sru_cpu and sru_cuda: a process may hold both."""
+    code = (
+        "import torch; torch.library.Library('sru_cpu', 'DEF'); torch.library.Library('sru_cuda', 'DEF'); import sru;"
+        "sru.SRU(2, 2)(torch.zeros(2, 1, 2))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
