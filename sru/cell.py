@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,8 +13,16 @@ from sru import convert
 from sru.kernels import ACTIVATIONS, BACKENDS, recurrence
 from sru.kernels.linear import linear
 
-# Arguments of the official package that it dropped itself, and the last version that had them.
-REMOVED = {"use_relu": "2.1.8", "use_selu": "2.1.8", "weight_norm": "2.1.7", "use_weight_norm": "2.1.7"}
+# Arguments of the official package that it dropped itself, and of torch.nn.LSTM, that a caller may still give.
+ANSWERS = {
+    "use_relu": "the official package dropped it after version 2.1.8; choose activation='relu'",
+    "use_selu": "the official package dropped it after version 2.1.8; choose activation='relu' or 'tanh'",
+    "weight_norm": "the official package dropped it after version 2.1.7; choose layer_norm=True",
+    "use_weight_norm": "the official package dropped it after version 2.1.7; choose layer_norm=True",
+    "proj_size": "LSTM's narrower h has no counterpart; projection_size narrows the matrices instead",
+    "bias": "the gates always have a bias, and the candidate never has one",
+    "nonlinearity": "choose activation='identity', 'tanh' or 'relu'",
+}
 
 
 def sequence_mask(p: float, like: Tensor) -> Tensor | None:
@@ -60,6 +69,7 @@ class SRUCell(nn.Module):
         use_tanh, v1, n_proj, custom_m: the official names of activation="tanh", has_vc_term=False, projection_size and
             transform_module.
         amp_recurrence_fp16: taken for the official package's sake; the state here is always float32 at least.
+        device, dtype: of the parameters.
     """
 
     weight: nn.Parameter | None
@@ -92,6 +102,8 @@ class SRUCell(nn.Module):
         n_proj: int = 0,
         custom_m: nn.Module | None = None,
         amp_recurrence_fp16: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -101,6 +113,10 @@ class SRUCell(nn.Module):
         for name, p in {"dropout": dropout, "rnn_dropout": rnn_dropout, "zoneout": zoneout}.items():
             if not 0 <= p < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {p}")
+        if use_tanh and activation not in ("identity", "tanh"):
+            raise ValueError(f"use_tanh=True and activation={activation!r} contradict each other")
+        if custom_m is not None and transform_module is not None:
+            raise ValueError("custom_m is another name of transform_module: give one of them")
         activation = "tanh" if use_tanh else activation
         for name, value, known in (("activation", activation, ACTIVATIONS), ("backend", backend, BACKENDS)):
             if value not in known:
@@ -125,26 +141,28 @@ class SRUCell(nn.Module):
         self.has_projected_skip = has_skip_term and input_size != self.output_size
         self.matrices = 4 if self.has_projected_skip else 3
         self.alpha = math.sqrt(1 + 2 * math.exp(highway_bias)) if rescale else 1.0
-        self.layer_norm = nn.LayerNorm(self.output_size if normalize_after else input_size) if layer_norm else None
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm_size = self.output_size if normalize_after else input_size
+        self.layer_norm = nn.LayerNorm(norm_size, **factory) if layer_norm else None
         self.transform_module = transform_module if transform_module is not None else custom_m
         self.register_parameter("weight", None)
         self.register_parameter("weight_proj", None)
         if self.transform_module is None:
             # Rows: candidate, forget, reset [, skip], so that one product gives u (T, B, K, D).
             columns = self.projection_size or input_size
-            self.weight = nn.Parameter(torch.empty(self.matrices * self.output_size, columns))
+            self.weight = nn.Parameter(torch.empty(self.matrices * self.output_size, columns, **factory))
             if self.projection_size:
-                self.weight_proj = nn.Parameter(torch.empty(self.projection_size, input_size))
+                self.weight_proj = nn.Parameter(torch.empty(self.projection_size, input_size, **factory))
         elif self.projection_size:
             raise ValueError("projection_size and transform_module exclude each other; project within the module")
-        self.bias = nn.Parameter(torch.empty(2, self.output_size))
-        v = torch.empty(2, self.output_size)
+        self.bias = nn.Parameter(torch.empty(2, self.output_size, **factory))
+        v = torch.empty(2, self.output_size, **factory)
         if self.has_vc_term:
             self.v = nn.Parameter(v)
         else:
-            self.register_buffer("v", v, persistent=False)
+            self.register_buffer("v", v)
         # As the official package, the state dict holds alpha: a file may come from a layer that has another one.
-        self.register_buffer("scale_x", torch.tensor([self.alpha]))
+        self.register_buffer("scale_x", torch.empty(1, **factory))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -166,6 +184,7 @@ class SRUCell(nn.Module):
             self.weight_proj.uniform_(-bound, bound)
         if self.layer_norm is not None:
             self.layer_norm.reset_parameters()
+        self.scale_x.fill_(self.alpha)
         self.bias[0].fill_(self.forget_bias)
         self.bias[1].fill_(self.highway_bias)
         bound = math.sqrt(1.5) if self.weight_c_init is None else self.weight_c_init
@@ -187,6 +206,8 @@ class SRUCell(nn.Module):
             raise ValueError(
                 f"x must be (T, B, {self.input_size}), or (B, {self.input_size}) for one step, not {tuple(x.shape)}"
             )
+        if x.dtype != self.bias.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x is {x.dtype}, the layer {self.bias.dtype}: convert one of them with .to()")
         if mask_pad is not None and mask_pad.dtype != torch.bool:
             mask_pad = mask_pad != 0
         c0 = self.initial_state(x) if c0 is None else self.check_state(c0, x)
@@ -248,7 +269,10 @@ class SRUCell(nn.Module):
         convert.read_official_cell(self, state_dict, prefix)
         state_dict.setdefault(f"{prefix}scale_x", self.scale_x)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.alpha = float(state_dict[f"{prefix}scale_x"])
+        loaded = state_dict[f"{prefix}scale_x"]
+        # A file of half precision holds alpha rounded: that is no other alpha.
+        if not loaded.is_meta and loaded.item() != torch.tensor(self.alpha, dtype=loaded.dtype).item():
+            self.alpha = float(loaded)
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]
@@ -279,14 +303,11 @@ def check_state(c0: Any, shape: tuple[int, ...], meaning: str, x: Tensor) -> Non
         raise ValueError(f"c0 is on {c0.device}, x on {x.device}; move it with c0.to(x.device)")
 
 
-def refuse(unknown: dict[str, Any], owner: type) -> None:
-    """TypeError for arguments that no version has, or that the official package dropped."""
+def refuse(unknown: Iterable[str], owner: type) -> None:
+    """TypeError for arguments that no version has, or that are answered above."""
     for name in unknown:
-        if name in REMOVED:
-            raise TypeError(
-                f"{owner.__name__} has no {name}: the official package dropped it after version {REMOVED[name]}. "
-                "Choose activation='identity', 'tanh' or 'relu', or layer_norm=True."
-            )
+        if name in ANSWERS:
+            raise TypeError(f"{owner.__name__} has no {name}: {ANSWERS[name]}")
         names = [n for n, p in inspect.signature(owner).parameters.items() if p.kind is not p.VAR_KEYWORD]
         close = difflib.get_close_matches(name, names, 1)
         hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(names)}"

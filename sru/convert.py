@@ -47,9 +47,8 @@ def read_official_cell(cell: "SRUCell", state: MutableMapping[str, Tensor], pref
     if f"{prefix}gain" in state:
         raise ValueError(f"{where} has weight normalisation, which ended with version 2.1.7: it cannot be converted")
     v = state.pop(f"{prefix}weight_c").view(2, -1)
-    if cell.has_vc_term:
-        state[f"{prefix}v"] = v
-    elif v.count_nonzero():
+    state[f"{prefix}v"] = v
+    if not cell.has_vc_term and v.count_nonzero():
         raise ValueError(f"{where} has a weight_c that is not 0: build ours with has_vc_term=True (v1=False)")
     if f"{prefix}bias" in state:
         state[f"{prefix}bias"] = state[f"{prefix}bias"].view(2, -1)

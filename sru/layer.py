@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from sru import convert
-from sru.cell import SRUCell, check_state, state_dtype
+from sru.cell import SRUCell, check_state, refuse, state_dtype
 from sru.kernels.linear import linear
 
 # What the papers use in each setting: SRU(n, d, num_layers, **presets["deep"]).
@@ -68,7 +68,12 @@ class SRU(nn.Module):
             raise ValueError(f"num_layers must be at least 1, not {num_layers}")
         if "n_proj" in options:
             raise TypeError("SRU has no n_proj: it is called projection_size (n_proj in SRUCell)")
-        self.num_directions = 2 if options.get("bidirectional") else 1
+        refuse([name for name in options if name not in inspect.signature(SRU).parameters], SRU)
+        if transform_module is not None and custom_m is not None:
+            raise ValueError("custom_m is another name of transform_module: give one of them")
+        self.bidirectional = bool(options.get("bidirectional"))
+        self.dropout = dropout
+        self.num_directions = 2 if self.bidirectional else 1
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -76,7 +81,11 @@ class SRU(nn.Module):
         self.batch_first = batch_first
         self.nn_rnn_compatible_return = nn_rnn_compatible_return
         self.input_to_hidden = (
-            nn.Linear(input_size, self.output_size, bias=False) if proj_input_to_hidden_first else None
+            nn.Linear(
+                input_size, self.output_size, bias=False, device=options.get("device"), dtype=options.get("dtype")
+            )
+            if proj_input_to_hidden_first
+            else None
         )
         modules = transform_module if transform_module is not None else custom_m
         if modules is None or (isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList)):
@@ -102,12 +111,13 @@ class SRU(nn.Module):
         x: Tensor | PackedSequence,
         c0: Tensor | None = None,
         mask_pad: Tensor | None = None,
-        lengths: Tensor | Sequence[int] | None = None,
+        lengths: Tensor | Sequence[int] | int | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run the stack: h, in the form of x, and the last states.
 
         mask_pad (T, B) is True where a step is padding, whose output is 0 and which leaves the state alone; it may lie
-        on either side. lengths (B,) says the same of sequences that begin at step 0.
+        on either side. lengths (B,) says the same of sequences that
+        begin at step 0; without a batch it is a number.
         """
         if isinstance(x, PackedSequence):
             if mask_pad is not None or lengths is not None:
@@ -118,6 +128,7 @@ class SRU(nn.Module):
             raise ValueError(f"x must be {self.layout()}, or (T, {self.input_size}) for one, not {tuple(x.shape)}")
         if single:
             x, mask_pad = x[:, None], None if mask_pad is None else mask_pad[:, None]
+            lengths = None if lengths is None else torch.as_tensor(lengths).reshape(-1)
             c0 = c0[:, None] if isinstance(c0, Tensor) and c0.dim() == 2 else c0
         elif self.batch_first:
             x, mask_pad = x.transpose(0, 1), None if mask_pad is None else mask_pad.transpose(0, 1)
@@ -179,7 +190,7 @@ class SRU(nn.Module):
         h, c = self(sequence, state)
         return h.squeeze(1 if self.batch_first and x.dim() == 2 else 0), c
 
-    def padding(self, lengths: Tensor | Sequence[int], x: Tensor, mask_pad: Tensor | None) -> Tensor:
+    def padding(self, lengths: Tensor | Sequence[int] | int, x: Tensor, mask_pad: Tensor | None) -> Tensor:
         """mask_pad (T, B) of sequences of these lengths, padded at their end."""
         if mask_pad is not None:
             raise ValueError("give either lengths or mask_pad")

@@ -334,7 +334,9 @@ def test_the_official_names_of_our_options():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_relu": True}, "no use_relu: the official package dropped it after version 2.1.8"),
+        ({"use_relu": True}, "SRU has no use_relu: the official package dropped it after version 2.1.8"),
+        ({"proj_size": 2}, "projection_size narrows the matrices"),
+        ({"num_layer": 2}, "SRU has no argument num_layer: did you mean num_layers?"),
         ({"weight_norm": True}, "after version 2.1.7"),
         ({"n_proj": 3}, "it is called projection_size"),
         ({"bidirectonal": True}, "did you mean bidirectional?"),
@@ -352,6 +354,8 @@ def test_an_unknown_argument_is_answered(options, message):
         ({"transform_module": [None]}, "transform_module must have one entry for each of 2 layers, not 1"),
         ({"projection_size": [1, 2, 3]}, "projection_size must have one entry for each of 2 layers, not 3"),
         ({"projection_size": 2, "transform_module": nn.Identity()}, "exclude each other"),
+        ({"custom_m": nn.Identity(), "transform_module": nn.Identity()}, "give one of them"),
+        ({"use_tanh": True, "activation": "relu"}, "contradict each other"),
         ({"rnn_dropout": 1.0}, r"rnn_dropout must lie in \[0, 1\), not 1.0"),
         ({"zoneout": -0.1}, "zoneout must lie"),
         ({"activation": "selu"}, "activation must be one of identity, tanh, relu, not 'selu'"),
@@ -396,7 +400,33 @@ def test_the_signature_of_the_stack_names_every_option():
     assert set(inspect.signature(SRUCell).parameters) - names == {"unknown", "n_proj"}
 
 
+def test_parameters_are_made_where_and_as_they_are_wanted():
+    stack = SRU(4, 6, 2, proj_input_to_hidden_first=True, layer_norm=True, v1=True, device="meta", dtype=torch.float64)
+    tensors = [*stack.parameters(), *stack.buffers()]
+    assert {(t.device.type, t.dtype) for t in tensors} == {("meta", torch.float64)}
+    filled = SRU(4, 6, 2, proj_input_to_hidden_first=True, layer_norm=True, v1=True, dtype=torch.float64)
+    stack.load_state_dict(filled.state_dict(), assign=True)
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    assert torch.equal(stack(x)[0], filled(x)[0])
+
+
+def test_an_input_of_another_dtype_is_refused():
+    with pytest.raises(TypeError, match=r"x is torch.float64, the layer torch.float32"):
+        SRU(4, 4)(torch.zeros(3, 2, 4, dtype=torch.float64))
+
+
+def test_a_half_precision_file_keeps_alpha():
+    stack = SRU(4, 4, 2)
+    stack.load_state_dict(SRU(4, 4, 2).half().state_dict())
+    assert stack[0].alpha == SRU(4, 4)[0].alpha
+
+
 def test_resetting_draws_again():
+    with torch.device("meta"):
+        empty = SRU(4, 4, 1, v1=True).to_empty(device="cpu")
+    empty.reset_parameters()
+    assert torch.equal(empty[0].scale_x, torch.tensor([empty[0].alpha]))
+    assert empty[0].v.eq(0).all()
     stack = SRU(4, 6, 2, proj_input_to_hidden_first=True, layer_norm=True, projection_size=2)
     before = {name: parameter.clone() for name, parameter in stack.named_parameters()}
     stack.reset_parameters()

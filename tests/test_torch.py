@@ -121,6 +121,22 @@ def test_functional_gradients_are_the_ordinary_ones():
     torch.testing.assert_close(members[1], loss({name: 2 * p for name, p in parameters.items()}, x))
 
 
+def test_functional_gradients_of_gradients_are_not_passed_over():
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+
+    def loss(stack, x):
+        return stack(x)[0].square().sum()
+
+    stack = SRU(4, 4, 1).double()
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        grad(lambda x: grad(lambda x: loss(stack, x))(x).square().sum())(x)
+    stack[0].backend = "reference"
+    found = grad(lambda x: grad(lambda x: loss(stack, x))(x).square().sum())(x)
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(loss(stack, x), x, create_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(first.square().sum(), x)[0])
+
+
 # Export
 
 
@@ -137,19 +153,21 @@ def test_an_exported_program_runs_without_this_library(tmp_path, options):
     with torch.no_grad():
         program = torch.export.export(stack, (x, state, pad), dynamic_shapes=dynamic)
     torch.export.save(program, tmp_path / "sru.pt2")
-    x, state, pad = torch.randn(70, 3, 4), torch.randn(2, 3, stack.output_size), torch.rand(70, 3) < 0.2
-    torch.save((x, state, pad), tmp_path / "inputs.pt")
+    inputs = [
+        (torch.randn(steps, 3, 4), torch.randn(2, 3, stack.output_size), torch.rand(steps, 3) < 0.2)
+        for steps in (1, 2, 70)
+    ]
+    torch.save(inputs, tmp_path / "inputs.pt")
     code = """
 import sys, torch
 sys.modules["sru"] = None
-inputs = torch.load("inputs.pt")
-torch.save(torch.export.load("sru.pt2").module()(*inputs), "outputs.pt")
+program = torch.export.load("sru.pt2").module()
+torch.save([program(*each) for each in torch.load("inputs.pt")], "outputs.pt")
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
-    with torch.no_grad():
-        expected = stack(x, state, pad)
-    for found, value in zip(torch.load(tmp_path / "outputs.pt"), expected, strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+    for each, outputs in zip(inputs, torch.load(tmp_path / "outputs.pt"), strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(outputs, stack(*each), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

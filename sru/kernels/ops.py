@@ -71,8 +71,31 @@ class Transformed(torch.autograd.Function):
         save(ctx, inputs, output)
 
     @staticmethod
-    def backward(ctx, *grads):
-        return differentiate(ctx, *grads)[:-1]
+    def backward(ctx, gh, _, gc_last):
+        *inputs, c = ctx.saved_tensors
+        gu, gx, gv, gb, gc0 = TransformedBackward.apply(gh, gc_last, *inputs, c, *ctx.options)
+        return gu, None if inputs[1] is None else gx, gv, gb, gc0, *[None] * 6
+
+
+class TransformedBackward(torch.autograd.Function):
+    """The backward operator under a transform of torch.func: without it a second gradient would be 0, in silence."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return torch.ops.sru.recurrence_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "torch.func takes the first derivative of the compiled SRU kernels only: build the layer with "
+            "backend='reference' for more, or use torch.autograd.grad(..., create_graph=True)"
+        )
 
 
 def one_by_one(operator):

@@ -64,5 +64,6 @@ def states(candidate: Tensor, forget: Tensor, v: Tensor, c0: Tensor, zoneout: fl
     if reverse:
         candidate, forget = candidate.flip(0), forget.flip(0)
     c_last, c = scan(step, c0.clone(), (candidate, forget))
-    before = torch.cat([c0[None], c[:-1]])
+    # Not c[:-1], whose number of steps would be another unknown of an exported program.
+    before = torch.cat([c0[None], c])[:-1]
     return (before.flip(0), c.flip(0), c_last) if reverse else (before, c, c_last)

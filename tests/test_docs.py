@@ -1,0 +1,96 @@
+"""The documents: every Python block runs, and the table of arguments is that of the code.
+
+The blocks of a file are one program, in order, in a directory of its own. A block whose first line is
+`# needs NAME ...` is skipped where one of these modules cannot be imported.
+"""
+
+import ast
+import importlib.util
+import inspect
+import re
+
+import pytest
+from conftest import ROOT
+
+from sru import SRU, SRUCell
+
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}
+BLOCKS = {name: [(match.start(1), match[1]) for match in BLOCK.finditer(text)] for name, text in TEXTS.items()}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """Of each file: its directory, its names, and how many of its blocks have run."""
+    return {name: [tmp_path_factory.mktemp("docs"), {"__name__": name}, 0] for name in BLOCKS}
+
+
+def missing(code: str) -> list[str]:
+    """The modules that a block needs and that cannot be imported."""
+    first = code.partition("\n")[0]
+    names = first.removeprefix("# needs ").split() if first.startswith("# needs ") else []
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "number"), [(name, i) for name, blocks in BLOCKS.items() for i in range(len(blocks))])
+def test_a_block_of_the_documents_runs(name, number, programs, monkeypatch):
+    program = programs[name]
+    directory, names, done = program
+    program[2] = number + 1
+    monkeypatch.chdir(directory)
+    for start, code in BLOCKS[name][done : number + 1]:  # those before it too, if they were not selected
+        if not missing(code):
+            above = "\n" * TEXTS[name].count("\n", 0, start)  # so that an error tells the line of the file
+            exec(compile(above + code, ROOT / name, "exec"), names)
+    if missing(code):
+        pytest.skip(f"{', '.join(missing(code))} is not installed")
+
+
+def test_every_python_block_is_found():
+    for name, text in TEXTS.items():
+        fences = re.findall(r"^.*```\s*py.*$", text, re.MULTILINE | re.IGNORECASE)
+        assert len(fences) == len(BLOCKS[name]), f"{name}: write ```python and ``` at the start of a line: {fences}"
+    assert BLOCKS["docs/layer.md"]
+    assert BLOCKS["docs/migrating.md"]
+
+
+def arguments() -> dict[str, dict[str, str]]:
+    """The rows of the table of arguments in docs/migrating.md, by argument."""
+    lines = TEXTS["docs/migrating.md"].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| argument |"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    header, _, *rows = rows
+    assert header[:5] == ["argument", "class", "2.6.0", "3.0.0.dev", "here"]
+    names = [row[0].strip("`") for row in rows]
+    assert len(set(names)) == len(names)
+    return {name: dict(zip(header, row, strict=True)) for name, row in zip(names, rows, strict=True)}
+
+
+@pytest.mark.parametrize(("owner", "classes"), [(SRU, ("both", "`SRU`")), (SRUCell, ("both", "`SRUCell`"))])
+def test_the_table_of_arguments_is_that_of_the_code(owner, classes):
+    parameters = {n: p for n, p in inspect.signature(owner).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    rows = {name: row for name, row in arguments().items() if row["class"] in classes}
+    assert set(rows) == set(parameters), "docs/migrating.md must have a row for every argument, and no other"
+    for name, parameter in parameters.items():
+        stated = rows[name]["here"]
+        if parameter.default is parameter.empty:
+            assert stated == "required", name
+            continue
+        value = ast.literal_eval(stated.strip("`"))
+        assert (type(value), value) == (type(parameter.default), parameter.default), name
+
+
+def test_every_class_of_the_table_is_known():
+    assert {row["class"] for row in arguments().values()} == {"both", "`SRU`", "`SRUCell`"}
+
+
+def test_links_between_the_documents_lead_somewhere():
+    for path, text in zip(FILES, TEXTS.values(), strict=True):
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
