@@ -1,0 +1,187 @@
+"""Turn a file's SRUs into our layout or an official one: `python scripts/convert.py IN.pt OUT.pt [--to 2.6.0]`."""
+
+import argparse
+import copy
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sru import SRUCell, convert
+
+# The layouts, and what a stack calls its list of layers.
+LISTS = {"ours": "layers", **dict.fromkeys(convert.VERSIONS, "rnn_lst")}
+# What no shape tells and not every version has. Directions are not among it: in every layout the columns of the second
+# follow those of the first, each with its k numbers.
+truth = {"true": True, "false": False, "True": True, "False": False}.__getitem__
+SETTABLE: dict[str, Callable[[str], Any]] = {"v1": truth, "has_vc_term": truth, "activation": str, "zoneout": float}
+ENTRY = re.compile(r"weight|weight_proj|weight_c|v|bias|scale_x|gain|(layer_norm|custom_m|transform_module)\..+")
+# The modules of 3.0 that are matrices and no more.
+MATRICES = {"transform_module.weight"}, {"transform_module.0.weight", "transform_module.1.weight"}
+
+
+def layout(state: dict[str, Any], prefix: str) -> str:
+    """The layout of the SRU layer whose entries have this prefix; empty if they are none."""
+    bias, weight_c = state.get(f"{prefix}bias"), state.get(f"{prefix}weight_c")
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        return ""
+    if isinstance(weight_c, Tensor) and bias.dim() == 1 and bias.shape == weight_c.shape:
+        return "3.0.0.dev" if any(key.startswith(f"{prefix}transform_module.") for key in state) else "2.6.0"
+    return "ours" if bias.dim() == len(bias) == 2 and {f"{prefix}v", f"{prefix}scale_x"} & state.keys() else ""
+
+
+def infer(entries: dict[str, Tensor], source: str, has_module: bool) -> dict[str, Any]:
+    """The arguments of SRUCell that a layer's entries tell."""
+    size, norm = entries["bias"].numel() // 2, entries.get("layer_norm.weight")
+    arguments: dict[str, Any] = {
+        "input_size": size if norm is None else norm.numel(),
+        "hidden_size": size,  # of both directions
+        "layer_norm": norm is not None,
+        # Training leaves no weight_c at 0 throughout.
+        "has_vc_term": "v" in entries or bool(entries.get("weight_c", torch.zeros(1)).any()),
+    }
+    if has_module:  # it maps to the same columns in every layout, so its entries only move
+        return arguments | {"transform_module": nn.Identity()}
+    matrix, projection = entries.get("weight"), entries.get("weight_proj")
+    if source == "3.0.0.dev":
+        projection = entries.get("transform_module.0.weight")
+        matrix = entries.get("transform_module.weight" if projection is None else "transform_module.1.weight")
+    elif source == "2.6.0":
+        matrix, projection = (None if a is None else a.t() for a in (matrix, projection))
+    if matrix is None or matrix.shape[0] not in (3 * size, 4 * size):
+        found = "no matrix" if matrix is None else f"a matrix to {matrix.shape[0]} columns"
+        raise ValueError(f"it has {found}; one to {3 * size} or {4 * size} fits its bias")
+    arguments["input_size"] = input_size = (matrix if projection is None else projection).shape[1]
+    return arguments | {
+        "projection_size": 0 if projection is None else projection.shape[0],
+        "normalize_after": norm is not None and norm.numel() == size != input_size,
+        # Where the sizes are equal, a layer without the highway looks the same.
+        "has_skip_term": matrix.shape[0] == 4 * size or input_size == size,
+    }
+
+
+def convert_layer(entries: dict[str, Tensor], to: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], dict]:
+    """One layer's entries in another layout, and the arguments of its SRUCell."""
+    source = layout(entries, "")
+    module = {key for key in entries if key.startswith(("custom_m.", "transform_module."))}
+    if source != "ours" and module in MATRICES:
+        module = set()
+    arguments = infer(entries, source, bool(module)) | options
+    cell = SRUCell(**arguments)
+    cell.load_state_dict({key: value for key, value in entries.items() if key not in module}, assign=True)
+    written = cell.state_dict() if to == "ours" else convert.cell_to_official(cell, to)
+    if "scale_x" not in entries:  # as in a dict of parameters alone
+        del written["scale_x"]
+    name = "custom_m" if to == "2.6.0" else "transform_module"
+    moved = {f"{name}.{key.partition('.')[2]}": entries[key] for key in module}
+    return {key: value.contiguous() for key, value in written.items()} | moved, arguments
+
+
+def convert_all(
+    state: dict, to: str, options: dict[str, Any], found: list[tuple[str, str, dict]], where: str = ""
+) -> dict:
+    """A copy of a dict with every SRU in it, at any depth, in another layout, and all else as it is.
+
+    Appends (place, layout, arguments) of each layer to `found`. ValueError: a layer that cannot be converted.
+    """
+    named: dict[str, Any] = {key: value for key, value in state.items() if isinstance(key, str)}
+    layers: dict[str, dict[str, Tensor]] = {}  # by the name of each old entry, the new ones of its layer
+    for prefix in [key.removesuffix("bias") for key in named if key.split(".")[-1] == "bias"]:
+        source = layout(named, prefix)
+        if not source:
+            continue
+        in_stack = re.fullmatch(rf"(|.*\.){LISTS[source]}(\.\d+\.)", prefix)
+        place = f"{in_stack[1]}{LISTS[to]}{in_stack[2]}" if in_stack else prefix
+        own = [key for key in named if key.startswith(prefix) and ENTRY.fullmatch(key.removeprefix(prefix))]
+        try:
+            if in_stack:
+                convert.read_official_names(dict(named), in_stack[1])  # refuses what is too old
+            entries, arguments = convert_layer({key.removeprefix(prefix): named[key] for key in own}, to, options)
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise ValueError(f"{where}{prefix[:-1] or 'the layer'}: {' '.join(str(error).split())}") from error
+        found.append((f"{where}{place[:-1]}", source, arguments))
+        entries = {f"{place}{key}": value for key, value in entries.items()}
+        layers |= dict.fromkeys(own, entries)
+    result = copy.copy(state)  # of its class, with what a state dict carries beside its entries
+    result.clear()
+    for key, value in state.items():
+        inner = convert_all(value, to, options, found, f"{where}{key}.") if isinstance(value, dict) else value
+        result.update(layers.get(key, {key: inner}))
+    return result
+
+
+def read(path: Path) -> dict:
+    """What is in a file; ValueError if that is no dict, or more than tensors and numbers."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        raise ValueError(
+            f"{path} is damaged, not from torch.save, or needs pickle, which may run any code; nothing of it was run "
+            f"({type(error).__name__}). Where you trust it, load it and torch.save(model.state_dict(), PATH)."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def parse(words: list[str]) -> dict[str, Any]:
+    """The arguments that --set gives; v1 as has_vc_term."""
+    options: dict[str, Any] = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        try:
+            value = SETTABLE[key](text)
+        except (KeyError, ValueError):
+            known = "v1=true, has_vc_term=true, activation=relu, zoneout=0.1"
+            raise ValueError(f"--set takes such as {known}, not {word}; the shapes tell the rest") from None
+        options |= {"has_vc_term": not value} if key == "v1" else {key: value}
+    return options
+
+
+def main(words: list[str] | None = None) -> int:
+    """Convert a file and say what was found; returns the exit status, 1 where nothing was written."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path, metavar="IN.pt")
+    parser.add_argument("target", type=Path, metavar="OUT.pt")
+    parser.add_argument("--to", default="ours", choices=LISTS, help="the layout to write (default: ours)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. v1=true")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT.pt")
+    given = parser.parse_args(words)
+    found: list[tuple[str, str, dict]] = []
+    temporary = given.target.with_name(f".{given.target.name}.{os.getpid()}")
+    try:
+        if given.target.exists() and not given.force:
+            raise ValueError(f"{given.target} exists; give another name, or --force to overwrite it")
+        content = convert_all(read(given.source), given.to, parse(given.set), found)
+        if not found:
+            raise ValueError(f"{given.source} holds no SRU: no layer with bias and weight_c (official) or v (ours)")
+        if {source for _, source, _ in found} == {given.to}:
+            raise ValueError(f"{given.source} is in the layout {given.to} already; the others: --to {', '.join(LISTS)}")
+        torch.save(content, temporary)
+        os.replace(temporary, given.target)
+    except (ValueError, OSError, RuntimeError) as error:  # torch.save raises RuntimeError where it cannot write
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+    defaults = {name: parameter.default for name, parameter in inspect.signature(SRUCell).parameters.items()}
+    for place, source, arguments in found:
+        arguments = {key: "..." if key == "transform_module" else value for key, value in arguments.items()}
+        told = ", ".join(f"{key}={value}" for key, value in arguments.items() if value != defaults[key])
+        print(f"{place}: {source} -> {given.to}, {told}")
+    print("hidden_size is of all directions. Their number, activation and dropout are in no file.")
+    print("All else in the file is as it was, an optimizer's state too.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

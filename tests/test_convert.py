@@ -1,0 +1,305 @@
+"""scripts/convert.py: saved files from one layout to another and back, and what it refuses."""
+
+import collections
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+from scripts import convert as script
+from sru import SRU, SRUCell
+from sru.convert import VERSIONS, to_official
+
+RECORDINGS = {
+    path.stem: path
+    for folder in (ROOT / "tests/samples/golden", ROOT.parent / "shared/golden")
+    for path in sorted(folder.glob("sru_*.pt"))
+}
+NETWORKS = {
+    "plain": {"input_size": 5, "hidden_size": 3},
+    "one size": {"input_size": 4, "hidden_size": 4},
+    "both ways": {"input_size": 5, "hidden_size": 2, "num_layers": 3, "bidirectional": True},
+    "projected": {"input_size": 6, "hidden_size": 5, "projection_size": [2, 0], "rescale": False},
+    "layer norm": {"input_size": 5, "hidden_size": 3, "layer_norm": True, "highway_bias": -1.0},
+    "layer norm after": {"input_size": 5, "hidden_size": 3, "layer_norm": True, "normalize_after": True},
+    "no highway": {"input_size": 5, "hidden_size": 3, "has_skip_term": False},
+    "of 2017": {"input_size": 5, "hidden_size": 3, "v1": True},
+    "input first": {"input_size": 5, "hidden_size": 2, "bidirectional": True, "proj_input_to_hidden_first": True},
+    "twelve layers": {"input_size": 3, "hidden_size": 2, "num_layers": 12},
+}
+
+
+@pytest.fixture
+def convert(tmp_path, capsys):
+    """convert(content, *options): what the script makes of a file with this content; its complaint as ValueError."""
+
+    def converted(content, *options):
+        source, target = tmp_path / "in.pt", tmp_path / "out.pt"
+        target.unlink(missing_ok=True)
+        torch.save(content, source)
+        status = script.main([str(source), str(target), *options])
+        assert {path.name for path in tmp_path.iterdir()} == {"in.pt", "out.pt"} - ({"out.pt"} if status else set())
+        if status:
+            raise ValueError(capsys.readouterr().err)
+        return torch.load(target, weights_only=True)
+
+    return converted
+
+
+def network(name, dtype=torch.float32):
+    """A network whose every parameter is drawn, so that no two entries look alike."""
+    made = SRU(**NETWORKS[name]).to(dtype)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter)
+    return made
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype, key
+        assert found[key].shape == value.shape, key
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_file_survives_the_round_trip(name, version, convert):
+    made = network(name, torch.float64)
+    ours, official = made.state_dict(), to_official(made, version)
+    assert_same(convert(ours, "--to", version), official)
+    assert_same(convert(official), ours)
+    other = convert(official, "--to", next(v for v in VERSIONS if v != version))
+    assert_same(convert(other, "--to", version), official)
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_a_recorded_file_survives_the_round_trip_and_gives_the_recorded_output(name, convert):
+    recorded = torch.load(RECORDINGS[name], weights_only=True)
+    package = recorded["config"].pop("package")
+    version = next(v for v in VERSIONS if v in package)
+    ours = convert({"state_dict": recorded["state_dict"], "config": recorded["config"]})
+    assert not [key for key in ours["state_dict"] if "rnn_lst" in key or "weight_c" in key]
+    arguments = {key: value for key, value in ours["config"].items() if key != "cls"}
+    made = SRU(**arguments).double()
+    made.load_state_dict(ours["state_dict"])
+    c0 = recorded["c0"]
+    if arguments.get("nn_rnn_compatible_return"):
+        c0 = c0.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1)
+    h, _ = made(recorded["x"], c0, recorded.get("mask_pad"))
+    torch.testing.assert_close(h, recorded["h"], rtol=0, atol=1e-10)
+    assert_same(convert(ours, "--to", version)["state_dict"], recorded["state_dict"])
+
+
+def test_all_recordings_make_the_round_trip():
+    if not (ROOT.parent / "shared/golden").exists():
+        pytest.skip("no shared/golden beside the project")
+    assert len(RECORDINGS) >= 11
+
+
+def test_the_directions_need_not_be_told(convert):
+    """Columns are ordered (direction, hidden, k): two directions of 2 are laid out as one of 4."""
+    for version in VERSIONS:
+        made = network("both ways")
+        one_way = SRU(5, 4, 3)
+        one_way.load_state_dict(made.state_dict())
+        assert_same(to_official(one_way, version), to_official(made, version))
+
+
+@pytest.mark.parametrize("to", VERSIONS)
+def test_a_layer_by_itself_converts(to, convert):
+    cell = SRUCell(5, 3, projection_size=2)
+    official = convert({f"encoder.{key}": value for key, value in cell.state_dict().items()}, "--to", to)
+    assert "encoder.weight_c" in official
+    again = SRUCell(5, 3, projection_size=2)
+    again.load_state_dict({key.removeprefix("encoder."): value for key, value in official.items()})
+    assert_same(again.state_dict(), cell.state_dict())
+    assert_same(convert(official), {f"encoder.{key}": value for key, value in cell.state_dict().items()})
+
+
+def test_all_else_in_a_checkpoint_stays_as_it_is(convert):
+    """Among it what looks a little like a layer, and a second state dict of the same names."""
+    model = nn.ModuleDict({"embedding": nn.Embedding(7, 5), "rnn": network("plain"), "norm": nn.BatchNorm1d(3)})
+    model["attention"] = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+    state = model.state_dict()
+    optimizer = {"state": {0: {"exp_avg": torch.randn(9)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    rest = {"epoch": 3, "optimizer": optimizer, "weight_c": torch.randn(2, 3), "names": ["a"], "nothing": None}
+    content = {"model": state, "nested": {"ema": dict(model.named_parameters())}, **rest}
+    official = convert(content, "--to", "2.6.0")
+    assert list(official) == list(content)
+    assert isinstance(official["model"], collections.OrderedDict)
+    assert official["model"]._metadata == state._metadata
+    for key, value in to_official(model["rnn"], "2.6.0").items():
+        assert torch.equal(official["model"][f"rnn.{key}"], value)
+        if not key.endswith("scale_x"):
+            assert torch.equal(official["nested"]["ema"][f"rnn.{key}"], value)
+    assert not any(key.startswith("rnn.layers") for key in official["model"])
+    for key, value in rest.items():
+        assert str(official[key]) == str(value)
+    assert_same(
+        {key: value for key, value in official["model"].items() if not key.startswith("rnn.")},
+        {key: value for key, value in state.items() if not key.startswith("rnn.")},
+    )
+    ours = convert(official)
+    assert list(ours["model"]) == list(state)
+    assert_same(ours["model"], state)
+    assert_same(ours["nested"]["ema"], dict(model.named_parameters()))
+    model.load_state_dict(ours["model"])
+
+
+def test_two_networks_in_one_file_convert_apart(convert):
+    model = nn.ModuleDict({"there": network("of 2017"), "back": network("projected")})
+    official = {
+        f"{name}.{key}": value for name, part in model.items() for key, value in to_official(part, "3.0.0.dev").items()
+    }
+    assert_same(convert(official), model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_dtype_stays(dtype, convert):
+    for name in ("of 2017", "layer norm"):
+        made = network(name, dtype)
+        if name == "layer norm":
+            made[0].layer_norm.double()
+        official = to_official(made, "2.6.0")
+        assert_same(convert(made.state_dict(), "--to", "2.6.0"), official)
+        assert_same(convert(official), made.state_dict())
+
+
+def test_a_layers_own_module_only_changes_its_name(convert):
+    module = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 12))
+    made = SRU(5, 3, 3, transform_module=[module, nn.Linear(3, 9), None], layer_norm=True)
+    ours = made.state_dict()
+    old, new = convert(ours, "--to", "2.6.0"), convert(ours, "--to", "3.0.0.dev")
+    assert_same(old, to_official(made, "2.6.0"))
+    assert_same(new, to_official(made, "3.0.0.dev"))
+    assert_same(convert(old), ours)
+    assert_same(convert(new), ours)
+    assert_same(convert(new, "--to", "2.6.0"), old)
+    # One that is a matrix and no more is a layer's matrix, in the layouts that cannot tell.
+    made = SRU(5, 3, 1, transform_module=nn.Linear(5, 12, bias=False))
+    for version in VERSIONS:
+        assert_same(convert(made.state_dict(), "--to", version), to_official(made, version))
+    assert "layers.0.weight" in convert(to_official(made, "3.0.0.dev"))
+
+
+def test_a_weight_c_of_zeros_is_a_v1_unless_told_otherwise(convert, capsys):
+    official = to_official(SRU(5, 3, weight_c_init=0.0))
+    SRU(5, 3, v1=True).load_state_dict(convert(official))
+    assert "has_vc_term=False" in capsys.readouterr().out
+    for option in ("v1=false", "has_vc_term=true"):
+        SRU(5, 3).load_state_dict(convert(official, "--set", option))
+        assert "has_vc_term" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"rnn_lst.0.*has_vc_term=True"):
+        convert(to_official(network("plain")), "--set", "v1=true")
+
+
+def test_the_script_says_what_the_shapes_tell(convert, capsys):
+    convert({"model": {f"rnn.{key}": value for key, value in to_official(network("projected")).items()}})
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "model.rnn.layers.0: 3.0.0.dev -> ours, input_size=6, hidden_size=5, projection_size=2",
+        "model.rnn.layers.1: 3.0.0.dev -> ours, input_size=5, hidden_size=5",
+    ]
+
+
+def damaged(**changes):
+    """An official state dict with entries changed, or where None removed."""
+    state = to_official(network("plain"), "2.6.0") | {key.replace("__", "."): value for key, value in changes.items()}
+    return {key: value for key, value in state.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (torch.ones(3), [], "holds a Tensor, not a state dict"),
+        ([{"rnn_lst.0.bias": torch.ones(4)}], [], "holds a list, not a state dict"),
+        ({}, [], "holds no SRU"),
+        (nn.LSTM(3, 4).state_dict(), [], "holds no SRU"),
+        (nn.TransformerEncoderLayer(4, 2).state_dict(), [], "holds no SRU"),
+        (damaged(rnn_lst__0__gain=torch.ones(3)), [], r"rnn_lst\.0: .*weight normalisation"),
+        (damaged(ln_lst__0__weight=torch.ones(3)), [], "2.1.7"),
+        (damaged(rnn_lst__1__weight=None), [], r"rnn_lst\.1: it has no matrix"),
+        (damaged(rnn_lst__1__weight=torch.ones(3, 8)), [], "a matrix to 8 columns; one to 9 or 12 fits"),
+        (damaged(rnn_lst__1__weight=torch.ones(3)), [], r"rnn_lst\.1: "),
+        (damaged(rnn_lst__1__scale_x=torch.ones(2)), [], r"rnn_lst\.1: "),
+        (damaged(), ["--to", "2.6.0"], "in the layout 2.6.0 already"),
+        (SRU(3, 4).state_dict(), [], "in the layout ours already"),
+        (SRU(5, 6, projection_size=5).state_dict(), ["--to", "2.6.0"], "ignores projection_size=5"),
+        (SRU(5, 6).state_dict(), ["--to", "2.6.0", "--set", "activation=relu"], "no relu"),
+        (SRU(5, 6).state_dict(), ["--to", "2.6.0", "--set", "zoneout=0.1"], "no zoneout"),
+        (SRU(5, 6).state_dict(), ["--to", "2.6.0", "--set", "activation=gelu"], "identity, tanh, relu"),
+        (damaged(), ["--set", "input_size=5"], "--set takes such as v1=true, .* not input_size=5"),
+        (damaged(), ["--set", "v1=maybe"], "--set takes .* not v1=maybe"),
+        (damaged(), ["--set", "v1"], "not v1;"),
+        (damaged(), ["--set", "zoneout=["], r"not zoneout=\["),
+        (nn.Linear(2, 2), [], "needs pickle"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_and_nothing_is_written(content, options, message, convert):
+    with pytest.raises(ValueError, match=message) as refused:
+        convert(content, *options)
+    assert str(refused.value).startswith("error: ")
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_damaged_file_or_none_is_refused(tmp_path, capsys):
+    target = tmp_path / "out.pt"
+    whole = tmp_path / "whole.pt"
+    torch.save(damaged(), whole)
+    for name, data in {
+        "empty": b"",
+        "text": b"hello\n",
+        "half": whole.read_bytes()[: whole.stat().st_size // 2],
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        assert script.main([str(tmp_path / name), str(target)]) == 1
+        assert f"{name} is damaged" in capsys.readouterr().err
+    for missing in (tmp_path / "missing.pt", tmp_path):
+        assert script.main([str(missing), str(target)]) == 1
+        assert f"there is no file {missing}" in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_a_file_is_overwritten_on_request_only_and_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
+    source, target = tmp_path / "in.pt", tmp_path / "out.pt"
+    torch.save(damaged(), source)
+    target.write_text("precious")
+    assert script.main([str(source), str(target)]) == 1
+    assert "--force" in capsys.readouterr().err
+
+    def fail(content, path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        assert script.main([str(source), str(target), "--force"]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert target.read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"in.pt", "out.pt"}
+    assert script.main([str(source), str(target), "--force"]) == 0
+    assert "layers.0.v" in torch.load(target, weights_only=True)
+    # A file may also take its own place.
+    assert script.main([str(source), str(source), "--force"]) == 0
+    assert "layers.0.v" in torch.load(source, weights_only=True)
+
+
+@pytest.mark.parametrize("place", ["missing/out.pt", "in.pt/out.pt"])
+def test_a_folder_that_is_none_is_refused(place, tmp_path, capsys):
+    torch.save(damaged(), tmp_path / "in.pt")
+    assert script.main([str(tmp_path / "in.pt"), str(tmp_path / place)]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
+
+
+def test_the_command_line_converts_from_any_folder(tmp_path):
+    torch.save(damaged(), tmp_path / "in.pt")
+    command = [sys.executable, str(ROOT / "scripts/convert.py"), "in.pt", "out.pt"]
+    first, second = (subprocess.run(command, cwd=tmp_path, capture_output=True, text=True) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert "layers.1.weight" in torch.load(tmp_path / "out.pt", weights_only=True)
+    assert second.returncode == 1
+    assert second.stderr == "error: out.pt exists; give another name, or --force to overwrite it\n"
