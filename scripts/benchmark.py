@@ -161,7 +161,7 @@ def layer(options: argparse.Namespace) -> None:
     table(["(T, B, D)", "inference, ms", *than, "forward and backward, ms", *than], rows)
 
     # Callers at once, each with a sequence of its own, as a server has them.
-    shape = (32, 1, 256)
+    shape = (512, 16, 256)
     rows = []
     for name, network in {"SRU": SRU(256, 256, 2), "LSTM": torch.nn.LSTM(256, 256, 2)}.items():
         call = layer_calls(network, *shape)["infer"]
@@ -169,7 +169,7 @@ def layer(options: argparse.Namespace) -> None:
         times: list[float] = []
 
         def work(call=call, times=times):
-            for _ in range(30):
+            for _ in range(10):
                 start = time.perf_counter()
                 call()
                 times.append(time.perf_counter() - start)

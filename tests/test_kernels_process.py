@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,9 +24,13 @@ from sru.kernels import cpu, recurrence
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def threads():
+@pytest.fixture(params=["OpenMP", "own threads"])
+def threads(request, monkeypatch):
     """threads(n) sets torch's threads until the test ends, and shares out calls of any size."""
+    if request.param == "own threads":
+        monkeypatch.setattr(cpu, "team", lambda process: None)
+    elif cpu.team(os.getpid()) is None:
+        pytest.skip("torch computes without GNU OpenMP here")
     count, least = torch.get_num_threads(), cpu.SERIAL_ELEMENTS
 
     def use(n):
@@ -36,6 +40,9 @@ def threads():
     yield use
     torch.set_num_threads(count)
     cpu.SERIAL_ELEMENTS = least
+
+
+own_threads = pytest.mark.parametrize("threads", ["own threads"], indirect=True)
 
 
 # Many tiles; two of columns only; so many that the sums over tiles are shared out too.
@@ -50,7 +57,8 @@ def test_results_are_bitwise_equal_for_any_number_of_threads(shape, threads):
         threads(n)
         for name, one, many in zip(NAMES, serial, run(arguments, "cpu", grads=grads, **options), strict=True):
             assert torch.equal(one, many), (n, name)
-    assert any(thread.name.startswith("sru") for thread in threading.enumerate())
+    if cpu.team(os.getpid()) is None:
+        assert any(thread.name.startswith("sru") for thread in threading.enumerate())
 
 
 def test_concurrent_callers_do_not_disturb_each_other(threads):
@@ -89,6 +97,7 @@ def test_a_forked_worker_computes_what_its_parent_does(threads):
         child.join()
 
 
+@own_threads
 @pytest.mark.parametrize("refused", [False, True], ids=["all threads busy", "no thread to be had"])
 def test_what_no_thread_takes_up_the_caller_does(refused, threads, monkeypatch):
     arguments = inputs(9, 16, 64)
@@ -99,6 +108,7 @@ def test_what_no_thread_takes_up_the_caller_does(refused, threads, monkeypatch):
         def submit(self, work):
             if refused:
                 raise RuntimeError("cannot schedule new futures after shutdown")
+            return Future()
 
     threads(3)
     monkeypatch.setattr(cpu, "pool", Pool)
@@ -106,21 +116,24 @@ def test_what_no_thread_takes_up_the_caller_does(refused, threads, monkeypatch):
         assert torch.equal(e, f), name
 
 
+@own_threads
 def test_a_call_waits_for_the_slowest_thread(threads, monkeypatch):
     arguments = inputs(9, 16, 64)
     expected = recurrence(*arguments, backend="cpu")
     caller, begun, compiled = threading.current_thread(), threading.Event(), cpu.compiled
 
     def slowed(*kind):
-        def kernel(*sizes):
+        function, address = compiled(*kind)
+
+        def kernel(start):  # the caller leaves all the work to the other thread
             if threading.current_thread() is caller:
                 begun.wait(30)
             else:
                 begun.set()
                 time.sleep(0.3)
-            compiled(*kind)(*sizes)
+                function(start)
 
-        return kernel
+        return kernel, address
 
     threads(2)
     monkeypatch.setattr(cpu, "compiled", slowed)
@@ -129,6 +142,7 @@ def test_a_call_waits_for_the_slowest_thread(threads, monkeypatch):
     assert begun.is_set()
 
 
+@own_threads
 def test_an_interrupted_call_leaves_a_thread_the_memory_that_it_works_on(threads, monkeypatch):
     caller, begun, end = threading.current_thread(), threading.Event(), threading.Event()
 
@@ -140,7 +154,7 @@ def test_an_interrupted_call_leaves_a_thread_the_memory_that_it_works_on(threads
         end.wait(30)
 
     threads(2)
-    monkeypatch.setattr(cpu, "compiled", lambda *_: kernel)
+    monkeypatch.setattr(cpu, "compiled", lambda *_: (kernel, 0))
     u, *others = inputs(9, 16, 64)
     memory = weakref.ref(u)
     with contextlib.suppress(KeyboardInterrupt):

@@ -3,30 +3,53 @@
 Tiles of the work depend on the shape alone, so results are bitwise the same for any number of threads.
 """
 
-import array
+import contextlib
+import ctypes
 import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sru.kernels import reference
-from sru.kernels.cpu_kernels import ACTIVATIONS, backward, compiled, forward
+from sru.kernels.cpu_kernels import ACTIVATIONS, backward, compiled, forward, packed
 from sru.kernels.ops import Transformed
 
 TILE_BATCH = 4  # sequences of a tile
 TILE_COLUMNS = 512
+PROCESS = os.getpid()  # that imported this
+HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14  # of Linux
 # Elements below which handing work to another thread costs more than it saves; bench/NOTES.md has the measurement.
-SERIAL_ELEMENTS = 100_000
+SERIAL_ELEMENTS = 20_000
+
+
+@functools.cache
+def team(process: int) -> Callable | None:
+    """GOMP_parallel of the OpenMP library that torch computes with, or None where torch uses another.
+
+    Its threads are the ones that made the matrix product, and still awake: others would have to push them aside. But a
+    forked process has none of them, and OpenMP would wait for them for ever.
+    """
+    if process != PROCESS:
+        return None
+    try:
+        library = ctypes.CDLL(None)
+        if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
+            return None
+        function = library.GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # another OpenMP, or a system where a process is no library
+        return None
+    function.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    function.restype = None
+    return function
 
 
 @functools.cache
 def pool() -> ThreadPoolExecutor:
-    """Threads of the whole process, made at first use."""
+    """Threads of our own, made at first use, for where there is no team."""
     return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="sru")
 
 
@@ -42,32 +65,28 @@ def launch(
 
     The options follow the inputs' arguments; the tensors are those whose addresses they hold.
     """
-    function = compiled(kernel, inputs.dtype)
-    packed = array.array("q", inputs.arguments + options)
-    tiles = inputs.tiles
-    threads = min(tiles, torch.get_num_threads()) if inputs.elements >= SERIAL_ELEMENTS else 1
+    function, address = compiled(kernel, inputs.dtype)
+    memory = packed(inputs.dtype, scale, zoneout, [0, inputs.tiles, *inputs.arguments, *options])
+    start = memory.buffer_info()[0]
+    threads = min(inputs.tiles, torch.get_num_threads()) if inputs.elements >= SERIAL_ELEMENTS else 1
     if threads <= 1:
-        function(packed.buffer_info()[0], None, 1.0, scale, zoneout, 0, tiles)
-        return
-    shares = iter([(tiles * i // threads, tiles * (i + 1) // threads) for i in range(threads)])
-    done: SimpleQueue[None] = SimpleQueue()
-    # An interrupt may end this call while another thread still works: that thread keeps what it writes to alive.
-    alive = packed, inputs, tensors
+        function(start)
+    elif openmp := team(os.getpid()):
+        openmp(address, start, threads, 0)
+    else:
+        # An interrupt may end this call while another thread still works: that thread keeps what it writes to alive.
+        def work(alive: Any = (memory, inputs, tensors)) -> None:
+            function(start)
 
-    def work(alive: Any = alive) -> None:
-        for first, last in shares:
-            function(packed.buffer_info()[0], None, 1.0, scale, zoneout, first, last)
-            done.put(None)
-
-    for _ in range(threads - 1):
-        try:
-            pool().submit(work)
-        except RuntimeError:  # no more threads are to be had, as when the interpreter ends
-            break
-    # Shares are taken one by one, so that what no other thread takes up is done here.
-    work()
-    for _ in range(threads):
-        done.get()
+        helpers = []
+        with contextlib.suppress(RuntimeError):  # no more threads are to be had, as when the interpreter ends
+            for _ in range(threads - 1):
+                helpers.append(pool().submit(work))
+        work()
+        for helper in helpers:
+            # One that has not begun finds no tile left.
+            if not helper.cancel():
+                helper.result()
 
 
 def recurrence(
@@ -106,6 +125,27 @@ def recurrence(
     return h.to(dtype), c_last
 
 
+@functools.cache
+def madvise() -> Callable | None:
+    """The system's call of that name, or None where there is none."""
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return function
+
+
+def new_empty(like: Tensor, *shape: int) -> Tensor:
+    """like.new_empty, in huge pages where it is large: to touch new memory of small ones costs more than the kernel."""
+    tensor = like.new_empty(shape)
+    if tensor.nbytes >= 2 * HUGE_PAGE and (advise := madvise()):
+        first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+        # Advice: where it is refused, nothing is lost.
+        advise(first, (tensor.data_ptr() + tensor.nbytes - first) // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE)
+    return tensor
+
+
 def with_rows(tensor: Tensor) -> Tensor:
     """The tensor, copied where its last dimension does not lie together."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -142,8 +182,8 @@ def run_forward(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, *
     """h, c and c_last; c has all steps where they are kept, else two rows of scratch."""
     steps, batch, _, size = u.shape
     inputs = Inputs(u, x, v, b, c0, mask, pad, scale, halves)
-    h = u.new_empty(steps, batch, size)
-    c = u.new_empty(steps if keep else 2, batch, size)
+    h = new_empty(u, steps, batch, size)
+    c = new_empty(u, steps if keep else 2, batch, size)
     c_last = u.new_empty(batch, size)
     outputs = [activation, h.data_ptr(), c.data_ptr(), int(keep), c_last.data_ptr()]
     launch(forward, inputs, scale, zoneout, outputs, [h, c, c_last])
@@ -155,11 +195,11 @@ def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, c, scale, zoneout, acti
     steps, batch, matrices, size = u.shape
     inputs = Inputs(u, x, v, b, c0, mask, pad, scale, halves)
     gh = with_rows(gh)
-    gu = u.new_empty(u.shape)
+    gu = new_empty(u, *u.shape)
     if matrices == 4:
         gskip = gu[:, :, 3]
     elif needs_x:
-        gskip = u.new_empty(steps, batch, size)
+        gskip = new_empty(u, steps, batch, size)
     else:  # the kernel writes it always: all steps write the same rows, which nobody reads
         gskip = u.new_empty(batch, size).expand(steps, batch, size)
     gc = gc_last.clone(memory_format=torch.contiguous_format)

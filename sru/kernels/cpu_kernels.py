@@ -5,9 +5,11 @@ tiles, a few sequences by a range of columns, from the first step to the last: m
 lies, and the tile's state stays in the nearest cache. The inner loops over columns become vector instructions.
 """
 
+import array
 import ctypes
 import functools
 import math
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +57,29 @@ def as_bits(typingctx, number):
     return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(
         args[0], context.get_value_type(types.int32)
     )
+
+
+@intrinsic
+def integers(typingctx, numbers):
+    """The integers of the packed arguments, which follow its numbers."""
+    like = types.CPointer(types.int64)
+
+    def codegen(context, builder, signature, args):
+        address = builder.ptrtoint(args[0], context.get_value_type(types.intp))
+        address = builder.add(address, address.type(8 * NUMBERS))
+        return builder.inttoptr(address, context.get_value_type(like))
+
+    return like(numbers), codegen
+
+
+@intrinsic
+def next_tile(typingctx, counter):
+    """Take a number of the counter, which the threads of a call share."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("add", args[0], context.get_value_type(types.int64)(1), "monotonic")
+
+    return types.int64(counter), codegen
 
 
 @intrinsic
@@ -132,20 +157,26 @@ def row(like, address, n):
     return carray(pointer(like, address), (n,))
 
 
-# Sizes, strides (in elements) and addresses reach a kernel as one array of integers: a call costs little, and the
-# array's layout is the order of the first lines below.
+# A kernel has one argument, the address of what `packed` makes: a few numbers of its dtype, then integers: the counter
+# of tiles and how many there are, sizes, strides (in elements) and addresses, in the order of the kernels' first lines.
+# Every thread that calls it takes tiles until there is none left.
+NUMBERS = 4  # slots of eight bytes for the numbers: 1, scale, zoneout
 
 
-def forward(a, like, one, scale, zoneout, first, last):
-    """Tiles first to last of the forward pass. `like` carries the dtype, whose size in bytes is a[6]."""
-    T, B, D, tile_batch, tile_columns, halves, size = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
-    u, u_t, u_b, u_k, skip, skip_t, skip_b = a[7], a[8], a[9], a[10], a[11], a[12], a[13]
-    v, v_k, b, b_k, c0, c0_b, mask, mask_b, pad = a[14], a[15], a[16], a[17], a[18], a[19], a[20], a[21], a[22]
-    activation, h, c, keep, c_last = a[23], a[24], a[25], a[26], a[27]
+def forward(like):
+    """The forward pass."""
+    one, scale, zoneout, a = like[0], like[1], like[2], integers(like)
+    T, B, D, tile_batch, tile_columns, halves, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
+    u, u_t, u_b, u_k, skip, skip_t, skip_b = a[9], a[10], a[11], a[12], a[13], a[14], a[15]
+    v, v_k, b, b_k, c0, c0_b, mask, mask_b, pad = a[16], a[17], a[18], a[19], a[20], a[21], a[22], a[23], a[24]
+    activation, h, c, keep, c_last = a[25], a[26], a[27], a[28], a[29]
     half = D // halves
     rest = one - zoneout
     blocks = (half + tile_columns - 1) // tile_columns
-    for tile in range(first, last):
+    while True:
+        tile = next_tile(a)
+        if tile >= a[1]:
+            break
         side = tile // blocks % halves
         start = side * half + tile % blocks * tile_columns
         n = min(tile_columns, (side + 1) * half - start)
@@ -197,21 +228,25 @@ def forward(a, like, one, scale, zoneout, first, last):
                 to[k] = cn[k]
 
 
-def backward(a, like, one, scale, zoneout, first, last):
-    """Tiles first to last of the backward pass, with the gates computed again from c.
+def backward(like):
+    """The backward pass, with the gates computed again from c.
 
     The gradient of c_t is the sum of what h_t and c_{t+1} hand down; all else is linear in it or apart from it, so that
     a step is a few loops without branches.
     """
-    T, B, D, tile_batch, tile_columns, halves, size = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
-    u, u_t, u_b, u_k, skip, skip_t, skip_b = a[7], a[8], a[9], a[10], a[11], a[12], a[13]
-    v, v_k, b, b_k, c0, c0_b, mask, mask_b, pad = a[14], a[15], a[16], a[17], a[18], a[19], a[20], a[21], a[22]
-    activation, c, gh, gh_t, gh_b, gu, gu_k = a[23], a[24], a[25], a[26], a[27], a[28], a[29]
-    gskip, gskip_t, gskip_b, gc, sums, matrices = a[30], a[31], a[32], a[33], a[34], a[35]
+    one, scale, zoneout, a = like[0], like[1], like[2], integers(like)
+    T, B, D, tile_batch, tile_columns, halves, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
+    u, u_t, u_b, u_k, skip, skip_t, skip_b = a[9], a[10], a[11], a[12], a[13], a[14], a[15]
+    v, v_k, b, b_k, c0, c0_b, mask, mask_b, pad = a[16], a[17], a[18], a[19], a[20], a[21], a[22], a[23], a[24]
+    activation, c, gh, gh_t, gh_b, gu, gu_k = a[25], a[26], a[27], a[28], a[29], a[30], a[31]
+    gskip, gskip_t, gskip_b, gc, sums, matrices = a[32], a[33], a[34], a[35], a[36], a[37]
     half = D // halves
     rest = one - zoneout
     blocks = (half + tile_columns - 1) // tile_columns
-    for tile in range(first, last):
+    while True:
+        tile = next_tile(a)
+        if tile >= a[1]:
+            break
         side = tile // blocks % halves
         start = side * half + tile % blocks * tile_columns
         n = min(tile_columns, (side + 1) * half - start)
@@ -271,19 +306,22 @@ def backward(a, like, one, scale, zoneout, first, last):
 
 
 @functools.cache
-def compiled(kernel: Callable, dtype: torch.dtype) -> Callable:
-    """The kernel as a C function, compiled at the first call and kept on disk for the next process."""
-    number, c_number = (types.float32, ctypes.c_float) if dtype == torch.float32 else (types.float64, ctypes.c_double)
-    integers, like = types.CPointer(types.int64), types.CPointer(number)
-    signature = types.void(integers, like, number, number, number, types.int64, types.int64)
+def compiled(kernel: Callable, dtype: torch.dtype) -> tuple[Callable, int]:
+    """The kernel as a C function and its address; compiled at the first call and kept on disk for the next process."""
+    signature = types.void(types.CPointer(types.float32 if dtype == torch.float32 else types.float64))
     options: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
     try:
         code = numba.cfunc(signature, cache=True, **options)(kernel)
     except (RuntimeError, OSError):  # numba finds no folder that it could write to
         code = numba.cfunc(signature, **options)(kernel)
-    # Plain addresses are cheaper to pass than typed pointers.
-    pointers, bounds = [ctypes.c_void_p] * 2, [ctypes.c_int64] * 2
     address: Any = code.address
-    function: Any = ctypes.CFUNCTYPE(None, *pointers, c_number, c_number, c_number, *bounds)(address)
+    function: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
     function.code = code  # the machine code lives as long as the function
-    return function
+    return function, address
+
+
+def packed(dtype: torch.dtype, scale: float, zoneout: float, arguments: list[int]) -> array.array:
+    """The arguments of a kernel in one piece of memory; good for one run, which uses up the counter."""
+    memory = array.array("q", [0] * NUMBERS + arguments)
+    struct.pack_into("3f" if dtype == torch.float32 else "3d", memory, 0, 1.0, scale, zoneout)
+    return memory
