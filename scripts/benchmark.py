@@ -107,15 +107,27 @@ def layer_calls(network: torch.nn.Module, steps: int, batch: int, size: int) -> 
     x = torch.randn(steps, batch, size, requires_grad=True)
     grad = torch.randn(steps, batch, size)
 
+    parameters = [p for p in network.parameters() if p.requires_grad]
+
     def infer():
         with torch.no_grad():
             network(x)
 
     def train():
         h, _ = network(x)
-        torch.autograd.grad(h, [x, *(p for p in network.parameters() if p.requires_grad)], grad)
+        torch.autograd.grad(h, [x, *parameters], grad.to(h.dtype))
 
     return {"infer": infer, "train": train}
+
+
+def in_bfloat16(call: Callable[[], object]) -> Callable[[], None]:
+    """The call under autocast."""
+
+    def cast():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            call()
+
+    return cast
 
 
 def official(threads: int) -> None:
@@ -149,15 +161,18 @@ def layer(options: argparse.Namespace) -> None:
             for name, network in networks.items()
             for kind, call in layer_calls(network, *shape).items()
         }
+        calls |= {f"{name}, bfloat16": in_bfloat16(call) for name, call in calls.items() if name.startswith("sru")}
         found = medians(calls)
         cells = [str(shape)]
         for kind in ("infer", "train"):
             ours = found[f"sru {kind}"]
             cells += [f"{ours * 1e3:.3g}", f"{found[f'lstm {kind}'] / ours:.1f}x"]
             cells += [f"{theirs[i][kind] / ours:.1f}x"] if theirs else []
+            cells += [f"{found[f'sru {kind}, bfloat16'] * 1e3:.3g}"]
         rows.append(cells)
     than = ["LSTM / SRU", "official / SRU"] if theirs else ["LSTM / SRU"]
     print(f"One layer, float32, input as wide as the layer, {torch.get_num_threads()} threads.\n")
+    than.append("in bfloat16, ms")
     table(["(T, B, D)", "inference, ms", *than, "forward and backward, ms", *than], rows)
 
     # Callers at once, each with a sequence of its own, as a server has them.

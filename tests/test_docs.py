@@ -94,3 +94,10 @@ def test_links_between_the_documents_lead_somewhere():
     for path, text in zip(FILES, TEXTS.values(), strict=True):
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_every_test_that_the_documents_name_exists():
+    there = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    named = {name for text in TEXTS.values() for name in re.findall(r"`(test_\w+)`", text)}
+    assert named
+    assert not {name for name in named if f"def {name}(" not in there}
