@@ -20,7 +20,7 @@ LISTS = {"ours": "layers", **dict.fromkeys(convert.VERSIONS, "rnn_lst")}
 # What no shape tells and not every version has. Directions are not among it: in every layout the columns of the second
 # follow those of the first, each with its k numbers.
 truth = {"true": True, "false": False, "True": True, "False": False}.__getitem__
-SETTABLE: dict[str, Callable[[str], Any]] = {"v1": truth, "has_vc_term": truth, "activation": str, "zoneout": float}
+SETTABLE: dict[str, Callable[[str], Any]] = {"v1": truth, "has_vc_term": truth}
 ENTRY = re.compile(r"weight|weight_proj|weight_c|v|bias|scale_x|gain|(layer_norm|custom_m|transform_module)\..+")
 # The modules of 3.0 that are matrices and no more.
 MATRICES = {"transform_module.weight"}, {"transform_module.0.weight", "transform_module.1.weight"}
@@ -140,8 +140,7 @@ def parse(words: list[str]) -> dict[str, Any]:
         try:
             value = SETTABLE[key](text)
         except (KeyError, ValueError):
-            known = "v1=true, has_vc_term=true, activation=relu, zoneout=0.1"
-            raise ValueError(f"--set takes such as {known}, not {word}; the shapes tell the rest") from None
+            raise ValueError(f"--set takes v1=true or v1=false, not {word}; the shapes tell the rest") from None
         options |= {"has_vc_term": not value} if key == "v1" else {key: value}
     return options
 
@@ -179,7 +178,7 @@ def main(words: list[str] | None = None) -> int:
         told = ", ".join(f"{key}={value}" for key, value in arguments.items() if value != defaults[key])
         print(f"{place}: {source} -> {given.to}, {told}")
     print("hidden_size is of all directions. Their number, activation and dropout are in no file.")
-    print("All else in the file is as it was, an optimizer's state too.")
+    print("All else in the file is as it was. Start an optimizer anew: what it holds is in the old order.")
     return 0
 
 

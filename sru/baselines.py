@@ -66,7 +66,7 @@ class QRNNLayer(nn.Module):
         self.has_projected_skip = highway and input_size != hidden_size
         self.linear = nn.Linear(input_size, (4 if self.has_projected_skip else 3) * hidden_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(3, hidden_size))
-        self.register_buffer("v", torch.zeros(2, hidden_size))
+        self.register_buffer("v", torch.zeros(2, hidden_size), persistent=False)
 
     def forward(self, x: Tensor, c0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """h (T, B, hidden_size) and the last state (B, hidden_size)."""

@@ -1,28 +1,16 @@
 """One SRU layer over a whole sequence (Lei et al., EMNLP 2018; sections 2 and 3 of the paper)."""
 
-import difflib
 import inspect
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sru import convert
+from sru.door import check_input, check_state, refuse, state_dtype
 from sru.kernels import ACTIVATIONS, BACKENDS, recurrence
 from sru.kernels.linear import linear
-
-# Arguments of the official package that it dropped itself, and of torch.nn.LSTM, that a caller may still give.
-ANSWERS = {
-    "use_relu": "the official package dropped it after version 2.1.8; choose activation='relu'",
-    "use_selu": "the official package dropped it after version 2.1.8; choose activation='relu' or 'tanh'",
-    "weight_norm": "the official package dropped it after version 2.1.7; choose layer_norm=True",
-    "use_weight_norm": "the official package dropped it after version 2.1.7; choose layer_norm=True",
-    "proj_size": "LSTM's narrower h has no counterpart; projection_size narrows the matrices instead",
-    "bias": "the gates always have a bias, and the candidate never has one",
-    "nonlinearity": "choose activation='identity', 'tanh' or 'relu'",
-}
 
 
 def sequence_mask(p: float, like: Tensor) -> Tensor | None:
@@ -107,9 +95,12 @@ class SRUCell(nn.Module):
         **unknown: Any,
     ) -> None:
         super().__init__()
-        refuse(unknown, type(self))
+        for name in unknown:
+            refuse(name, type(self))
         if input_size < 1 or hidden_size < 1:
             raise ValueError(f"input_size and hidden_size must be at least 1, not {input_size} and {hidden_size}")
+        if (projection_size or n_proj) < 0:
+            raise ValueError(f"projection_size must be 0, for none, or more, not {projection_size or n_proj}")
         for name, p in {"dropout": dropout, "rnn_dropout": rnn_dropout, "zoneout": zoneout}.items():
             if not 0 <= p < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {p}")
@@ -161,7 +152,8 @@ class SRUCell(nn.Module):
             self.v = nn.Parameter(v)
         else:
             self.register_buffer("v", v)
-        # As the official package, the state dict holds alpha: a file may come from a layer that has another one.
+        # As in the official package the state dict holds alpha, since a file may come from a layer with another one. It
+        # is written when saved and read when loaded; what computes is self.alpha.
         self.register_buffer("scale_x", torch.empty(1, **factory))
         self.reset_parameters()
 
@@ -206,11 +198,13 @@ class SRUCell(nn.Module):
             raise ValueError(
                 f"x must be (T, B, {self.input_size}), or (B, {self.input_size}) for one step, not {tuple(x.shape)}"
             )
-        if x.dtype != self.bias.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"x is {x.dtype}, the layer {self.bias.dtype}: convert one of them with .to()")
+        check_input(x, self.bias)
         if mask_pad is not None and mask_pad.dtype != torch.bool:
             mask_pad = mask_pad != 0
-        c0 = self.initial_state(x) if c0 is None else self.check_state(c0, x)
+        shape = x.shape[1], self.output_size
+        if c0 is None:
+            c0 = x.new_zeros(shape, dtype=state_dtype(x))
+        check_state(c0, shape, "(B, output_size)", x)
         u = self.project(x)
         # A projected skip has alpha in its initial weights.
         scale = 0.0 if not self.has_skip_term else 1.0 if self.has_projected_skip else self.alpha
@@ -256,15 +250,6 @@ class SRUCell(nn.Module):
             raise ValueError(f"transform_module must return a tensor {expected} for x {tuple(x.shape)}, not {found}")
         return u.unflatten(2, (self.output_size, self.matrices)).transpose(2, 3)
 
-    def initial_state(self, x: Tensor) -> Tensor:
-        """Zeros (B, D), of float32 where x is of half precision."""
-        return x.new_zeros(x.shape[1], self.output_size, dtype=state_dtype(x))
-
-    def check_state(self, c0: Tensor, x: Tensor) -> Tensor:
-        """The state; TypeError or ValueError if it does not fit x."""
-        check_state(c0, (x.shape[1], self.output_size), "(B, output_size)", x)
-        return c0
-
     def _load_from_state_dict(self, state_dict, prefix, *args):
         convert.read_official_cell(self, state_dict, prefix)
         state_dict.setdefault(f"{prefix}scale_x", self.scale_x)
@@ -282,33 +267,3 @@ class SRUCell(nn.Module):
             if parameter.kind is parameter.KEYWORD_ONLY and not isinstance(value, nn.Module | None):
                 parts += [f"{name}={value!r}"] if value != parameter.default else []
         return ", ".join(parts)
-
-
-def state_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the state beside an input x: float32 at least."""
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-
-
-def check_state(c0: Any, shape: tuple[int, ...], meaning: str, x: Tensor) -> None:
-    """Refuse what is no state of x: its type, shape, dtype and device, each by name."""
-    if isinstance(c0, (tuple, list)):
-        raise TypeError(f"c0 must be a tensor {meaning}, not a {type(c0).__name__}: an SRU carries c alone, no (h, c)")
-    if not isinstance(c0, Tensor):
-        raise TypeError(f"c0 must be a tensor {meaning}, not {type(c0).__name__}")
-    if c0.shape != shape:
-        raise ValueError(f"c0 must be {meaning} = {tuple(shape)}, not {tuple(c0.shape)}")
-    if c0.dtype not in (x.dtype, state_dtype(x)):
-        raise TypeError(f"c0 must be {state_dtype(x)} beside x of {x.dtype}, not {c0.dtype}")
-    if c0.device != x.device:
-        raise ValueError(f"c0 is on {c0.device}, x on {x.device}; move it with c0.to(x.device)")
-
-
-def refuse(unknown: Iterable[str], owner: type) -> None:
-    """TypeError for arguments that no version has, or that are answered above."""
-    for name in unknown:
-        if name in ANSWERS:
-            raise TypeError(f"{owner.__name__} has no {name}: {ANSWERS[name]}")
-        names = [n for n, p in inspect.signature(owner).parameters.items() if p.kind is not p.VAR_KEYWORD]
-        close = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(names)}"
-        raise TypeError(f"{owner.__name__} has no argument {name}: {hint}")

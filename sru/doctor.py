@@ -67,6 +67,8 @@ def auto(device: str) -> tuple[str, bool]:
                 picked.setdefault(name, []).append(str(dtype).removeprefix("torch."))
     except Exception as error:  # a GPU that torch counts but cannot use
         return f"FAILS: {in_one_line(error)}", False
+    finally:
+        kernels.warn_once.cache_clear()  # a warning that was not shown here is still due
     problems = {name: failure(name, device) for name in picked}
     texts = [
         f"{name} for {', '.join(dtypes)}" + (f" (FAILS: {problems[name]})" if problems[name] else "")
@@ -108,10 +110,10 @@ def examine() -> tuple[dict[str, str], bool]:
         works = f"FAILS: {problem}" if problem else "works, forward and backward"
         rows[f"backend {name}"] = f"does not run here: {missing}" if missing else works
     gpu = "torch sees one, and runs the reference there"
-    if torch.version.cuda is None:
-        gpu = "torch is built without CUDA; see https://pytorch.org/get-started for one with it"
-    elif not torch.cuda.is_available():
-        gpu = f"torch finds none for its CUDA {torch.version.cuda}; type: nvidia-smi"
+    if not torch.cuda.is_available():
+        gpu = "torch is built without CUDA and ROCm; see https://pytorch.org/get-started for one with them"
+        if torch.version.cuda is not None:
+            gpu = f"torch finds none for its CUDA {torch.version.cuda}; type: nvidia-smi"
     rows["backend cuda"] = "does not run: this version has no fused CUDA kernel yet, only the slow reference"
     rows["GPU"] = gpu
     healthy = True

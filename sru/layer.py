@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from sru import convert
-from sru.cell import SRUCell, check_state, refuse, state_dtype
+from sru.cell import SRUCell
+from sru.door import check_input, check_state, refuse, state_dtype
 from sru.kernels.linear import linear
 
 # What the papers use in each setting: SRU(n, d, num_layers, **presets["deep"]).
@@ -68,7 +69,8 @@ class SRU(nn.Module):
             raise ValueError(f"num_layers must be at least 1, not {num_layers}")
         if "n_proj" in options:
             raise TypeError("SRU has no n_proj: it is called projection_size (n_proj in SRUCell)")
-        refuse([name for name in options if name not in inspect.signature(SRU).parameters], SRU)
+        for name in options.keys() - inspect.signature(SRU).parameters.keys():
+            refuse(name, SRU)
         if transform_module is not None and custom_m is not None:
             raise ValueError("custom_m is another name of transform_module: give one of them")
         self.bidirectional = bool(options.get("bidirectional"))
@@ -90,7 +92,7 @@ class SRU(nn.Module):
         modules = transform_module if transform_module is not None else custom_m
         if modules is None or (isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList)):
             modules = [modules] + [copy.deepcopy(modules) for _ in range(num_layers - 1)]
-        sizes = [projection_size] * num_layers if isinstance(projection_size, int) else projection_size
+        sizes = projection_size if isinstance(projection_size, Sequence) else [projection_size] * num_layers
         for name, values in {"transform_module": modules, "projection_size": sizes}.items():
             if len(values) != num_layers:
                 raise ValueError(f"{name} must have one entry for each of {num_layers} layers, not {len(values)}")
@@ -132,8 +134,6 @@ class SRU(nn.Module):
             c0 = c0[:, None] if isinstance(c0, Tensor) and c0.dim() == 2 else c0
         elif self.batch_first:
             x, mask_pad = x.transpose(0, 1), None if mask_pad is None else mask_pad.transpose(0, 1)
-        if x.shape[2] != self.input_size:
-            raise ValueError(f"x must have input_size = {self.input_size} features, not {x.shape[2]}: {self.layout()}")
         if lengths is not None:
             mask_pad = self.padding(lengths, x, mask_pad)
         if mask_pad is not None and mask_pad.shape != x.shape[:2]:
@@ -146,14 +146,11 @@ class SRU(nn.Module):
 
     def run(self, x: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stack over x (T, B, input_size), with the state in the layout of the caller."""
-        batch = x.shape[1]
+        if x.shape[2] != self.input_size:
+            raise ValueError(f"x must have input_size = {self.input_size} features, not {x.shape[2]}: {self.layout()}")
+        check_input(x, self[0].bias)
         if c0 is not None:
-            meaning = "(num_layers, B, output_size)"
-            shape: tuple[int, ...] = (self.num_layers, batch, self.output_size)
-            if self.nn_rnn_compatible_return:
-                meaning = "(num_layers * directions, B, hidden_size)"
-                shape = (self.num_layers * self.num_directions, batch, self.hidden_size)
-            check_state(c0, shape, meaning, x)
+            self.check_state(c0, x)
             c0 = c0.unflatten(0, (self.num_layers, -1)).transpose(1, 2).flatten(2) if self.is_split() else c0
         if self.input_to_hidden is not None:
             x = linear(x, self.input_to_hidden.weight)
@@ -166,10 +163,20 @@ class SRU(nn.Module):
             c = c.unflatten(2, (self.num_directions, self.hidden_size)).transpose(1, 2).flatten(0, 1)
         return x, c
 
+    def check_state(self, c0: Tensor, x: Tensor) -> None:
+        """Refuse what is no state, in the layout of the caller, beside x (T, B, input_size)."""
+        meaning = "(num_layers, B, output_size)"
+        shape = (self.num_layers, x.shape[1], self.output_size)
+        if self.nn_rnn_compatible_return:
+            meaning = "(num_layers * directions, B, hidden_size)"
+            shape = (self.num_layers * self.num_directions, x.shape[1], self.hidden_size)
+        check_state(c0, shape, meaning, x)
+
     def run_packed(self, x: PackedSequence, c0: Tensor | None) -> tuple[PackedSequence, Tensor]:
         """The stack over a PackedSequence; the state is in the order in which the sequences were packed."""
         padded, lengths = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes))
         if c0 is not None and x.sorted_indices is not None:
+            self.check_state(c0, padded)
             c0 = c0.index_select(1, x.sorted_indices)
         h, c = self.run(padded, c0, self.padding(lengths, padded, None))
         packed = pack_padded_sequence(h, lengths)
@@ -196,9 +203,10 @@ class SRU(nn.Module):
             raise ValueError("give either lengths or mask_pad")
         lengths = torch.as_tensor(lengths, device=x.device)
         steps, batch = x.shape[:2]
-        if lengths.shape != (batch,) or lengths.is_floating_point():
+        if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
             raise ValueError(f"lengths must be {batch} integers, one a sequence, not {lengths.tolist()}")
-        if not torch.compiler.is_compiling() and batch and not 0 <= lengths.min() <= lengths.max() <= steps:
+        visible = not torch.compiler.is_compiling() and not lengths.is_meta
+        if visible and batch and not 0 <= lengths.min() <= lengths.max() <= steps:
             raise ValueError(f"lengths must lie in 0 to {steps}, the steps of x, not {lengths.tolist()}")
         return torch.arange(steps, device=x.device)[:, None] >= lengths
 

@@ -101,3 +101,9 @@ def test_every_test_that_the_documents_name_exists():
     named = {name for text in TEXTS.values() for name in re.findall(r"`(test_\w+)`", text)}
     assert named
     assert not {name for name in named if f"def {name}(" not in there}
+
+
+def test_no_number_is_left_to_fill_in():
+    texts = {**TEXTS, "NOTES": (ROOT / "bench/NOTES.md").read_text(encoding="utf-8")}
+    for name, text in texts.items():
+        assert not re.findall(r"\b[A-Z]+_(?:TABLE|ROWS|TEXT|S)\b", text), name

@@ -10,8 +10,12 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.func import functional_call, grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from sru import SRU
 from sru.kernels import recurrence
@@ -135,6 +139,52 @@ def test_functional_gradients_of_gradients_are_not_passed_over():
     x.requires_grad_()
     (first,) = torch.autograd.grad(loss(stack, x), x, create_graph=True)
     torch.testing.assert_close(found, torch.autograd.grad(first.square().sum(), x)[0])
+
+
+def test_many_gradients_at_once_are_one_after_another():
+    cell, x = SRU(3, 3, 1).double(), torch.randn(2, 2, 3, dtype=torch.float64)
+    at_once = torch.autograd.functional.jacobian(lambda x: cell(x)[0], x, vectorize=True)
+    torch.testing.assert_close(at_once, torch.autograd.functional.jacobian(lambda x: cell(x)[0], x))
+    x.requires_grad_()
+    grads = torch.randn(4, 2, 2, 3, dtype=torch.float64)
+    h, _ = cell(x)
+    (batched,) = torch.autograd.grad(h, x, grads, is_grads_batched=True, retain_graph=True)
+    for found, grad_of_h in zip(batched, grads, strict=True):
+        torch.testing.assert_close(found, *torch.autograd.grad(h, x, grad_of_h, retain_graph=True))
+
+
+# What stands for tensors, or watches what is done with them: nothing there has an address.
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_tensors_without_numbers_get_shapes(train):
+    stack = SRU(4, 6, 2)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.set_grad_enabled(train):
+        h, c = stack(mode.from_tensor(torch.randn(5, 2, 4)))
+        assert (h.shape, c.shape) == ((5, 2, 6), (2, 2, 6))
+        if train:
+            h.sum().backward()
+
+
+def test_a_recorded_graph_computes():
+    stack, x = SRU(40, 40, 1), torch.randn(50, 2, 40)
+    graph = make_fx(lambda x: stack(x)[0])(x)
+    other = torch.randn(50, 2, 40)
+    torch.testing.assert_close(graph(other), stack(other)[0])
+
+
+def test_a_tensor_of_two_tensors_is_computed_twice():
+    u, v, b, c0 = (torch.randn(s) for s in ((5, 2, 4, 6), (2, 6), (2, 6), (2, 6)))
+    two = TwoTensor(u, 2 * u)
+    h, _ = recurrence(two, None, *(TwoTensor(a, a) for a in (v, b, c0)))
+    for part, given in ((h.a, u), (h.b, 2 * u)):
+        torch.testing.assert_close(part, recurrence(given, None, v, b, c0)[0])
+
+
+def test_operations_are_counted():
+    with FlopCounterMode(display=False) as counter:
+        SRU(32, 64, 1)(torch.randn(10, 8, 32))
+    assert counter.get_total_flops() == 2 * 80 * 32 * 4 * 64
 
 
 # Export
@@ -284,8 +334,8 @@ def test_gradients_of_half_precision_are_those_of_float32(dtype, backend):
         torch.testing.assert_close(half, single.to(dtype))
 
 
-def test_another_copy_of_the_operators_is_not_ours_to_break():
-    """The official package registers sru_cpu and sru_cuda: a process may hold both."""
+def test_the_official_packages_operators_may_be_loaded_too():
+    """It registers sru_cpu and sru_cuda."""
     code = (
         "import torch; torch.library.Library('sru_cpu', 'DEF'); torch.library.Library('sru_cuda', 'DEF'); import sru;"
         "sru.SRU(2, 2)(torch.zeros(2, 1, 2))"

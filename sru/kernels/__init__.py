@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sru.kernels import ops, portable, reference  # noqa: F401  importing ops registers them
+from sru.kernels import ops, portable, reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 BACKENDS = ("auto", "cpu", "reference")
@@ -50,12 +50,14 @@ def recurrence(
         activation: g, one of identity, tanh, relu.
         bidirectional: the second half of the D columns runs from the last step to the first; its c_last is the state
             after step 0.
-        backend: auto (by the tensors' device and dtype), cpu (the compiled kernels) or reference (plain torch).
+        backend: auto (by the tensors' device and dtype), cpu (the compiled kernels) or reference (plain torch). An
+            exported or traced program holds torch's own operators, whichever backend is named.
 
     h has the dtype of u. The state is computed, and returned, in float32 where u is float16 or bfloat16.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device or shape, by name.
+        RuntimeError: the backend that was named cannot run here.
     """
     check(u, x, v, b, c0, mask, pad, scale, zoneout, activation, bidirectional)
     if backend not in BACKENDS:
@@ -81,10 +83,12 @@ def recurrence(
     from sru.kernels import cpu
 
     through = ""
-    if torch.compiler.is_compiling() or u.is_meta:
-        through = "compile"
-    elif torch._C._are_functorch_transforms_active():
-        through = "func"
+    if torch.compiler.is_compiling():
+        through = "operators"
+    elif ops.transforms_are_active():
+        through = "transform"
+    elif u.is_meta or ops.modes_are_active() or not ops.have_memory(u, x, v, b, c0, mask, pad):
+        through = "operators"
     return cpu.recurrence(u, x, v, b, c0, through=through, **options)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,9 +22,9 @@ from sru.kernels.ops import Transformed
 TILE_BATCH = 4  # sequences of a tile
 TILE_COLUMNS = 512
 PROCESS = os.getpid()  # that imported this
-HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14  # of Linux
+HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14
 # Elements below which handing work to another thread costs more than it saves; bench/NOTES.md has the measurement.
-SERIAL_ELEMENTS = 20_000
+SERIAL_ELEMENTS = 40_000
 
 
 @functools.cache
@@ -104,7 +105,7 @@ def recurrence(
     bidirectional: bool,
     through: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """As `sru.kernels.recurrence`; `through`: compile or func, where torch needs registered operators."""
+    """As `sru.kernels.recurrence`; `through`: operators, or transform (of torch.func), where addresses mean nothing."""
     dtype = u.dtype
     if scale == 0:
         x = None
@@ -114,9 +115,9 @@ def recurrence(
         x, mask = (None if a is None else a.to(wide) for a in (x, mask))
     options = mask, pad, scale, zoneout, ACTIVATIONS[activation], 2 if bidirectional else 1
     keep = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (u, x, v, b, c0))
-    if through == "compile":
+    if through == "operators":
         h, _, c_last = torch.ops.sru.recurrence(u, x, v, b, c0, *options, keep)
-    elif through == "func":
+    elif through == "transform":
         h, _, c_last = Transformed.apply(u, x, v, b, c0, *options)
     elif keep:
         h, c_last = Recurrence.apply(u, x, v, b, c0, *options)
@@ -127,7 +128,9 @@ def recurrence(
 
 @functools.cache
 def madvise() -> Callable | None:
-    """The system's call of that name, or None where there is none."""
+    """Linux's call of that name, or None on another system."""
+    if sys.platform != "linux":
+        return None
     try:
         function = ctypes.CDLL(None).madvise
     except (AttributeError, OSError, TypeError):
@@ -225,10 +228,18 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gh, gc_last):
+        if is_batched(gh) or is_batched(gc_last):  # by torch.autograd.grad(..., is_grads_batched=True)
+            gu, gx, *grads = torch.ops.sru.recurrence_backward(gh, gc_last, *ctx.saved_tensors, *ctx.options)
+            return gu, None if ctx.saved_tensors[1] is None else gx, *grads, *[None] * 6
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted
             return *differentiate_reference(gh, gc_last, *ctx.saved_tensors[:7], *ctx.options), *[None] * 6
         grads = run_backward(gh, gc_last, *ctx.saved_tensors, *ctx.options, needs_x=ctx.needs_input_grad[1])
         return *grads, *[None] * 6
+
+
+def is_batched(grad: Tensor) -> bool:
+    """Whether a gradient stands for many."""
+    return torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def differentiate_reference(gh, gc_last, u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves):

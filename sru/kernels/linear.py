@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sru.kernels.ops import have_memory, modes_are_active, transforms_are_active
+
 # Below this many rows oneDNN's reordering of the weight costs more than it saves.
 MIN_ROWS = 32
 
@@ -26,7 +28,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN takes this product and is faster at it."""
     # Before any size is looked at, which would tie a compiled or exported program to it.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active():
         return False
     return (
         x.dtype == weight.dtype == torch.float32
@@ -36,6 +38,8 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
         and prefers_onednn()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
+        and not modes_are_active()  # a counter of operations knows torch's own product
+        and have_memory(x, weight)
     )
 
 

@@ -4,7 +4,9 @@ Eager code goes past them, for speed: sru/kernels/cpu.py.
 """
 
 import torch
+from torch import Tensor
 
+PLAIN = (Tensor, torch.nn.Parameter)
 INPUTS = "Tensor u, Tensor? x, Tensor v, Tensor b, Tensor c0, Tensor? mask, Tensor? pad"
 OPTIONS = "float scale, float zoneout, int activation, int halves"
 # A name of our own: a process may hold the official package too, which takes sru_cpu and sru_cuda.
@@ -14,6 +16,21 @@ library.define(
     f"recurrence_backward(Tensor gh, Tensor gc_last, {INPUTS}, Tensor c, {OPTIONS}) "
     "-> (Tensor gu, Tensor gx, Tensor gv, Tensor gb, Tensor gc0)"
 )
+
+
+def transforms_are_active() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return getattr(torch._C, "_are_functorch_transforms_active", lambda: False)()
+
+
+def modes_are_active() -> bool:
+    """Whether something watches torch's operators, such as FakeTensorMode or a counter of operations."""
+    return getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)() > 0
+
+
+def have_memory(*tensors: Tensor | None) -> bool:
+    """Whether the tensors are numbers in memory, and do not stand for other tensors."""
+    return all(a is None or type(a) in PLAIN for a in tensors)
 
 
 def run(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep):

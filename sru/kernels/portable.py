@@ -53,7 +53,10 @@ def recurrence(
 
 def states(candidate: Tensor, forget: Tensor, v: Tensor, c0: Tensor, zoneout: float, reverse: bool):
     """The states before and after every step (T, B, D), and the last one (B, D)."""
-    from torch._higher_order_ops.scan import scan
+    try:
+        from torch._higher_order_ops.scan import scan
+    except ImportError as error:
+        raise ImportError("this torch has no scan: export with backend='reference', for one number of steps") from error
 
     def step(c: Tensor, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         candidate, forget = inputs
