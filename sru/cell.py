@@ -4,20 +4,38 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sru import convert
-from sru.door import check_input, check_state, refuse, state_dtype
+from sru.door import (
+    check_biases,
+    check_choice,
+    check_flags,
+    check_input,
+    check_mask,
+    check_probabilities,
+    check_sizes,
+    check_state,
+    refuse,
+    state_dtype,
+)
 from sru.kernels import ACTIVATIONS, BACKENDS, recurrence
 from sru.kernels.linear import linear
+from sru.kernels.ops import has_numbers
 
 
 def sequence_mask(p: float, like: Tensor) -> Tensor | None:
     """A dropout mask (B, D) that every step of a sequence shares, scaled by 1 / (1 - p); None when p is 0."""
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout must lie in [0, 1), not {p}")
-    return None if p == 0 else torch.empty_like(like).bernoulli_(1 - p).div_(1 - p)
+    check_probabilities(dropout=p)
+    return None if p == 0 else (torch.rand_like(like) < 1 - p).to(like.dtype) / (1 - p)
+
+
+def same(rounded: float, exact: float, dtype: torch.dtype) -> bool:
+    """Whether a number is another one, or that as half precision holds it."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return math.isclose(rounded, exact, rel_tol=torch.finfo(dtype).eps if half else 0.0)
 
 
 class SRUCell(nn.Module):
@@ -97,21 +115,26 @@ class SRUCell(nn.Module):
         super().__init__()
         for name in unknown:
             refuse(name, type(self))
-        if input_size < 1 or hidden_size < 1:
-            raise ValueError(f"input_size and hidden_size must be at least 1, not {input_size} and {hidden_size}")
-        if (projection_size or n_proj) < 0:
-            raise ValueError(f"projection_size must be 0, for none, or more, not {projection_size or n_proj}")
-        for name, p in {"dropout": dropout, "rnn_dropout": rnn_dropout, "zoneout": zoneout}.items():
-            if not 0 <= p < 1:
-                raise ValueError(f"{name} must lie in [0, 1), not {p}")
+        check_sizes(1, input_size=input_size, hidden_size=hidden_size)
+        check_sizes(0, projection_size=projection_size, n_proj=n_proj)
+        check_probabilities(dropout=dropout, rnn_dropout=rnn_dropout, zoneout=zoneout)
+        check_biases(highway_bias=highway_bias, forget_bias=forget_bias)
+        check_flags(bidirectional=bidirectional, layer_norm=layer_norm, normalize_after=normalize_after)
+        check_flags(has_skip_term=has_skip_term, rescale=rescale, has_vc_term=has_vc_term, use_tanh=use_tanh, v1=v1)
+        if weight_c_init is not None and not 0 <= weight_c_init < math.inf:
+            raise ValueError(f"weight_c_init must be None or at least 0, not {weight_c_init}")
         if use_tanh and activation not in ("identity", "tanh"):
             raise ValueError(f"use_tanh=True and activation={activation!r} contradict each other")
+        activation = "tanh" if use_tanh else activation
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("backend", backend, BACKENDS)
         if custom_m is not None and transform_module is not None:
             raise ValueError("custom_m is another name of transform_module: give one of them")
-        activation = "tanh" if use_tanh else activation
-        for name, value, known in (("activation", activation, ACTIVATIONS), ("backend", backend, BACKENDS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        transform_module = transform_module if transform_module is not None else custom_m
+        if transform_module is not None and not isinstance(transform_module, nn.Module):
+            raise TypeError(f"transform_module must be a torch.nn.Module, not {transform_module!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating one, not {dtype}")
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.output_size = hidden_size * (2 if bidirectional else 1)
@@ -131,11 +154,13 @@ class SRUCell(nn.Module):
         self.backend = backend
         self.has_projected_skip = has_skip_term and input_size != self.output_size
         self.matrices = 4 if self.has_projected_skip else 3
-        self.alpha = math.sqrt(1 + 2 * math.exp(highway_bias)) if rescale else 1.0
+        alpha = math.sqrt(1 + 2 * math.exp(highway_bias)) if rescale else 1.0
+        self._alpha = float(np.float32(alpha))  # as in the official package, whatever the dtype of the layer
+        self._seen = 0, 0  # where scale_x lay, and its version, when alpha was read from it
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         norm_size = self.output_size if normalize_after else input_size
         self.layer_norm = nn.LayerNorm(norm_size, **factory) if layer_norm else None
-        self.transform_module = transform_module if transform_module is not None else custom_m
+        self.transform_module = transform_module
         self.register_parameter("weight", None)
         self.register_parameter("weight_proj", None)
         if self.transform_module is None:
@@ -152,10 +177,23 @@ class SRUCell(nn.Module):
             self.v = nn.Parameter(v)
         else:
             self.register_buffer("v", v)
-        # As in the official package the state dict holds alpha, since a file may come from a layer with another one. It
-        # is written when saved and read when loaded; what computes is self.alpha.
+        # alpha, in the state dict as in the official package: a file may come from a layer that has another one.
         self.register_buffer("scale_x", torch.empty(1, **factory))
         self.reset_parameters()
+
+    @property
+    def alpha(self) -> float:
+        """The scaling correction, a number that is not learnt: what the buffer scale_x holds, but for its rounding."""
+        buffer = self.scale_x
+        if torch.compiler.is_compiling() or not has_numbers(buffer):
+            return self._alpha
+        now = buffer.data_ptr(), buffer._version
+        if now != self._seen:  # loaded, averaged, broadcast: read once
+            found = buffer.item()
+            if not same(found, self._alpha, buffer.dtype):
+                self._alpha = found
+            self._seen = now
+        return self._alpha
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -167,7 +205,7 @@ class SRUCell(nn.Module):
             # Dropout makes what reaches the output 1 / (1 - p) as large.
             candidate.mul_(math.sqrt(1 - self.dropout))
             if self.has_projected_skip:
-                skip.mul_(self.alpha)
+                skip.mul_(self._alpha)
             if self.has_vc_term:
                 # W x and v * c share a gate's variance.
                 gates.mul_(math.sqrt(0.5))
@@ -176,7 +214,7 @@ class SRUCell(nn.Module):
             self.weight_proj.uniform_(-bound, bound)
         if self.layer_norm is not None:
             self.layer_norm.reset_parameters()
-        self.scale_x.fill_(self.alpha)
+        self.scale_x.fill_(self._alpha)
         self.bias[0].fill_(self.forget_bias)
         self.bias[1].fill_(self.highway_bias)
         bound = math.sqrt(1.5) if self.weight_c_init is None else self.weight_c_init
@@ -191,16 +229,17 @@ class SRUCell(nn.Module):
         x (T, B, input_size), or (B, input_size) for a single step; c0 (B, D), zeros when None; mask_pad (T, B), True
         (or not 0) where a step is padding: there the state is carried on and h is 0.
         """
+        check_input(x, self.bias)
         if x.dim() == 2:
-            h, c = self(x[None], c0, None if mask_pad is None else mask_pad[None])
+            h, c = self.forward(x[None], c0, None if mask_pad is None else mask_pad[None])
             return h[0], c
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(
                 f"x must be (T, B, {self.input_size}), or (B, {self.input_size}) for one step, not {tuple(x.shape)}"
             )
-        check_input(x, self.bias)
-        if mask_pad is not None and mask_pad.dtype != torch.bool:
-            mask_pad = mask_pad != 0
+        if mask_pad is not None:
+            check_mask(mask_pad, x.shape[:2], "(T, B)", x)
+            mask_pad = mask_pad if mask_pad.dtype == torch.bool else mask_pad != 0
         shape = x.shape[1], self.output_size
         if c0 is None:
             c0 = x.new_zeros(shape, dtype=state_dtype(x))
@@ -209,9 +248,10 @@ class SRUCell(nn.Module):
         # A projected skip has alpha in its initial weights.
         scale = 0.0 if not self.has_skip_term else 1.0 if self.has_projected_skip else self.alpha
         if self.training and self.zoneout:
-            # A forget gate at 1 keeps the state.
+            # A forget gate at 1 keeps the state, to the bit where there is nothing to add.
             kept = torch.rand(u[:, :, :1].shape, device=u.device) < self.zoneout
-            u = torch.cat([u[:, :, :1], u[:, :, 1:2].masked_fill(kept, 1e4), u[:, :, 2:]], dim=2)
+            candidate, forget = u[:, :, :1].masked_fill(kept, 0.0), u[:, :, 1:2].masked_fill(kept, 1e4)
+            u = torch.cat([candidate, forget, u[:, :, 2:]], dim=2)
         h, c = recurrence(
             u,
             x if self.has_skip_term and not self.has_projected_skip else None,
@@ -252,12 +292,16 @@ class SRUCell(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         convert.read_official_cell(self, state_dict, prefix)
-        state_dict.setdefault(f"{prefix}scale_x", self.scale_x)
+        v, loaded = state_dict.get(f"{prefix}v"), state_dict.setdefault(f"{prefix}scale_x", self.scale_x)
+        if not self.has_vc_term and v is not None and has_numbers(v) and v.any():
+            raise ValueError(f"{prefix[:-1] or 'the layer'} has a v that is not 0: build it with has_vc_term=True")
+        single = loaded.shape == (1,) and has_numbers(loaded)
+        if single and not 0 < loaded.item() < math.inf:
+            raise ValueError(f"{prefix}scale_x must be a positive number, not {loaded.item()}")
         super()._load_from_state_dict(state_dict, prefix, *args)
-        loaded = state_dict[f"{prefix}scale_x"]
-        # A file of half precision holds alpha rounded: that is no other alpha.
-        if not loaded.is_meta and loaded.item() != torch.tensor(self.alpha, dtype=loaded.dtype).item():
-            self.alpha = float(loaded)
+        if single and self.scale_x.dtype != loaded.dtype and same(loaded.item(), self._alpha, loaded.dtype):
+            with torch.no_grad():  # a file of half precision holds alpha rounded, and that is no other alpha
+                self.scale_x.fill_(self._alpha)
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]

@@ -46,7 +46,10 @@ def read_official_cell(cell: "SRUCell", state: MutableMapping[str, Tensor], pref
     where = prefix[:-1] or "the layer"
     if f"{prefix}gain" in state:
         raise ValueError(f"{where} has weight normalisation, which ended with version 2.1.7: it cannot be converted")
-    v = state.pop(f"{prefix}weight_c").view(2, -1)
+    v, size = state.pop(f"{prefix}weight_c"), 2 * cell.output_size
+    if v.numel() != size or (f"{prefix}bias" in state and state[f"{prefix}bias"].numel() != size):
+        raise ValueError(f"{where} has another number of columns than {cell.output_size}: check hidden_size")
+    v = v.view(2, -1)
     state[f"{prefix}v"] = v
     if not cell.has_vc_term and v.count_nonzero():
         raise ValueError(f"{where} has a weight_c that is not 0: build ours with has_vc_term=True (v1=False)")

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import numbers
 from typing import Any, NoReturn
 
 import torch
@@ -19,15 +20,67 @@ ANSWERS = {
 }
 
 
+def check_sizes(least: int, **sizes: Any) -> None:
+    """ValueError for what is no whole number, or too small."""
+    for name, value in sizes.items():
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def check_flags(**flags: Any) -> None:
+    """ValueError for what is neither true nor false; numbers 0 and 1 are, as in the official package."""
+    for name, value in flags.items():
+        if not isinstance(value, numbers.Integral) or value not in (0, 1):
+            raise ValueError(f"{name} must be True or False, not {value!r}")
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_probabilities(**probabilities: Any) -> None:
+    """ValueError for what is no probability below 1."""
+    for name, value in probabilities.items():
+        if not is_real(value) or not 0 <= value < 1:
+            raise ValueError(f"{name} must lie in [0, 1), not {value!r}")
+
+
+def check_biases(**biases: Any) -> None:
+    """ValueError for what is no bias of a gate; beyond 80 either way a sigmoid is 0 or 1 in float32."""
+    for name, value in biases.items():
+        if not is_real(value) or not -80 <= value <= 80:
+            raise ValueError(f"{name} must be a number from -80 to 80, not {value!r}")
+
+
+def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    """ValueError for what is not among the known."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+
+
 def state_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the state beside an input x: float32 at least."""
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
-def check_input(x: Tensor, parameter: Tensor) -> None:
-    """TypeError for an input of another dtype than the parameters, unless autocast is there to see to it."""
-    if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"x is {x.dtype}, the layer {parameter.dtype}: convert one of them with .to()")
+def check_input(x: Any, parameter: Tensor) -> None:
+    """TypeError for an input that is no tensor, or of another dtype than the parameters, unless autocast sees to it."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+    if x.dtype != parameter.dtype:
+        castable = x.is_floating_point() and x.dtype != torch.float64 and not x.is_meta
+        if not (castable and torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(f"x is {x.dtype}, the layer {parameter.dtype}: convert one of them with .to()")
+
+
+def check_mask(mask_pad: Any, shape: tuple[int, ...], meaning: str, x: Tensor) -> None:
+    """Refuse what is no mask beside x."""
+    if not isinstance(mask_pad, Tensor):
+        raise TypeError(f"mask_pad must be a tensor {meaning}, not {type(mask_pad).__name__}")
+    if mask_pad.shape != shape:
+        raise ValueError(f"mask_pad must be {meaning} = {tuple(shape)}, not {tuple(mask_pad.shape)}")
+    if mask_pad.device != x.device:
+        raise ValueError(f"mask_pad is on {mask_pad.device}, x on {x.device}; move it with mask_pad.to(x.device)")
 
 
 def check_state(c0: Any, shape: tuple[int, ...], meaning: str, x: Tensor) -> None:

@@ -11,8 +11,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from sru import convert
 from sru.cell import SRUCell
-from sru.door import check_input, check_state, refuse, state_dtype
+from sru.door import check_flags, check_input, check_mask, check_sizes, check_state, refuse, state_dtype
 from sru.kernels.linear import linear
+from sru.kernels.ops import has_numbers
 
 # What the papers use in each setting: SRU(n, d, num_layers, **presets["deep"]).
 presets: dict[str, dict[str, Any]] = {
@@ -65,8 +66,9 @@ class SRU(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, not {num_layers}")
+        check_sizes(1, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        check_flags(batch_first=batch_first, nn_rnn_compatible_return=nn_rnn_compatible_return)
+        check_flags(proj_input_to_hidden_first=proj_input_to_hidden_first)
         if "n_proj" in options:
             raise TypeError("SRU has no n_proj: it is called projection_size (n_proj in SRUCell)")
         for name in options.keys() - inspect.signature(SRU).parameters.keys():
@@ -90,7 +92,7 @@ class SRU(nn.Module):
             else None
         )
         modules = transform_module if transform_module is not None else custom_m
-        if modules is None or (isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList)):
+        if not isinstance(modules, Sequence | nn.ModuleList):
             modules = [modules] + [copy.deepcopy(modules) for _ in range(num_layers - 1)]
         sizes = projection_size if isinstance(projection_size, Sequence) else [projection_size] * num_layers
         for name, values in {"transform_module": modules, "projection_size": sizes}.items():
@@ -118,27 +120,28 @@ class SRU(nn.Module):
         """Run the stack: h, in the form of x, and the last states.
 
         mask_pad (T, B) is True where a step is padding, whose output is 0 and which leaves the state alone; it may lie
-        on either side. lengths (B,) says the same of sequences that
-        begin at step 0; without a batch it is a number.
+        on either side. lengths (B,) says the same of sequences that begin at step 0; without a batch it is a number.
+        Compiled code does not check lengths.
         """
         if isinstance(x, PackedSequence):
             if mask_pad is not None or lengths is not None:
                 raise ValueError("a PackedSequence knows its lengths: give it without mask_pad and lengths")
             return self.run_packed(x, c0)
+        check_input(x, self[0].bias)
         single = x.dim() == 2
         if x.dim() not in (2, 3):
             raise ValueError(f"x must be {self.layout()}, or (T, {self.input_size}) for one, not {tuple(x.shape)}")
+        if mask_pad is not None:
+            order = "(T,)" if single else "(B, T)" if self.batch_first else "(T, B)"
+            check_mask(mask_pad, x.shape[:-1], order, x)
         if single:
             x, mask_pad = x[:, None], None if mask_pad is None else mask_pad[:, None]
-            lengths = None if lengths is None else torch.as_tensor(lengths).reshape(-1)
+            lengths = None if lengths is None else torch.as_tensor(lengths, device=x.device).reshape(-1)
             c0 = c0[:, None] if isinstance(c0, Tensor) and c0.dim() == 2 else c0
         elif self.batch_first:
             x, mask_pad = x.transpose(0, 1), None if mask_pad is None else mask_pad.transpose(0, 1)
         if lengths is not None:
             mask_pad = self.padding(lengths, x, mask_pad)
-        if mask_pad is not None and mask_pad.shape != x.shape[:2]:
-            order = "(B, T)" if self.batch_first else "(T, B)"
-            raise ValueError(f"mask_pad must be {order} beside x, not {tuple(mask_pad.shape)} once time comes first")
         h, c = self.run(x, c0, mask_pad)
         if single:
             return h[:, 0], c[:, 0]
@@ -201,12 +204,12 @@ class SRU(nn.Module):
         """mask_pad (T, B) of sequences of these lengths, padded at their end."""
         if mask_pad is not None:
             raise ValueError("give either lengths or mask_pad")
-        lengths = torch.as_tensor(lengths, device=x.device)
         steps, batch = x.shape[:2]
+        lengths = torch.as_tensor(lengths, device=x.device)
+        lengths = lengths.long() if lengths.numel() == 0 else lengths  # an empty list has no dtype of its own
         if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
             raise ValueError(f"lengths must be {batch} integers, one a sequence, not {lengths.tolist()}")
-        visible = not torch.compiler.is_compiling() and not lengths.is_meta
-        if visible and batch and not 0 <= lengths.min() <= lengths.max() <= steps:
+        if has_numbers(lengths) and batch and not 0 <= lengths.min() <= lengths.max() <= steps:
             raise ValueError(f"lengths must lie in 0 to {steps}, the steps of x, not {lengths.tolist()}")
         return torch.arange(steps, device=x.device)[:, None] >= lengths
 

@@ -78,3 +78,12 @@ def test_the_same_call_gives_the_same_bits():
     x, weight, grad = inputs((300, 64), 96)
     runs = [torch.autograd.grad(linear(x, weight), (x, weight), grad) for _ in range(5)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+def test_what_no_gradient_needs_may_be_changed():
+    x, weight, _ = inputs((64, 8), 16)
+    y = linear(x.detach(), weight)
+    with torch.no_grad():
+        weight.add_(1)  # the gradient of the weight does not need it
+    y.sum().backward()
+    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(16, 8), rtol=1e-5, atol=1e-5)

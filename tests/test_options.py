@@ -97,7 +97,7 @@ def test_zoneout_keeps_states_at_random_in_training_and_in_the_mean_in_evaluatio
     x = torch.randn(1, 1, 3, dtype=torch.float64).expand(1, 100_000, 3)
     c0 = torch.randn(1, 4, dtype=torch.float64).expand(100_000, 4)
     _, c = cell(x, c0)
-    kept = (c - c0).abs() < 1e-12
+    kept = c == c0
     assert kept.double().mean().item() == pytest.approx(0.3, abs=0.01)
     torch.testing.assert_close(c.mean(0), cell.eval()(x, c0)[1][0], rtol=0.03, atol=0.01)
 
@@ -152,16 +152,32 @@ def test_an_unknown_argument_is_answered(options, message):
         ({"projection_size": 2, "transform_module": nn.Identity()}, "exclude each other"),
         ({"custom_m": nn.Identity(), "transform_module": nn.Identity()}, "give one of them"),
         ({"use_tanh": True, "activation": "relu"}, "contradict each other"),
-        ({"projection_size": -1}, "projection_size must be 0, for none, or more, not -1"),
+        ({"projection_size": -1}, "projection_size must be a whole number of at least 0, not -1"),
         ({"rnn_dropout": 1.0}, r"rnn_dropout must lie in \[0, 1\), not 1.0"),
         ({"zoneout": -0.1}, "zoneout must lie"),
         ({"activation": "selu"}, "activation must be one of identity, tanh, relu, not 'selu'"),
         ({"backend": "cuda"}, "backend must be one of"),
+        ({"hidden_size": 2.5}, "hidden_size must be a whole number of at least 1, not 2.5"),
+        ({"hidden_size": True}, "not True"),
+        ({"num_layers": "2"}, "num_layers must be a whole number"),
+        ({"projection_size": None}, "projection_size must be a whole number of at least 0, not None"),
+        ({"bidirectional": "no"}, "bidirectional must be True or False, not 'no'"),
+        ({"batch_first": "False"}, "batch_first must be True or False"),
+        ({"highway_bias": float("nan")}, "highway_bias must be a number from -80 to 80, not nan"),
+        ({"highway_bias": 1000.0}, "highway_bias must be"),
+        ({"dropout": "0.5"}, r"dropout must lie in \[0, 1\), not '0.5'"),
+        ({"weight_c_init": -1.0}, "weight_c_init must be None or at least 0"),
+        ({"dtype": torch.int64}, "dtype must be a floating one"),
     ],
 )
 def test_a_wrong_option_is_refused_at_the_door(options, message):
     with pytest.raises(ValueError, match=message):
-        SRU(4, 4, 2, **options)
+        SRU(**{"input_size": 4, "hidden_size": 4, "num_layers": 2} | options)
+
+
+def test_a_module_must_be_one():
+    with pytest.raises(TypeError, match=r"transform_module must be a torch.nn.Module, not <class"):
+        SRU(4, 4, 2, transform_module=nn.Linear)
 
 
 def test_what_is_printed_can_be_typed():
@@ -191,6 +207,34 @@ def test_an_input_of_another_dtype_is_refused():
     for options in ({}, {"proj_input_to_hidden_first": True}):
         with pytest.raises(TypeError, match=r"x is torch.float64, the layer torch.float32"):
             SRU(4, 4, **options)(torch.zeros(3, 2, 4, dtype=torch.float64))
+
+
+def test_alpha_is_what_the_buffer_holds():
+    """Whoever writes the buffer: DDP's broadcast, an average of models, another network's parameters."""
+    x = torch.randn(5, 2, 4)
+    deep, plain = SRU(4, 4, 1, highway_bias=-3.0), SRU(4, 4, 1)
+    found, _ = torch.func.functional_call(plain, deep.state_dict(), (x,))
+    torch.testing.assert_close(found, deep(x)[0])
+    torch.testing.assert_close(plain[0].alpha, SRU(4, 4, 1)[0].alpha)
+    with torch.no_grad():
+        for mine, theirs in zip(plain.state_dict().values(), deep.state_dict().values(), strict=True):
+            mine.copy_(theirs)
+    torch.testing.assert_close(plain(x)[0], deep(x)[0])
+    average = torch.optim.swa_utils.AveragedModel(SRU(4, 4, 1), use_buffers=True)
+    average.update_parameters(deep)
+    torch.testing.assert_close(average(x)[0], deep(x)[0])
+
+
+def test_a_file_with_a_state_in_the_gates_does_not_fit_a_cell_without():
+    with pytest.raises(ValueError, match="has_vc_term=True"):
+        SRU(4, 4, 1, v1=True).load_state_dict(SRU(4, 4, 1).state_dict())
+
+
+@pytest.mark.parametrize(("value", "message"), [([float("nan")], "positive number"), ([1.0, 1.0], "size mismatch")])
+def test_a_spoilt_alpha_is_refused(value, message):
+    state = SRU(4, 4, 1).state_dict() | {"layers.0.scale_x": torch.tensor(value)}
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        SRU(4, 4, 1).load_state_dict(state)
 
 
 def test_a_half_precision_file_keeps_alpha():

@@ -167,6 +167,13 @@ def test_steps_one_by_one_are_one_call(batch_first, options):
     assert single.shape == (3, 6)
 
 
+def test_hooks_run_once():
+    cell, calls = SRUCell(4, 4), []
+    cell.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
+    cell(torch.zeros(2, 4))
+    assert len(calls) == 1
+
+
 def test_a_cell_takes_one_step_too():
     cell = SRUCell(4, 6)
     x = torch.randn(3, 2, 4)
@@ -212,7 +219,8 @@ def test_a_state_that_does_not_fit_is_refused_with_the_right_one(options, state,
         (lambda s, x: s(x, lengths=[True, True, False]), "integers"),
         (lambda s, x: SRU(4, 4, proj_input_to_hidden_first=True)(pack_padded_sequence(x[..., 1:], [5, 4, 3])), "not 3"),
         (lambda s, x: s(x, lengths=[1, 2, 3], mask_pad=torch.zeros(5, 3)), "either lengths or mask_pad"),
-        (lambda s, x: s(x, mask_pad=torch.zeros(3, 5)), r"mask_pad must be \(T, B\)"),
+        (lambda s, x: s(x, mask_pad=torch.zeros(3, 5)), r"mask_pad must be \(T, B\) = \(5, 3\), not \(3, 5\)"),
+        (lambda s, x: s(x, mask_pad=torch.zeros(5, 3, device="meta")), "mask_pad is on meta, x on cpu"),
         (lambda s, x: s(pack_padded_sequence(x, [5, 4, 3]), lengths=[5, 4, 3]), "knows its lengths"),
         (lambda s, x: s(x.transpose(0, 2)), "input_size = 4 features, not 5"),
         (lambda s, x: SRU(4, 4, bidirectional=True).step(x[0]), "it has no step"),
@@ -222,3 +230,21 @@ def test_a_state_that_does_not_fit_is_refused_with_the_right_one(options, state,
 def test_a_wrong_call_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(SRU(4, 4), torch.zeros(5, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s, x: s([[0.0]]), "x must be a tensor, not list"),
+        (lambda s, x: s[0](None), "x must be a tensor, not NoneType"),
+        (lambda s, x: s(x, mask_pad=[[True]]), "mask_pad must be a tensor"),
+        (lambda s, x: s(x.long()), "x is torch.int64"),
+    ],
+)
+def test_what_is_no_tensor_is_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call(SRU(4, 4), torch.zeros(5, 3, 4))
+
+
+def test_no_sequences_have_no_lengths():
+    assert SRU(4, 4)(torch.zeros(5, 0, 4), lengths=[])[0].shape == (5, 0, 4)

@@ -100,7 +100,43 @@ def test_the_operators_keep_torchs_rules(projected, padded):
     )
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_code_gives_no_second_gradient_rather_than_a_wrong_one(backend):
+    compiled = torch.compile(SRU(4, 4, 1), backend=backend)
+    x = torch.randn(5, 2, 4, requires_grad=True)
+
+    def penalty():
+        (grad,) = torch.autograd.grad(compiled(x)[0].sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), x)
+
+    with pytest.raises(RuntimeError, match=r"reference|double backward"):
+        penalty()
+
+
 # torch.func
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_forward_derivatives_are_the_references(compiled):
+    x, stack = torch.randn(5, 2, 4), SRU(4, 4, 1)
+
+    def push(stack):
+        return torch.func.jvp(lambda x: stack(x)[0], (x,), (torch.ones_like(x),))[1]
+
+    reference = copy.deepcopy(stack)
+    reference[0].backend = "reference"
+    found = torch.compile(push, backend="aot_eager")(stack) if compiled else push(stack)
+    torch.testing.assert_close(found, push(reference))
+    stack.requires_grad_(False)
+    with torch.autograd.forward_ad.dual_level():
+        h, _ = stack(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(h).tangent, found)
+
+
+def test_compiled_functional_gradients_are_the_ordinary_ones():
+    stack, x = SRU(4, 4, 1), torch.randn(5, 2, 4)
+    gradient = grad(lambda x: stack(x)[0].square().sum())
+    torch.testing.assert_close(torch.compile(gradient, backend="aot_eager")(x), gradient(x))
 
 
 def test_functional_gradients_are_the_ordinary_ones():
@@ -220,6 +256,16 @@ torch.save([program(*each) for each in torch.load("inputs.pt")], "outputs.pt")
             torch.testing.assert_close(outputs, stack(*each), rtol=1e-4, atol=1e-5)
 
 
+def test_an_exported_program_carries_the_state_past_large_numbers():
+    stack, x = SRU(4, 4, 1).eval(), torch.randn(5, 2, 4)
+    pad = torch.zeros(5, 2, dtype=torch.bool)
+    pad[2:4] = True
+    x = x.masked_fill(pad[:, :, None], 1e7)
+    with torch.no_grad():
+        program = torch.export.export(stack, (x, None, pad)).module()
+        torch.testing.assert_close(program(x, None, pad), stack(x, mask_pad=pad), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_an_onnx_file_gives_the_same_numbers_for_any_length(tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="needs the onnx extra")
@@ -275,6 +321,12 @@ def test_on_the_meta_device_it_has_shapes_and_no_numbers():
     stack.load_state_dict(original.state_dict())
     x = torch.randn(5, 2, 4)
     torch.testing.assert_close(stack.eval()(x), original.eval()(x))
+    with torch.device("meta"):
+        late = SRU(4, 6, 2)
+        late.load_state_dict(original.state_dict(), assign=True)
+    torch.testing.assert_close(late.eval()(x), original(x))
+    h, _ = SRU(4, 6, device="meta")(x.to("meta"), lengths=[3, 4])
+    assert h.shape == (5, 2, 6)
 
 
 # Dtypes

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sru.kernels import ops, portable, reference
 
@@ -78,16 +79,16 @@ def recurrence(
         return reference.recurrence(u, x, v, b, c0, **options)
     if torch.compiler.is_exporting():
         return portable.recurrence(u, x, v, b, c0, **options)
-    if torch.jit.is_tracing() or not has_kernel(u):
+    transforms, compiling = ops.transforms_are_active(), torch.compiler.is_compiling()
+    # What no operator of ours has: forward derivatives, and transforms within compiled code.
+    forward_mode = getattr(forward_ad, "_current_level", -1) >= 0
+    if torch.jit.is_tracing() or forward_mode or (transforms and compiling) or not has_kernel(u):
         return reference.recurrence(u, x, v, b, c0, **options)
     from sru.kernels import cpu
 
-    through = ""
-    if torch.compiler.is_compiling():
-        through = "operators"
-    elif ops.transforms_are_active():
-        through = "transform"
-    elif u.is_meta or ops.modes_are_active() or not ops.have_memory(u, x, v, b, c0, mask, pad):
+    through = "transform" if transforms else ""
+    watched = u.is_meta or compiling or ops.modes_are_active()
+    if not transforms and (watched or not ops.have_memory(u, x, v, b, c0, mask, pad)):
         through = "operators"
     return cpu.recurrence(u, x, v, b, c0, through=through, **options)
 

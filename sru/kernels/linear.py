@@ -61,7 +61,8 @@ def prefers_onednn() -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
     @staticmethod

@@ -33,6 +33,13 @@ def have_memory(*tensors: Tensor | None) -> bool:
     return all(a is None or type(a) in PLAIN for a in tensors)
 
 
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether Python may look at the numbers of a tensor: it has some, and nothing that watches would see less."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return have_memory(tensor) and not modes_are_active() and not transforms_are_active()
+
+
 def run(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep):
     """h, c and c_last; c is what the backward pass needs, and has no steps where it is not kept."""
     from sru.kernels import cpu
@@ -107,12 +114,14 @@ class TransformedBackward(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         pass
 
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "torch.func takes the first derivative of the compiled SRU kernels only: build the layer with "
-            "backend='reference' for more, or use torch.autograd.grad(..., create_graph=True)"
-        )
+    backward = staticmethod(lambda ctx, *grads: refuse_second(ctx, *grads))
+
+
+def refuse_second(ctx, *_):
+    raise RuntimeError(
+        "compiled SRU kernels have only a first derivative here: build the layer with backend='reference' for more, or "
+        "take torch.autograd.grad(..., create_graph=True) of the layer itself, uncompiled"
+    )
 
 
 def one_by_one(operator):
@@ -133,5 +142,6 @@ library.impl("recurrence_backward", run_backward, "CPU")
 torch.library.register_fake("sru::recurrence", run_fake, lib=library)
 torch.library.register_fake("sru::recurrence_backward", run_backward_fake, lib=library)
 torch.library.register_autograd("sru::recurrence", differentiate, setup_context=save, lib=library)
+torch.library.register_autograd("sru::recurrence_backward", refuse_second, lib=library)
 for name in ("recurrence", "recurrence_backward"):
     torch.library.register_vmap(f"sru::{name}", one_by_one(getattr(torch.ops.sru, name)), lib=library)

@@ -29,7 +29,8 @@ def recurrence(
     u, v, b, c0 = u.to(wide), v.to(wide), b.to(wide), c0.to(wide)
     candidate, forget, reset = u[:, :, 0], u[:, :, 1] + b[0], u[:, :, 2] + b[1]
     if pad is not None:
-        # At a padded step the forget gate is 1, so that the state stays.
+        # At a padded step the forget gate is 1, so that the state stays, and there is nothing to add.
+        candidate = candidate.masked_fill(pad[:, :, None], 0.0)
         forget = forget.masked_fill(pad[:, :, None], 1e4)
     if bidirectional:
         forward, backward = torch.arange(u.shape[3], device=u.device).chunk(2)
@@ -61,7 +62,7 @@ def states(candidate: Tensor, forget: Tensor, v: Tensor, c0: Tensor, zoneout: fl
     def step(c: Tensor, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         candidate, forget = inputs
         f = zoneout + (1 - zoneout) * torch.sigmoid(forget + v * c)
-        c = candidate + (c - candidate) * f
+        c = f * c + (1 - f) * candidate
         return c, c.clone()
 
     if reverse:

@@ -63,4 +63,4 @@ def recurrence(
         c = state
         outputs.append(h)
     h = torch.stack(outputs) if outputs else u[:, :, 0].clone()
-    return h.to(dtype), c
+    return h.to(dtype), c.clone() if c is c0 else c
