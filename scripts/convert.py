@@ -101,7 +101,7 @@ def convert_all(
         own = [key for key in named if key.startswith(prefix) and ENTRY.fullmatch(key.removeprefix(prefix))]
         try:
             if in_stack:
-                convert.read_official_names(dict(named), in_stack[1])  # refuses what is too old
+                convert.refuse_too_old(named, in_stack[1])
             entries, arguments = convert_layer({key.removeprefix(prefix): named[key] for key in own}, to, options)
         except (ValueError, RuntimeError, IndexError) as error:
             raise ValueError(f"{where}{prefix[:-1] or 'the layer'}: {' '.join(str(error).split())}") from error

@@ -4,7 +4,7 @@ Its matrix (input_size, D * k), transposed from 3.0 on, holds the k numbers of a
 input_size) is k blocks of rows. Its weight_c and bias (2 * D) are our v and bias (2, D). All else differs in name only.
 """
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -28,9 +28,14 @@ def to_official_matrix(weight: Tensor, k: int) -> Tensor:
 
 def read_official_names(state: MutableMapping[str, Tensor], prefix: str) -> None:
     """Rename the layers of a stack in place."""
+    refuse_too_old(state, prefix)
     old = f"{prefix}rnn_lst."
     for key in [key for key in state if key.startswith(old)]:
         state[f"{prefix}layers.{key.removeprefix(old)}"] = state.pop(key)
+
+
+def refuse_too_old(state: Mapping[str, Tensor], prefix: str) -> None:
+    """ValueError for a stack of a version that kept its layer norms apart."""
     if any(key.startswith(f"{prefix}ln_lst.") for key in state):
         raise ValueError("a state dict of version 2.1.7 or earlier with layer norm: its layers cannot be told apart")
 

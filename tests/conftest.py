@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 
 ROOT = Path(__file__).parent.parent
 os.environ["WANDB_MODE"] = "offline"
@@ -27,6 +24,11 @@ def _seed():
 @pytest.fixture
 def configure(tmp_path, monkeypatch):
     """configure(*overrides): the configuration of a short, quiet run in tmp_path, as train.py would get it."""
+    # Here, so that the library's tests need the library alone.
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import open_dict
+
     monkeypatch.setenv("SRU_CACHE", str(tmp_path / "cache"))
 
     def composed(*overrides):
