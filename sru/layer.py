@@ -151,7 +151,6 @@ class SRU(nn.Module):
         """The stack over x (T, B, input_size), with the state in the layout of the caller."""
         if x.shape[2] != self.input_size:
             raise ValueError(f"x must have input_size = {self.input_size} features, not {x.shape[2]}: {self.layout()}")
-        check_input(x, self[0].bias)
         if c0 is not None:
             self.check_state(c0, x)
             c0 = c0.unflatten(0, (self.num_layers, -1)).transpose(1, 2).flatten(2) if self.is_split() else c0
@@ -177,6 +176,7 @@ class SRU(nn.Module):
 
     def run_packed(self, x: PackedSequence, c0: Tensor | None) -> tuple[PackedSequence, Tensor]:
         """The stack over a PackedSequence; the state is in the order in which the sequences were packed."""
+        check_input(x.data, self[0].bias)
         padded, lengths = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes))
         if c0 is not None and x.sorted_indices is not None:
             self.check_state(c0, padded)
