@@ -53,7 +53,10 @@ def read_official_cell(cell: "SRUCell", state: MutableMapping[str, Tensor], pref
         raise ValueError(f"{where} has weight normalisation, which ended with version 2.1.7: it cannot be converted")
     v, size = state.pop(f"{prefix}weight_c"), 2 * cell.output_size
     if v.numel() != size or (f"{prefix}bias" in state and state[f"{prefix}bias"].numel() != size):
-        raise ValueError(f"{where} has another number of columns than {cell.output_size}: check hidden_size")
+        raise ValueError(
+            f"{where} has {v.numel() // 2} columns in the file and {cell.output_size} here: check hidden_size and "
+            "bidirectional"
+        )
     v = v.view(2, -1)
     state[f"{prefix}v"] = v
     if not cell.has_vc_term and v.count_nonzero():
