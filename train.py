@@ -5,9 +5,11 @@ import shlex
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import hydra
 import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LambdaCallback
@@ -60,7 +62,11 @@ def run(cfg: DictConfig) -> float | None:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    return run(cfg)
+    try:
+        return run(cfg)
+    finally:
+        # Hydra's folder, which a refused run or one with another run_dir leaves empty.
+        door.remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
 
 
 def command() -> None:

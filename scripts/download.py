@@ -21,6 +21,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    # Nothing of this is a run: no folder, no log file.
-    sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
+    sys.argv.append("hydra.run.dir=.")  # nothing of this is a run
     guard(main)

@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ import hydra
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
@@ -96,6 +94,7 @@ def opened_folder(cfg: DictConfig) -> Iterator[Path]:
     finally:
         lock.release()
         (folder / ".lock").unlink(missing_ok=True)
+        remove_if_empty(folder)
 
 
 def check_resume(cfg: DictConfig, folder: Path) -> None:
@@ -207,13 +206,9 @@ def guard(main: Callable[[], Any]) -> None:
     except Exception as error:
         if show_traceback:
             raise
-        clear_stub()
         sys.exit(f"error: {explain(error)}\n(HYDRA_FULL_ERROR=1 shows where.)")
 
 
-def clear_stub() -> None:
-    """Remove the folder that Hydra made for a run which then was refused: nothing but Hydra's own notes is in it."""
-    if HydraConfig.initialized():
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        if folder.is_dir() and {path.name for path in folder.iterdir()} == {".hydra"}:
-            shutil.rmtree(folder)
+def remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # what is not empty, or not there, is not removed
+        folder.rmdir()

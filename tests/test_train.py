@@ -258,3 +258,10 @@ def test_bad_input_gets_one_message(tmp_path, words, expected):
     assert done.returncode != 0
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    done = start(f"run_dir={tmp_path}/own", f"hydra.run.dir={tmp_path}/hydra", "logger=csv", "model.dropout=1.5")
+    assert done.returncode == 1
+    assert not list(tmp_path.iterdir())
