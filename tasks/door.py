@@ -106,7 +106,7 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
             f"Start it anew: the same command without resume, with run_dir={folder}."
         )
     try:
-        keys = torch.load(last, map_location="cpu", weights_only=True, mmap=True).keys()
+        checkpoint = dict(torch.load(last, map_location="cpu", weights_only=True, mmap=True))
         before = OmegaConf.load(folder / "config.yaml")
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
@@ -117,13 +117,20 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
             f"{last} is damaged, or no checkpoint of this project ({type(error).__name__}); nothing of it was run. "
             "Use a copy of the folder, or start a new run."
         ) from error
-    if not {"random_state", "state_dict", "pytorch-lightning_version"} <= keys:
+    if not {"random_state", "state_dict", "epoch", "pytorch-lightning_version"} <= checkpoint.keys():
         raise ValueError(f"{last} is no checkpoint of this project; use a copy of the folder, or start a new run.")
+    done, wanted = checkpoint["epoch"] + 1, cfg.trainer.max_epochs
+    if wanted < done:
+        raise ValueError(
+            f"trainer.max_epochs={wanted} lies below the {done} epochs that resume={folder} has trained; "
+            f"type for example trainer.max_epochs={done + 1}"
+        )
     # What a run may be given anew; the optimiser's settings are not among it, for the checkpoint holds them.
     free = ("epochs", "trainer.", "callbacks.", "loggers.", "data.root", "data.cache", "run_dir")
     for key, old, new in changes(before, cfg):
-        # What only names the folder is no change, and a list repeats what has keys of its own.
-        if str(old).replace(str(before.run_dir), cfg.run_dir) == str(new) or isinstance(new, list) or key == "resume":
+        # What only names the folder is no change, a list repeats what has keys of its own, the terminal sets the bar.
+        moved = str(old).replace(str(before.run_dir), cfg.run_dir) == str(new)
+        if moved or isinstance(new, list) or key in ("resume", "trainer.enable_progress_bar"):
             continue
         if not key.startswith(free):
             raise ValueError(
@@ -131,6 +138,8 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
                 "out, or start a new run. More epochs: trainer.max_epochs=N."
             )
         print(f"resumed with {key}: {old} -> {new}")
+    if wanted == done:
+        print(f"All {done} epochs are trained, only the test is left. To train longer: trainer.max_epochs=N.")
 
 
 def resumed(arguments: list[str]) -> list[str]:

@@ -248,7 +248,7 @@ def summary_table(outcome: dict[str, Any], folder: Path) -> str:
     rows = [(name, f"{value:.4g}") for name, value in outcome["metrics"].items()]
     rows += [
         ("parameters", f"{outcome['parameters']:,} ({outcome['encoder_parameters']:,} in the encoder)"),
-        ("wall time", f"{outcome['wall_seconds']:.1f} s, of which training {outcome['seconds']:.1f} s"),
+        ("wall time", f"{outcome['wall_seconds']:.1f} s for this call; training {outcome['seconds']:.1f} s in all"),
         ("epochs", f"{outcome['epochs']}, the best is {outcome['best_epoch']}"),
         ("examples/s", f"{outcome['examples_per_second']:.0f}"),
         ("run folder", str(folder)),

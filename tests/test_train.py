@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,21 @@ def test_a_run_is_not_overwritten(configure, tmp_path):
     with pytest.raises(FileExistsError, match="resume="):
         train.run(configure("seed=5"))
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_says_that_nothing_is_left_and_does_not_shrink(configure, tmp_path, capsys):
+    folder = tmp_path / "run"
+    train.run(configure("trainer.max_epochs=2", *SHORT))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"trainer\.max_epochs=1 lies below the 2 epochs .* trainer\.max_epochs=3"):
+        train.run(configure("trainer.max_epochs=1", f"resume={folder}", *SHORT))
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    train.run(configure("trainer.max_epochs=2", f"resume={folder}", "trainer.enable_progress_bar=true", *SHORT))
+    told = capsys.readouterr().out
+    assert "All 2 epochs are trained, only the test is left. To train longer: trainer.max_epochs=N." in told
+    assert "resumed with" not in told
+    assert re.search(r"wall time +[\d.]+ s for this call; training [\d.]+ s in all", told)
 
 
 @pytest.mark.parametrize("override", ["depth=3", "data.fold=2", "seed=9", "task.optimizer.lr=0.5", "model=lstm"])
