@@ -15,7 +15,7 @@ import hydra
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -187,6 +187,17 @@ def explain(error: BaseException) -> str:
     text = (
         f"{error}" if isinstance(error, (ValueError, OSError, HydraException)) else f"{type(error).__name__}: {error}"
     )
+    if isinstance(error, OverrideParseException):
+        word = error.override
+        if "=" in word:
+            return (
+                f"{word} cannot be read; type a list as 'ablation=[no_vc,no_highway]', a text as \"run_dir='a (b)'\"."
+            )
+        group = next((path.parent.name for path in ROOT.glob("conf/*/*.yaml") if path.stem == word), None)
+        return f"{word!r} is no KEY=VALUE; type {f'{group}={word}' if group else 'for example depth=3'}."
+    if several := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
+        key, values = several.groups()
+        return f"{key}={values} has several values; for a run of each add -m; type a list as '{key}=[{values}]'."
     missing_file = re.search(r"Could not (?:find|load) '([\w/]+)/([^']+)'", text)
     missing_key = re.search(r"Could not override '([^']+)'", text)
     if not isinstance(error, (HydraException, OmegaConfBaseException)) or not (missing_file or missing_key):
@@ -215,7 +226,11 @@ def guard(main: Callable[[], Any]) -> None:
     except Exception as error:
         if show_traceback:
             raise
-        sys.exit(f"error: {explain(error)}\n(HYDRA_FULL_ERROR=1 shows where.)")
+        sys.exit(f"error: {explain(error)}\n(--help lists what there is, HYDRA_FULL_ERROR=1 shows where.)")
+    except SystemExit as refused:
+        if refused.code == 2:  # by argparse, which knows Hydra's own options only
+            print("Options have no dashes: depth=3, not --depth 3. --help lists what there is.", file=sys.stderr)
+        raise
 
 
 def remove_if_empty(folder: Path) -> None:

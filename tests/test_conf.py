@@ -2,6 +2,9 @@
 
 import inspect
 import itertools
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -90,6 +93,14 @@ def test_every_yaml_file_is_reached_by_a_test():
     groups = itertools.groupby(sorted(files), key=lambda path: path.parent.name)
     found = {f"{group}/{path.stem}" for group, paths in groups for path in paths if group != "conf"}
     assert found == {override.replace("=[", "/").replace("=", "/").rstrip("]") for override in EVERY}
+
+
+def test_help_is_short_and_lists_every_choice():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) < 40
+    for group in ("task", "data", "model", "ablation", "trainer", "logger", "experiment"):
+        assert re.search(rf"^ *{group}: .*{', '.join(options(group))}$", done.stdout, re.MULTILINE)
+    assert "KEY=VALUE" in done.stdout
 
 
 def test_an_option_of_another_model_is_refused_by_name(configure):

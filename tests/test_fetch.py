@@ -4,6 +4,8 @@ import gzip
 import http.server
 import multiprocessing
 import socket
+import subprocess
+import sys
 import threading
 from hashlib import sha256
 from pathlib import Path
@@ -159,6 +161,13 @@ def test_a_root_that_cannot_be_written_says_what_to_type(tmp_path, server):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(PermissionError, match=r"cannot write to .*data.root=DIR.*SRU_DATA"):
         fetch(tmp_path / "file" / "sentcls" / "cr.all", server.url, server.sha256)
+
+
+def test_the_command_says_how_a_corpus_is_named():
+    command = [sys.executable, "scripts/download.py", "trec"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "type data=trec" in done.stderr
 
 
 def fetch_together(barrier, *args):

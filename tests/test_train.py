@@ -267,6 +267,12 @@ def test_a_sweep_gives_a_folder_and_a_wandb_run_a_job(tmp_path):
         (["hydra.run.dir=/dev/null/x"], "hydra.run.dir=FOLDER"),
         (["ablation=[no_vx]"], "Did you mean: no_vc"),
         (["model.dropout=1.5"], "dropout must lie in [0, 1), not 1.5"),
+        (["trec"], "'trec' is no KEY=VALUE; type data=trec"),
+        (["depth", "3"], "'depth' is no KEY=VALUE; type for example depth=3"),
+        (["--depth", "3"], "depth=3, not --depth 3"),
+        (["--model=lstm"], "--help lists"),
+        (["ablation=no_vc,no_highway"], "add -m; type a list as 'ablation=[no_vc,no_highway]'."),
+        (["ablation=[no_vc,", "no_highway]"], "'ablation=[no_vc,no_highway]'"),
     ],
 )
 def test_bad_input_gets_one_message(tmp_path, words, expected):
