@@ -247,7 +247,7 @@ def draw(groups: list[Group], path: Path) -> list[str]:
     """Draw validation metric against training time, a panel a data set, a line a group, as Figure 3 of the 2018 paper.
 
     A line is the mean over a group's runs of both, by epoch, over the epochs that all of them have, so that every point
-    is a mean over the same runs. Returns the messages about curves that could not be read.
+    is a mean over the same runs. Returns the messages about the file and about curves that could not be read.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -288,7 +288,7 @@ def draw(groups: list[Group], path: Path) -> list[str]:
         axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=120)
-    return messages
+    return [*messages, f"{path} was drawn"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -307,24 +307,33 @@ def main(arguments: list[str] | None = None) -> int:
     if not folders:
         below = ", ".join(map(str, given.folders))
         return fail(f"no run (a folder with config.yaml) below {below}. Make one: python train.py data=trec model=sru")
-    runs, unfinished, damaged = [], [], []
+    runs, unfinished, brief, damaged = [], [], [], []
     for folder in folders:
         try:
-            if (folder / "metrics.json").exists():
-                runs.append(read_run(folder))
-            else:
+            if not (folder / "metrics.json").exists():
                 unfinished.append(folder)
+            elif (run := read_run(folder)).options.get("trainer.limit_test_batches", "null") == "null":
+                runs.append(run)
+            else:
+                brief.append(folder)
         except DamagedError as error:
             damaged.append(folder)
             print(f"skipped: {error}", file=sys.stderr)
     groups = group_runs(runs)
     text = [table(groups)] if groups else []
-    for word, left_out in (("unfinished (no metrics.json)", unfinished), ("damaged", damaged)):
+    for word, left_out in (
+        ("unfinished (no metrics.json)", unfinished),
+        ("tested on a few batches only (trainer=debug)", brief),
+        ("damaged", damaged),
+    ):
         if left_out:
             text += [f"\n{len(left_out)} {word}, left out:\n", *(f"- `{folder}`" for folder in left_out)]
     print("\n".join(text))
     if not groups:
-        return fail("no finished run. Go on with an unfinished one: python train.py resume=FOLDER")
+        return fail(
+            "no finished run to show. Go on with an unfinished one: python train.py resume=FOLDER; "
+            "or make one: python train.py data=trec model=sru"
+        )
     try:
         if given.output:
             given.output.parent.mkdir(parents=True, exist_ok=True)

@@ -224,6 +224,18 @@ def test_unfinished_runs_are_named_below_the_table(tmp_path, capsys):
     assert f"- `{tmp_path / 'b'}`" in out
 
 
+def test_debug_runs_are_counted_and_left_out(tmp_path, capsys):
+    write_run(tmp_path / "a", 20.0, {"trainer.limit_test_batches": 2})
+    code, rows, out, err = show(capsys, tmp_path)
+    assert (code, rows) == (1, [])
+    assert "1 tested on a few batches" in out
+    assert "python train.py data=" in err
+    write_run(tmp_path / "b", 80.0, {"trainer.limit_test_batches": None})
+    code, rows, out, _ = show(capsys, tmp_path)
+    assert (code, [row["mean"] for row in rows]) == (0, ["80.00"])
+    assert f"- `{tmp_path / 'a'}`" in out
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -286,7 +298,7 @@ def test_a_curve_is_the_mean_of_both_axes_over_the_epochs_that_all_runs_have(tmp
     assert list(y) == [51.0, 62.0]
 
 
-def test_the_png_has_a_panel_a_data_set_and_a_line_a_group(tmp_path, monkeypatch):
+def test_the_png_has_a_panel_a_data_set_and_a_line_a_group(tmp_path, monkeypatch, capsys):
     from matplotlib import image
     from matplotlib.figure import Figure
 
@@ -303,6 +315,7 @@ def test_the_png_has_a_panel_a_data_set_and_a_line_a_group(tmp_path, monkeypatch
     write_run(tmp_path / "c", 80.0, {"choices.data": "mr"})
     path = tmp_path / "new/curves.png"
     assert results.main([str(tmp_path), "--png", str(path)]) == 0
+    assert f"{path} was drawn" in capsys.readouterr().err
     axes = figures[0].axes
     assert [(panel.get_title(), len(panel.lines)) for panel in axes] == [("cr", 2), ("mr", 1)]
     assert [text.get_text() for text in axes[0].get_legend().get_texts()] == [
