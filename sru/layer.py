@@ -239,9 +239,14 @@ class SRU(nn.Module):
         """The layers, by their official name."""
         return self.layers
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         convert.read_official_names(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        start = f"{prefix}layers."
+        found = len({key.removeprefix(start).partition(".")[0] for key in state_dict if key.startswith(start)})
+        if found not in (0, self.num_layers):  # among the keys: whether the load is strict, torch does not tell
+            keys = unexpected if found > self.num_layers else missing
+            keys.append(f"{prefix}num_layers (in the file: {found}, here: {self.num_layers})")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         names = ("batch_first", "nn_rnn_compatible_return")

@@ -169,6 +169,24 @@ def test_the_dtype_stays(dtype, convert):
         assert_same(convert(official), made.state_dict())
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("where", ["", "encoder."])
+def test_another_number_of_layers_is_named(layers, where):
+    torch.manual_seed(0)
+    source, here = SRU(4, 4, layers), SRU(4, 4, 2)
+    model = nn.ModuleDict({"encoder": here}) if where else here
+    for state in (source.state_dict(), *(to_official(source, version) for version in VERSIONS)):
+        state = {f"{where}{key}": value for key, value in state.items()}
+        message = rf"{where}num_layers \(in the file: {layers}, here: 2\)"
+        with pytest.raises(RuntimeError, match=message.replace(".", r"\.")):
+            model.load_state_dict(state)
+        model.load_state_dict(state, strict=False)
+        assert torch.equal(here[0].weight, source[0].weight)
+    with pytest.raises(RuntimeError, match="Missing key") as error:
+        here.load_state_dict({})
+    assert "num_layers" not in str(error.value)
+
+
 def test_a_layers_own_module_only_changes_its_name(convert):
     module = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 12))
     made = SRU(5, 3, 3, transform_module=[module, nn.Linear(3, 9), None], layer_norm=True)
