@@ -1,4 +1,8 @@
-"""Turn a file's SRUs into our layout or an official one: `python scripts/convert.py IN.pt OUT.pt [--to 2.6.0]`."""
+"""Turn a file's SRUs into our layout or an official one: `python scripts/convert.py IN.pt OUT.pt [--to 2.6.0]`.
+
+IN.pt is a state dict or a checkpoint with state dicts in it. Every SRU there is found, also as a part of a larger
+model, and all else is kept as it is.
+"""
 
 import argparse
 import copy
@@ -13,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sru import SRUCell, convert
+from sru import SRU, SRUCell, convert
 
 # The layouts, and what a stack calls its list of layers.
 LISTS = {"ours": "layers", **dict.fromkeys(convert.VERSIONS, "rnn_lst")}
@@ -44,7 +48,7 @@ def infer(entries: dict[str, Tensor], source: str, has_module: bool) -> dict[str
         "hidden_size": size,  # of both directions
         "layer_norm": norm is not None,
         # Training leaves no weight_c at 0 throughout.
-        "has_vc_term": "v" in entries or bool(entries.get("weight_c", torch.zeros(1)).any()),
+        "has_vc_term": bool(entries.get("v", entries.get("weight_c", torch.zeros(1))).any()),
     }
     if has_module:  # it maps to the same columns in every layout, so its entries only move
         return arguments | {"transform_module": nn.Identity()}
@@ -84,11 +88,12 @@ def convert_layer(entries: dict[str, Tensor], to: str, options: dict[str, Any]) 
 
 
 def convert_all(
-    state: dict, to: str, options: dict[str, Any], found: list[tuple[str, str, dict]], where: str = ""
+    state: dict, to: str, options: dict[str, Any], found: dict[str, tuple[str, dict[str, dict]]], where: str = ""
 ) -> dict:
     """A copy of a dict with every SRU in it, at any depth, in another layout, and all else as it is.
 
-    Appends (place, layout, arguments) of each layer to `found`. ValueError: a layer that cannot be converted.
+    Adds to `found`, by the place of each SRU, its layout and the arguments of its layers by their numbers, which are
+    empty for an SRUCell. ValueError: a layer that cannot be converted.
     """
     named: dict[str, Any] = {key: value for key, value in state.items() if isinstance(key, str)}
     layers: dict[str, dict[str, Tensor]] = {}  # by the name of each old entry, the new ones of its layer
@@ -96,16 +101,20 @@ def convert_all(
         source = layout(named, prefix)
         if not source:
             continue
-        in_stack = re.fullmatch(rf"(|.*\.){LISTS[source]}(\.\d+\.)", prefix)
-        place = f"{in_stack[1]}{LISTS[to]}{in_stack[2]}" if in_stack else prefix
+        in_stack = re.fullmatch(rf"(|.*\.){LISTS[source]}\.(\d+)\.", prefix)
+        owner, number = in_stack.groups() if in_stack else (prefix, "")
+        place = f"{owner}{LISTS[to]}.{number}." if in_stack else prefix
         own = [key for key in named if key.startswith(prefix) and ENTRY.fullmatch(key.removeprefix(prefix))]
         try:
             if in_stack:
-                convert.refuse_too_old(named, in_stack[1])
+                convert.refuse_too_old(named, owner)
             entries, arguments = convert_layer({key.removeprefix(prefix): named[key] for key in own}, to, options)
+            if in_stack and f"{owner}input_to_hidden.weight" in named:
+                size = named[f"{owner}input_to_hidden.weight"].shape[1]
+                arguments |= {"input_size": size, "proj_input_to_hidden_first": True}
         except (ValueError, RuntimeError, IndexError) as error:
             raise ValueError(f"{where}{prefix[:-1] or 'the layer'}: {' '.join(str(error).split())}") from error
-        found.append((f"{where}{place[:-1]}", source, arguments))
+        found.setdefault(f"{where}{owner}"[:-1], (source, {}))[1][number] = arguments
         entries = {f"{place}{key}": value for key, value in entries.items()}
         layers |= dict.fromkeys(own, entries)
     result = copy.copy(state)  # of its class, with what a state dict carries beside its entries
@@ -114,6 +123,38 @@ def convert_all(
         inner = convert_all(value, to, options, found, f"{where}{key}.") if isinstance(value, dict) else value
         result.update(layers.get(key, {key: inner}))
     return result
+
+
+def calls(layers: dict[str, dict[str, Any]]) -> list[str]:
+    """What to type for a network of these layers: with one direction, and where the columns are even with two."""
+    ordered = [layers[number] for number in sorted(layers, key=lambda number: int(number or 0))]
+    sizes = [layer.get("projection_size", 0) for layer in ordered]
+    arguments: dict[str, Any] = ordered[0] | {  # the first shows the most: in the others the sizes are equal
+        "projection_size": sizes if len(set(sizes)) > 1 else sizes[0],
+        "transform_module": ... if any("transform_module" in layer for layer in ordered) else None,
+        "v1": not any(layer["has_vc_term"] for layer in ordered),
+        "has_vc_term": True,  # v1 says it
+    }
+    name, size = "SRUCell", arguments["hidden_size"]
+    if "" not in layers:
+        name, arguments["num_layers"] = "SRU", len(ordered)
+    written = []
+    for directions in ({}, {"hidden_size": size // 2, "bidirectional": True})[: 2 - size % 2]:
+        told = arguments | directions
+        parts = [
+            f"{key}={'...' if told[key] is ... else told[key]}"
+            for key, parameter in inspect.signature(SRU).parameters.items()
+            if key in told and (key == "num_layers" or told[key] != parameter.default)
+        ]
+        written.append(f"{name}({', '.join(parts)})")
+    return written
+
+
+def holds_optimizer(content: Any) -> bool:
+    """Whether the state of an optimizer lies in it, at any depth."""
+    if isinstance(content, dict):
+        return {"state", "param_groups"} <= content.keys() or any(map(holds_optimizer, content.values()))
+    return isinstance(content, list | tuple) and any(map(holds_optimizer, content))
 
 
 def read(path: Path) -> dict:
@@ -147,14 +188,15 @@ def parse(words: list[str]) -> dict[str, Any]:
 
 def main(words: list[str] | None = None) -> int:
     """Convert a file and say what was found; returns the exit status, 1 where nothing was written."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="IN.pt")
     parser.add_argument("target", type=Path, metavar="OUT.pt")
-    parser.add_argument("--to", default="ours", choices=LISTS, help="the layout to write (default: ours)")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. v1=true")
-    parser.add_argument("--force", action="store_true", help="overwrite OUT.pt")
+    parser.add_argument("--to", default="ours", choices=LISTS, help="the layout to write (default: %(default)s)")
+    help_set = "v1=true or v1=false: the layers are of 2017, or not (default: v1=true where all of a weight_c is 0)"
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help_set)
+    parser.add_argument("--force", action="store_true", help="overwrite OUT.pt, which may be IN.pt")
     given = parser.parse_args(words)
-    found: list[tuple[str, str, dict]] = []
+    found: dict[str, tuple[str, dict[str, dict]]] = {}
     temporary = given.target.with_name(f".{given.target.name}.{os.getpid()}")
     try:
         if given.target.exists() and not given.force:
@@ -162,8 +204,9 @@ def main(words: list[str] | None = None) -> int:
         content = convert_all(read(given.source), given.to, parse(given.set), found)
         if not found:
             raise ValueError(f"{given.source} holds no SRU: no layer with bias and weight_c (official) or v (ours)")
-        if {source for _, source, _ in found} == {given.to}:
-            raise ValueError(f"{given.source} is in the layout {given.to} already; the others: --to {', '.join(LISTS)}")
+        if {source for source, _ in found.values()} == {given.to}:
+            others = " or ".join(f"--to {name}" for name in LISTS if name != given.to)
+            raise ValueError(f"{given.source} is in the layout {given.to} already; give {others}")
         torch.save(content, temporary)
         os.replace(temporary, given.target)
     except (ValueError, OSError, RuntimeError) as error:  # torch.save raises RuntimeError where it cannot write
@@ -172,13 +215,13 @@ def main(words: list[str] | None = None) -> int:
     finally:
         if temporary.exists():
             temporary.unlink()
-    defaults = {name: parameter.default for name, parameter in inspect.signature(SRUCell).parameters.items()}
-    for place, source, arguments in found:
-        arguments = {key: "..." if key == "transform_module" else value for key, value in arguments.items()}
-        told = ", ".join(f"{key}={value}" for key, value in arguments.items() if value != defaults[key])
-        print(f"{place}: {source} -> {given.to}, {told}")
-    print("hidden_size is of all directions. Their number, activation and dropout are in no file.")
-    print("All else in the file is as it was. Start an optimizer anew: what it holds is in the old order.")
+    for place, (source, layers) in found.items():
+        print(f"{place or given.source.name}: {source} -> {given.to}", *calls(layers), sep="\n    ")
+    print("Of two calls, the second is for a bidirectional network: which it was is in no file, nor are activation and")
+    print("dropout, nor where the sizes of all layers are equal has_skip_term and normalize_after.")
+    print("All else in the file is as it was.")
+    if holds_optimizer(content):
+        print("Start the optimizer anew: its state in the file is in the old order of the weights.")
     return 0
 
 

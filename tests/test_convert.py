@@ -1,6 +1,7 @@
 """scripts/convert.py: saved files from one layout to another and back, and what it refuses."""
 
 import collections
+import re
 import subprocess
 import sys
 
@@ -207,20 +208,61 @@ def test_a_layers_own_module_only_changes_its_name(convert):
 def test_a_weight_c_of_zeros_is_a_v1_unless_told_otherwise(convert, capsys):
     official = to_official(SRU(5, 3, weight_c_init=0.0))
     SRU(5, 3, v1=True).load_state_dict(convert(official))
-    assert "has_vc_term=False" in capsys.readouterr().out
+    assert "v1=True" in capsys.readouterr().out
     for option in ("v1=false", "has_vc_term=true"):
         SRU(5, 3).load_state_dict(convert(official, "--set", option))
-        assert "has_vc_term" not in capsys.readouterr().out
+        assert "v1" not in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"rnn_lst.0.*has_vc_term=True"):
         convert(to_official(network("plain")), "--set", "v1=true")
 
 
-def test_the_script_says_what_the_shapes_tell(convert, capsys):
+def test_the_script_says_where_it_found_what(convert, capsys):
     convert({"model": {f"rnn.{key}": value for key, value in to_official(network("projected")).items()}})
-    assert capsys.readouterr().out.splitlines()[:2] == [
-        "model.rnn.layers.0: 3.0.0.dev -> ours, input_size=6, hidden_size=5, projection_size=2",
-        "model.rnn.layers.1: 3.0.0.dev -> ours, input_size=5, hidden_size=5",
-    ]
+    found = "model.rnn: 3.0.0.dev -> ours\n    SRU(input_size=6, hidden_size=5, num_layers=2, projection_size=[2, 0])\n"
+    assert capsys.readouterr().out.startswith(found)
+    convert(to_official(SRU(4, 4, transform_module=nn.Linear(4, 12))))
+    assert "    SRU(input_size=4, hidden_size=4, num_layers=2, transform_module=...)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", ["ours", *VERSIONS])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_the_script_says_can_be_typed(name, to, convert, capsys):
+    made, both = network(name), NETWORKS[name].get("bidirectional", False)
+    source = made.state_dict() if to != "ours" else to_official(made)
+    converted = convert(dict(sorted(source.items())), "--to", to)  # as from a format without an order
+    calls = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    SRU(")]
+    assert len(calls) == 2 - made.output_size % 2
+    again = eval(calls[-1] if both else calls[0])
+    again.load_state_dict(converted)
+    x = torch.randn(4, 2, made.input_size)
+    assert torch.equal(again(x)[0], made(x)[0])
+
+
+def test_the_script_says_what_a_layer_by_itself_is(convert, capsys):
+    convert({f"encoder.{key}": value for key, value in SRUCell(5, 3, v1=True).state_dict().items()}, "--to", "2.6.0")
+    assert "encoder: ours -> 2.6.0\n    SRUCell(input_size=5, hidden_size=3, v1=True)\n" in capsys.readouterr().out
+
+
+def test_an_optimizer_is_spoken_of_where_there_is_one(convert, capsys):
+    model = SRU(3, 4)
+    convert({"model": model.state_dict(), "state": {"step": 3}}, "--to", "2.6.0")
+    assert "optimizer" not in capsys.readouterr().out
+    state = torch.optim.Adam(model.parameters()).state_dict()
+    for rest in ({"optimizer": state}, {"optimizer_states": [state]}):  # by hand, by Lightning
+        convert({"model": model.state_dict(), **rest}, "--to", "2.6.0")
+        assert "Start the optimizer anew" in capsys.readouterr().out
+
+
+def test_help_and_documents_name_every_option(capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    told = capsys.readouterr().out
+    document = (ROOT / "docs/migrating.md").read_text(encoding="utf-8")
+    options = set(re.findall(r"--\w+", told)) - {"--help"}
+    assert options == {"--to", "--set", "--force"}
+    for text in (told, document):
+        assert all(option in text for option in (*options, "v1=true"))
+        assert "larger model" in " ".join(text.split())
 
 
 def damaged(**changes):
@@ -243,8 +285,8 @@ def damaged(**changes):
         (damaged(rnn_lst__1__weight=torch.ones(3, 8)), [], "a matrix to 8 columns; one to 9 or 12 fits"),
         (damaged(rnn_lst__1__weight=torch.ones(3)), [], r"rnn_lst\.1: "),
         (damaged(rnn_lst__1__scale_x=torch.ones(2)), [], r"rnn_lst\.1: "),
-        (damaged(), ["--to", "2.6.0"], "in the layout 2.6.0 already"),
-        (SRU(3, 4).state_dict(), [], "in the layout ours already"),
+        (damaged(), ["--to", "2.6.0"], "in the layout 2.6.0 already; give --to ours or --to 3.0.0.dev$"),
+        (SRU(3, 4).state_dict(), [], "in the layout ours already; give --to 2.6.0 or --to 3.0.0.dev$"),
         (SRU(5, 6, projection_size=5).state_dict(), ["--to", "2.6.0"], "ignores projection_size=5"),
         (damaged(), ["--set", "input_size=5"], "--set takes v1=true or v1=false, not input_size=5"),
         (damaged(), ["--set", "v1=maybe"], "--set takes .* not v1=maybe"),
