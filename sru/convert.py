@@ -4,10 +4,11 @@ Its matrix (input_size, D * k), transposed from 3.0 on, holds the k numbers of a
 input_size) is k blocks of rows. Its weight_c and bias (2 * D) are our v and bias (2, D). All else differs in name only.
 """
 
+import re
 from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from sru.cell import SRUCell
@@ -98,8 +99,15 @@ def read_official_cell(cell: "SRUCell", state: MutableMapping[str, Tensor], pref
 def to_official(sru: "SRU", version: str = "3.0.0.dev") -> dict[str, Tensor]:
     """The state dict that the official SRU of a version, 2.6.0 or 3.0.0.dev, loads.
 
-    ValueError: the network has what that version has not.
+    ValueError: the network has what that version has not. TypeError: it is no SRU.
     """
+    from sru.layer import SRU  # which imports this file
+
+    if not isinstance(sru, SRU):
+        modules = sru.named_modules() if isinstance(sru, nn.Module) else ()
+        paths = [re.sub(r"\.(\d+)", r"[\1]", f"model.{name}") for name, module in modules if isinstance(module, SRU)]
+        hint = f": pass {' or '.join(paths)}" if paths else ""
+        raise TypeError(f"to_official takes an SRU, not {type(sru).__name__}{hint}")
     if version not in VERSIONS:
         raise ValueError(f"version must be one of {', '.join(VERSIONS)}, not {version!r}")
     state: dict[str, Tensor] = {}

@@ -188,6 +188,23 @@ def test_another_number_of_layers_is_named(layers, where):
     assert "num_layers" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda rnn: nn.ModuleDict({"encoder": rnn}), "ModuleDict: pass model.encoder"),
+        (lambda rnn: nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"rnn": rnn})), "Sequential: pass model[1].rnn"),
+        (lambda rnn: nn.ModuleList([rnn, SRU(4, 4), rnn]), "ModuleList: pass model[0] or model[1]"),
+        (lambda rnn: rnn[0], "SRUCell"),
+        (lambda rnn: nn.Linear(4, 4), "Linear"),
+        (lambda rnn: rnn.state_dict(), "OrderedDict"),
+    ],
+)
+def test_what_only_contains_an_sru_is_answered_with_the_way_to_it(build, message):
+    with pytest.raises(TypeError) as refused:
+        to_official(build(SRU(4, 4)))
+    assert str(refused.value) == f"to_official takes an SRU, not {message}"
+
+
 def test_a_layers_own_module_only_changes_its_name(convert):
     module = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 12))
     made = SRU(5, 3, 3, transform_module=[module, nn.Linear(3, 9), None], layer_norm=True)
