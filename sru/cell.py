@@ -223,12 +223,16 @@ class SRUCell(nn.Module):
         else:
             self.v.zero_()
 
-    def forward(self, x: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None, **unknown: Any
+    ) -> tuple[Tensor, Tensor]:
         """Run the layer: h (T, B, D) and the last state (B, D).
 
         x (T, B, input_size), or (B, input_size) for a single step; c0 (B, D), zeros when None; mask_pad (T, B), True
         (or not 0) where a step is padding: there the state is carried on and h is 0.
         """
+        for name in unknown:
+            refuse(name, self.forward)
         check_input(x, self.bias)
         if x.dim() == 2:
             h, c = self.forward(x[None], c0, None if mask_pad is None else mask_pad[None])

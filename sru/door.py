@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import numbers
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +16,8 @@ ANSWERS = {
     "weight_norm": "the official package dropped it after version 2.1.7; choose layer_norm=True",
     "use_weight_norm": "the official package dropped it after version 2.1.7; choose layer_norm=True",
     "proj_size": "LSTM's narrower h has no counterpart; projection_size narrows the matrices instead",
-    "bias": "the gates always have a bias, and the candidate never has one",
+    "bias": "each gate always has a bias, and the candidate never has one: leave bias out",
+    "hx": "the state is called c0 here, and is c alone, no (h, c)",
     "nonlinearity": "choose activation='identity', 'tanh' or 'relu'",
 }
 
@@ -97,11 +99,9 @@ def check_state(c0: Any, shape: tuple[int, ...], meaning: str, x: Tensor) -> Non
         raise ValueError(f"c0 is on {c0.device}, x on {x.device}; move it with c0.to(x.device)")
 
 
-def refuse(name: str, owner: type) -> NoReturn:
-    """TypeError for an argument that the class has not, with what to type instead."""
-    if name in ANSWERS:
-        raise TypeError(f"{owner.__name__} has no {name}: {ANSWERS[name]}")
+def refuse(name: str, owner: Callable) -> NoReturn:
+    """TypeError for an argument that the class or method has not, with what to type instead."""
     names = [n for n, p in inspect.signature(owner).parameters.items() if p.kind is not p.VAR_KEYWORD]
     close = difflib.get_close_matches(name, names, 1)
-    hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(names)}"
-    raise TypeError(f"{owner.__name__} has no argument {name}: {hint}")
+    hint = ANSWERS.get(name) or (f"did you mean {close[0]}?" if close else f"it takes {', '.join(names)}")
+    raise TypeError(f"{owner.__qualname__} has no argument {name}: {hint}")

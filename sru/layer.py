@@ -116,6 +116,7 @@ class SRU(nn.Module):
         c0: Tensor | None = None,
         mask_pad: Tensor | None = None,
         lengths: Tensor | Sequence[int] | int | None = None,
+        **unknown: Any,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run the stack: h, in the form of x, and the last states.
 
@@ -123,6 +124,8 @@ class SRU(nn.Module):
         on either side. lengths (B,) says the same of sequences that begin at step 0; without a batch it is a number.
         Compiled code does not check lengths.
         """
+        for name in unknown:
+            refuse(name, self.forward)
         if isinstance(x, PackedSequence):
             if mask_pad is not None or lengths is not None:
                 raise ValueError("a PackedSequence knows its lengths: give it without mask_pad and lengths")

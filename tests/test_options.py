@@ -1,6 +1,7 @@
 """What each option of the SRU does, and what is refused."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -130,8 +131,9 @@ def test_the_official_names_of_our_options():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_relu": True}, "SRU has no use_relu: the official package dropped it after version 2.1.8"),
+        ({"use_relu": True}, "SRU has no argument use_relu: the official package dropped it after version 2.1.8"),
         ({"proj_size": 2}, "projection_size narrows the matrices"),
+        ({"bias": True}, "SRU has no argument bias: .* always has a bias, .*: leave bias out"),
         ({"num_layer": 2}, "SRU has no argument num_layer: did you mean num_layers?"),
         ({"weight_norm": True}, "after version 2.1.7"),
         ({"n_proj": 3}, "it is called projection_size"),
@@ -142,6 +144,20 @@ def test_the_official_names_of_our_options():
 def test_an_unknown_argument_is_answered(options, message):
     with pytest.raises(TypeError, match=message.replace("?", r"\?")):
         SRU(4, 4, **options)
+
+
+@pytest.mark.parametrize("network", [SRU(4, 4), SRUCell(4, 4)])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hx": torch.zeros(2, 4)}, "has no argument hx: the state is called c0 here, and is c alone, no (h, c)"),
+        ({"mask_pads": None}, "has no argument mask_pads: did you mean mask_pad?"),
+        ({"training": True}, "has no argument training: it takes x, c0, mask_pad"),
+    ],
+)
+def test_an_unknown_argument_of_a_call_is_answered(network, arguments, message):
+    with pytest.raises(TypeError, match=re.escape(f"{type(network).__name__}.forward {message}")):
+        network(torch.zeros(3, 2, 4), **arguments)
 
 
 @pytest.mark.parametrize(
