@@ -71,7 +71,7 @@ class SRUCell(nn.Module):
         zoneout: probability that a state keeps its value at a step, drawn in training, the mean in evaluation.
         transform_module: takes the place of the matrices: maps (T, B, input_size) to (T, B, D * k), where the k (4 with
             a projected highway, else 3) numbers of a column lie together: candidate, forget, reset, highway.
-        backend: auto, cpu or reference; see sru.kernels.recurrence.
+        backend: auto, cpu, cuda or reference; see sru.kernels.recurrence.
         use_tanh, v1, n_proj, custom_m: the official names of activation="tanh", has_vc_term=False, projection_size and
             transform_module.
         amp_recurrence_fp16: taken for the official package's sake; the state here is always float32 at least.

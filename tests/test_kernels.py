@@ -13,6 +13,17 @@ NAMES = ("h", "c_last", "u", "x", "v", "b", "c0")
 SHAPES = [(1, 1, 1), (3, 2, 5), (7, 3, 33), (17, 5, 129), (40, 32, 128)]
 
 
+COMPILED = pytest.mark.parametrize("backend", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+EVERY_BACKEND = pytest.mark.parametrize("backend", ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@pytest.fixture(autouse=True)
+def _put_tensors_where_the_backend_runs(request):
+    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
+    with torch.device("cuda" if parameters.get("backend") == "cuda" else "cpu"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _fill_new_memory_with_nan():
     torch.use_deterministic_algorithms(True)
@@ -58,14 +69,14 @@ def run(arguments, backend, dtype=torch.float32, grads=None, **options):
     return [None if r is None else r.double() for r in results]
 
 
-def assert_as_exact_as_float32_allows(arguments, **options):
+def assert_as_exact_as_float32_allows(backend, arguments, **options):
     """Every output and gradient of the compiled kernel lies as near to the truth as plain float32 does, times 4."""
     steps, batch, _, size = arguments[0].shape
     grads = torch.randn(steps, batch, size), torch.randn(batch, size)
     truth = run(arguments, "reference", torch.float64, grads, **options)
     plain = run(arguments, "reference", torch.float32, grads, **options)
-    found = run(arguments, "cpu", torch.float32, grads, **options)
-    exact = run(arguments, "cpu", torch.float64, grads, **options)
+    found = run(arguments, backend, torch.float32, grads, **options)
+    exact = run(arguments, backend, torch.float64, grads, **options)
     for name, t, p, f, e in zip(NAMES, truth, plain, found, exact, strict=True):
         if t is None:
             assert f is None
@@ -99,21 +110,24 @@ def test_reference_agrees_with_a_case_worked_by_hand():
         torch.testing.assert_close(c.item(), c2, rtol=0, atol=1e-14)
 
 
+@COMPILED
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("skip", ["x", "u", "none"])
-def test_kernel_agrees_with_the_equations_at_odd_shapes(shape, skip):
-    assert_as_exact_as_float32_allows(inputs(*shape, skip), scale=0.0 if skip == "none" else 1.3)
+def test_kernel_agrees_with_the_equations_at_odd_shapes(backend, shape, skip):
+    assert_as_exact_as_float32_allows(backend, inputs(*shape, skip), scale=0.0 if skip == "none" else 1.3)
 
 
+@COMPILED
 @pytest.mark.parametrize("pad", PADS)
 @pytest.mark.parametrize("activation", ["identity", "tanh", "relu"])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
-def test_kernel_agrees_with_the_equations_under_every_option(pad, activation, bidirectional):
+def test_kernel_agrees_with_the_equations_under_every_option(backend, pad, activation, bidirectional):
     # One batch of whole tiles, and one that ends in a part of a tile and of a vector.
     shapes, scales = [(9, 8, 64), (7, 5, 38)], [0.0, 1.0, math.sqrt(3)]
     for (steps, batch, size), skip, scale in itertools.product(shapes, ["x", "u"], scales):
         mask = torch.bernoulli(torch.full((batch, size), 0.5)) * 2
         assert_as_exact_as_float32_allows(
+            backend,
             inputs(steps, batch, size, skip),
             mask=mask,
             pad=PADS[pad](steps, batch),
@@ -123,14 +137,15 @@ def test_kernel_agrees_with_the_equations_under_every_option(pad, activation, bi
         )
 
 
-def test_kernel_agrees_with_the_equations_over_several_tiles_of_columns():
+@COMPILED
+def test_kernel_agrees_with_the_equations_over_several_tiles_of_columns(backend):
     for batch, size in ((3, 2 * 300), (33, 2 * 700)):
-        assert_as_exact_as_float32_allows(inputs(5, batch, size), pad=scattered(5, batch), bidirectional=True)
+        assert_as_exact_as_float32_allows(backend, inputs(5, batch, size), pad=scattered(5, batch), bidirectional=True)
     # So many sequences that a tile takes more of them.
-    assert_as_exact_as_float32_allows(inputs(2, 300, 6))
+    assert_as_exact_as_float32_allows(backend, inputs(2, 300, 6))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@EVERY_BACKEND
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (0, 0, 4), (3, 2, 0)], ids=str)
 def test_no_steps_hand_the_state_on_and_no_sequences_give_nothing(backend, shape):
     steps, batch, size = shape
@@ -146,8 +161,9 @@ def test_no_steps_hand_the_state_on_and_no_sequences_give_nothing(backend, shape
         torch.testing.assert_close(c0, grads[1].double())
 
 
+@COMPILED
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
-def test_memory_layout_changes_nothing(bidirectional):
+def test_memory_layout_changes_nothing(backend, bidirectional):
     u, x, v, b, c0 = inputs(6, 5, 34)
     pad, mask = scattered(6, 5), torch.rand(5, 34)
     grads = torch.randn(6, 5, 34), torch.randn(5, 34)
@@ -161,7 +177,7 @@ def test_memory_layout_changes_nothing(bidirectional):
 
     def differentiate(u, x, v, b, c0, mask, pad, grads):
         leaves = [a.detach().requires_grad_() for a in (u, x, v, b, c0)]
-        h, c = recurrence(*leaves, mask=mask, pad=pad, backend="cpu", **options)
+        h, c = recurrence(*leaves, mask=mask, pad=pad, backend=backend, **options)
         return [h, c, *torch.autograd.grad([h, c], leaves, grads)]
 
     expected = differentiate(u, x, v, b, c0, mask, pad, grads)
@@ -172,18 +188,19 @@ def test_memory_layout_changes_nothing(bidirectional):
             assert torch.equal(e, f), name
 
 
-def test_expanded_gradients_are_taken():
+@COMPILED
+def test_expanded_gradients_are_taken(backend):
     arguments = [a.requires_grad_() for a in inputs(4, 3, 8)]
     for reduce in (lambda h, c: h.sum() + c.sum(), lambda h, c: h.sum(), lambda h, c: c.sum()):
         compiled, plain = (
             torch.autograd.grad(reduce(*recurrence(*arguments, backend=b)), arguments, materialize_grads=True)
-            for b in ("cpu", "reference")
+            for b in (backend, "reference")
         )
         for name, p, q in zip(NAMES[2:], compiled, plain, strict=True):
             torch.testing.assert_close(p, q, msg=name)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@EVERY_BACKEND
 @pytest.mark.parametrize("skip", ["x", "u", "none"])
 def test_gradients_agree_with_finite_differences(backend, skip):
     arguments = [None if a is None else a.double().requires_grad_() for a in inputs(4, 3, 6, skip)]
@@ -199,27 +216,29 @@ def test_gradients_agree_with_finite_differences(backend, skip):
     assert torch.autograd.gradcheck(function, [arguments[i] for i in given])
 
 
-def test_gradients_that_nobody_asks_for_are_left_out():
+@COMPILED
+def test_gradients_that_nobody_asks_for_are_left_out(backend):
     arguments = inputs(5, 3, 8)
     full = [a.clone().requires_grad_() for a in arguments]
-    expected = torch.autograd.grad(recurrence(*full, backend="cpu")[0].square().sum(), full)
+    expected = torch.autograd.grad(recurrence(*full, backend=backend)[0].square().sum(), full)
     for i in range(5):
         one = [a.clone().requires_grad_(i == j) for j, a in enumerate(arguments)]
-        recurrence(*one, backend="cpu")[0].square().sum().backward()
+        recurrence(*one, backend=backend)[0].square().sum().backward()
         assert [a.grad is not None for a in one] == [i == j for j in range(5)]
         assert torch.equal(one[i].grad, expected[i]), NAMES[2 + i]
 
 
+@COMPILED
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
-def test_inference_gives_what_training_gives(bidirectional):
+def test_inference_gives_what_training_gives(backend, bidirectional):
     arguments, pad = inputs(7, 3, 20), scattered(7, 3)
-    h, c = recurrence(*arguments, pad=pad, bidirectional=bidirectional, backend="cpu")
-    trained = run(arguments, "cpu", pad=pad, bidirectional=bidirectional)
+    h, c = recurrence(*arguments, pad=pad, bidirectional=bidirectional, backend=backend)
+    trained = run(arguments, backend, pad=pad, bidirectional=bidirectional)
     assert torch.equal(h.double(), trained[0])
     assert torch.equal(c.double(), trained[1])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@EVERY_BACKEND
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
 def test_a_padded_batch_equals_each_sequence_alone(backend, side, bidirectional):
@@ -240,12 +259,13 @@ def test_a_padded_batch_equals_each_sequence_alone(backend, side, bidirectional)
         torch.testing.assert_close(c[one], c_alone)
 
 
-def test_padding_stops_every_gradient():
+@COMPILED
+def test_padding_stops_every_gradient(backend):
     arguments = inputs(6, 4, 10)
     pad = scattered(6, 4)
     arguments[0][pad], arguments[1][pad] = math.nan, math.inf
     grads = torch.randn(6, 4, 10), torch.randn(4, 10)
-    _, _, u, x, v, b, c0 = run(arguments, "cpu", grads=grads, pad=pad)
+    _, _, u, x, v, b, c0 = run(arguments, backend, grads=grads, pad=pad)
     assert not u[pad].any()
     assert not x[pad].any()
     assert torch.isfinite(torch.cat([g.flatten() for g in (u, x, v, b, c0)])).all()
@@ -253,13 +273,14 @@ def test_padding_stops_every_gradient():
     torch.testing.assert_close(c0[-1], grads[1][-1].double())
 
 
+@COMPILED
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
-def test_without_v_the_state_does_not_reach_the_gates(bidirectional):
+def test_without_v_the_state_does_not_reach_the_gates(backend, bidirectional):
     u, x, _, b, c0 = inputs(6, 3, 8)
-    assert_as_exact_as_float32_allows((u, x, torch.zeros(2, 8), b, c0), bidirectional=bidirectional)
+    assert_as_exact_as_float32_allows(backend, (u, x, torch.zeros(2, 8), b, c0), bidirectional=bidirectional)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@EVERY_BACKEND
 @pytest.mark.parametrize("skip", ["x", "u"])
 def test_scale_0_leaves_out_whatever_the_skip_holds(skip, backend):
     u, x, v, b, c0 = inputs(4, 3, 8, skip)
@@ -268,27 +289,29 @@ def test_scale_0_leaves_out_whatever_the_skip_holds(skip, backend):
     assert torch.equal(h, recurrence(u[:, :, :3], None, v, b, c0, scale=0.0, backend=backend)[0])
 
 
+@COMPILED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_gates_saturate_cleanly(dtype):
+def test_gates_saturate_cleanly(backend, dtype):
     huge = [1e4, -1e4, math.inf, -math.inf, 88.8, -88.8, 127.9, -127.9]
     z = torch.tensor(huge, dtype=dtype)
     n = len(huge)
     u = torch.stack([torch.full_like(z, 3.0), z, z]).view(1, 1, 3, n)
     x, c0 = torch.full((1, 1, n), 7.0, dtype=dtype), torch.full((1, n), 5.0, dtype=dtype)
     zeros = torch.zeros(2, n, dtype=dtype)
-    h, c = recurrence(u, x, zeros, zeros, c0, backend="cpu")
+    h, c = recurrence(u, x, zeros, zeros, c0, backend=backend)
     assert c.flatten().tolist() == [5.0, 3.0] * 4
     assert h.flatten().tolist() == [5.0, 7.0] * 4
-    found = run((u, x, zeros, zeros, c0), "cpu", dtype, grads=(torch.ones_like(h), torch.ones_like(c)))
+    found = run((u, x, zeros, zeros, c0), backend, dtype, grads=(torch.ones_like(h), torch.ones_like(c)))
     assert all(torch.isfinite(f).all() for f in found)
 
 
+@COMPILED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_sigmoid_is_exact_to_a_few_units_in_the_last_place(dtype):
+def test_the_sigmoid_is_exact_to_a_few_units_in_the_last_place(backend, dtype):
     z = torch.linspace(-80, 80, 20001, dtype=dtype)
     u = torch.stack([torch.zeros_like(z), z, torch.zeros_like(z)]).view(1, 1, 3, -1)
     zeros = torch.zeros(2, len(z), dtype=dtype)
-    f = recurrence(u, None, zeros, zeros, torch.ones(1, len(z), dtype=dtype), scale=0.0, backend="cpu")[1].flatten()
+    f = recurrence(u, None, zeros, zeros, torch.ones(1, len(z), dtype=dtype), scale=0.0, backend=backend)[1].flatten()
     # The exponent's rounding grows with z: a gate of 1e-30 need not be exact to the last digits.
     truth = torch.sigmoid(z.to(torch.float64))
     eps = torch.finfo(dtype).eps
@@ -296,16 +319,17 @@ def test_the_sigmoid_is_exact_to_a_few_units_in_the_last_place(dtype):
     assert ((f - truth).abs() <= 2 * eps).all()
 
 
+@COMPILED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("activation", ["identity", "tanh", "relu"])
 @pytest.mark.parametrize("part", [0, 1, 2])
-def test_a_nan_stays_in_its_column(part, activation, dtype):
+def test_a_nan_stays_in_its_column(backend, part, activation, dtype):
     u, x, v, b, c0 = inputs(5, 3, 20)
-    clean = recurrence(u, x, v, b, c0, activation=activation, backend="cpu")[0]
+    clean = recurrence(u, x, v, b, c0, activation=activation, backend=backend)[0]
     u[2, 1, part, 7] = math.nan
     grads = torch.randn(5, 3, 20), torch.randn(3, 20)
     expected, found = (
-        run((u, x, v, b, c0), backend, dtype, grads, activation=activation) for backend in ("reference", "cpu")
+        run((u, x, v, b, c0), name, dtype, grads, activation=activation) for name in ("reference", backend)
     )
     # A reset gate that is NaN spoils its own step only.
     spoilt = torch.zeros(5, 3, 20, dtype=torch.bool)
@@ -316,7 +340,7 @@ def test_a_nan_stays_in_its_column(part, activation, dtype):
         assert f[e.isnan()].isnan().all(), name
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@EVERY_BACKEND
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_rounded_at_the_end_only(dtype, backend):
     arguments = [a.to(dtype) for a in inputs(200, 2, 8)]
@@ -328,7 +352,7 @@ def test_half_precision_is_rounded_at_the_end_only(dtype, backend):
     assert torch.equal(c, wide[1])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@EVERY_BACKEND
 def test_mixed_dtypes_compute_in_the_dtype_of_u(backend):
     kinds = [torch.float32, torch.bfloat16, torch.float64, torch.float64, torch.float16]
     mixed = [a.to(kind).requires_grad_() for a, kind in zip(inputs(4, 2, 6), kinds, strict=True)]
@@ -342,21 +366,23 @@ def test_mixed_dtypes_compute_in_the_dtype_of_u(backend):
         assert torch.equal(found, expected.to(found.dtype)), name
 
 
-def test_the_second_derivative_is_the_references():
+@COMPILED
+def test_the_second_derivative_is_the_references(backend):
     found = []
-    for backend in ("cpu", "reference"):
+    for name in (backend, "reference"):
         torch.manual_seed(0)
         arguments = [a.double().requires_grad_() for a in inputs(3, 2, 4)]
-        h, _ = recurrence(*arguments, backend=backend)
+        h, _ = recurrence(*arguments, backend=name)
         (first,) = torch.autograd.grad(h.square().sum(), arguments[0], create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), arguments))
     torch.testing.assert_close(*found)
 
 
-def test_an_argument_changed_before_backward_is_noticed():
+@COMPILED
+def test_an_argument_changed_before_backward_is_noticed(backend):
     u, *others = (a.requires_grad_() for a in inputs(3, 2, 4))
     u = u * 1
-    h, _ = recurrence(u, *others, backend="cpu")
+    h, _ = recurrence(u, *others, backend=backend)
     u.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         h.sum().backward()
@@ -385,7 +411,7 @@ BAD = {
     "pad": ({"pad": torch.zeros(2, 3).bool()}, ValueError, r"pad must be \(3, 2\).*not \(2, 3\)"),
     "pad of numbers": ({"pad": torch.zeros(3, 2)}, TypeError, "pad must be torch.bool, not torch.float32"),
     "activation": ({"activation": "gelu"}, ValueError, "identity, tanh, relu, not 'gelu'"),
-    "backend": ({"backend": "cuda"}, ValueError, "auto, cpu, reference, not 'cuda'"),
+    "backend": ({"backend": "gpu"}, ValueError, "auto, cpu, cuda, reference, not 'gpu'"),
     "an odd size": (
         {"u": torch.zeros(3, 2, 3, 3), "scale": 0.0, "x": None, "bidirectional": True}
         | {"v": torch.zeros(2, 3), "b": torch.zeros(2, 3), "c0": torch.zeros(2, 3)},
@@ -403,8 +429,10 @@ def test_a_bad_argument_is_named_with_its_value_and_the_right_one(case):
         recurrence(*arguments, **options)
 
 
-def test_the_cpu_backend_by_name_says_why_it_cannot_run(monkeypatch):
+def test_a_backend_by_name_says_why_it_cannot_run(monkeypatch):
     arguments = inputs(3, 2, 4)
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: u is on cpu; move it with .cuda\(\)"):
+        recurrence(*arguments, backend="cuda")
     with pytest.raises(RuntimeError, match=r"torch.float8_e5m2; it takes torch.float32, torch.float64"):
         recurrence(*(a.to(torch.float8_e5m2) for a in arguments), backend="cpu")
     monkeypatch.setattr(sru.kernels, "HAS_NUMBA", False)

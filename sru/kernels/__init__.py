@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from sru.kernels import ops, portable, reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "cuda", "reference")
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -51,8 +51,8 @@ def recurrence(
         activation: g, one of identity, tanh, relu.
         bidirectional: the second half of the D columns runs from the last step to the first; its c_last is the state
             after step 0.
-        backend: auto (by the tensors' device and dtype), cpu (the compiled kernels) or reference (plain torch). An
-            exported or traced program holds torch's own operators, whichever backend is named.
+        backend: auto (by the tensors' device and dtype), cpu or cuda (the compiled kernels) or reference (plain torch).
+            An exported or traced program holds torch's own operators, whichever backend is named.
 
     h has the dtype of u. The state is computed, and returned, in float32 where u is float16 or bfloat16.
 
@@ -63,10 +63,10 @@ def recurrence(
     check(u, x, v, b, c0, mask, pad, scale, zoneout, activation, bidirectional)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    if backend == "cpu":
-        reason = why_not_cpu(u)
+    if backend in ("cpu", "cuda"):
+        reason = why_not_cpu(u) if backend == "cpu" else why_not_cuda(u)
         if reason:
-            raise RuntimeError(f"backend='cpu' cannot run: {reason}")
+            raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
     options: dict[str, Any] = {
         "mask": mask,
         "pad": pad,
@@ -84,13 +84,13 @@ def recurrence(
     forward_mode = getattr(forward_ad, "_current_level", -1) >= 0
     if torch.jit.is_tracing() or forward_mode or (transforms and compiling) or not has_kernel(u):
         return reference.recurrence(u, x, v, b, c0, **options)
-    from sru.kernels import cpu
+    from sru.kernels import autograd
 
     through = "transform" if transforms else ""
     watched = u.is_meta or compiling or ops.modes_are_active()
     if not transforms and (watched or not ops.have_memory(u, x, v, b, c0, mask, pad)):
         through = "operators"
-    return cpu.recurrence(u, x, v, b, c0, through=through, **options)
+    return autograd.recurrence(u, x, v, b, c0, through=through, **options)
 
 
 def why_not_cpu(u: Tensor) -> str:
@@ -104,14 +104,28 @@ def why_not_cpu(u: Tensor) -> str:
     return ""
 
 
+def why_not_cuda(u: Tensor) -> str:
+    """Why the CUDA kernels cannot take u; empty if they can."""
+    if u.device.type not in ("cuda", "meta"):
+        return f"u is on {u.device}; move it with .cuda()"
+    if u.dtype not in DTYPES:
+        return f"u is {u.dtype}; it takes {', '.join(map(str, DTYPES))}"
+    if u.is_meta:
+        return ""
+    from sru.kernels import cuda
+
+    return cuda.why_not(u.device.index)
+
+
 def has_kernel(u: Tensor) -> bool:
     """Whether a compiled kernel takes u; where one is missing on u's device, a warning says what to do, once."""
-    if u.device.type in ("cpu", "meta"):
-        reason = why_not_cpu(u)
+    if u.device.type in ("cpu", "meta", "cuda"):
+        reason = why_not_cuda(u) if u.device.type == "cuda" else why_not_cpu(u)
         if reason:
-            warn_once(f"The SRU's CPU kernels cannot run, so the slow reference does: {reason}")
+            name = "CUDA" if u.device.type == "cuda" else "CPU"
+            warn_once(f"The SRU's {name} kernels cannot run, so the slow reference does: {reason}")
         return not reason
-    warn_once(f"There is no fused SRU kernel for {u.device.type} yet, so the slow reference runs.")
+    warn_once(f"There is no fused SRU kernel for {u.device.type}, so the slow reference runs.")
     return False
 
 

@@ -1,4 +1,4 @@
-"""The launch of the SRU recurrence on CPUs: addresses, threads and autograd around the kernels of cpu_kernels.py.
+"""The launch of the SRU recurrence on CPUs: addresses and threads around the kernels of cpu_kernels.py.
 
 Tiles of the work depend on the shape alone, so results are bitwise the same for any number of threads.
 """
@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sru.kernels import reference
-from sru.kernels.cpu_kernels import ACTIVATIONS, backward, compiled, forward, packed
-from sru.kernels.ops import Transformed
+from sru.kernels.cpu_kernels import backward, compiled, forward, packed
 
+READS_HALVES = False  # u and x come in float32 or float64
 TILE_BATCH = 4  # sequences of a tile
 TILE_COLUMNS = 512
 PROCESS = os.getpid()  # that imported this
@@ -88,42 +87,6 @@ def launch(
             # One that has not begun finds no tile left.
             if not helper.cancel():
                 helper.result()
-
-
-def recurrence(
-    u: Tensor,
-    x: Tensor | None,
-    v: Tensor,
-    b: Tensor,
-    c0: Tensor,
-    *,
-    mask: Tensor | None,
-    pad: Tensor | None,
-    scale: float,
-    zoneout: float,
-    activation: str,
-    bidirectional: bool,
-    through: str = "",
-) -> tuple[Tensor, Tensor]:
-    """As `sru.kernels.recurrence`; `through`: operators, or transform (of torch.func), where addresses mean nothing."""
-    dtype = u.dtype
-    if scale == 0:
-        x = None
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    if dtype != wide or any(a is not None and a.dtype != wide for a in (x, v, b, c0, mask)):
-        u, v, b, c0 = u.to(wide), v.to(wide), b.to(wide), c0.to(wide)
-        x, mask = (None if a is None else a.to(wide) for a in (x, mask))
-    options = mask, pad, scale, zoneout, ACTIVATIONS[activation], 2 if bidirectional else 1
-    keep = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (u, x, v, b, c0))
-    if through == "operators":
-        h, _, c_last = torch.ops.sru.recurrence(u, x, v, b, c0, *options, keep)
-    elif through == "transform":
-        h, _, c_last = Transformed.apply(u, x, v, b, c0, *options)
-    elif keep:
-        h, c_last = Recurrence.apply(u, x, v, b, c0, *options)
-    else:
-        h, _, c_last = run_forward(u, x, v, b, c0, *options, keep=False)
-    return h.to(dtype), c_last
 
 
 @functools.cache
@@ -214,44 +177,3 @@ def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, c, scale, zoneout, acti
     launch(backward, inputs, scale, zoneout, outputs, [c, gh, gu, gskip, gc, sums])
     total = sums.sum(0)
     return gu, gskip if needs_x else None, total[:2], total[2:], gc
-
-
-class Recurrence(torch.autograd.Function):
-    """The recurrence with its backward kernel."""
-
-    @staticmethod
-    def forward(ctx, u, x, v, b, c0, mask, pad, *options):
-        h, c, c_last = run_forward(u, x, v, b, c0, mask, pad, *options, keep=True)
-        ctx.save_for_backward(u, x, v, b, c0, mask, pad, c)
-        ctx.options = options
-        return h, c_last
-
-    @staticmethod
-    def backward(ctx, gh, gc_last):
-        if is_batched(gh) or is_batched(gc_last):  # by torch.autograd.grad(..., is_grads_batched=True)
-            gu, gx, *grads = torch.ops.sru.recurrence_backward(gh, gc_last, *ctx.saved_tensors, *ctx.options)
-            return gu, None if ctx.saved_tensors[1] is None else gx, *grads, *[None] * 6
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-            return *differentiate_reference(gh, gc_last, *ctx.saved_tensors[:7], *ctx.options), *[None] * 6
-        grads = run_backward(gh, gc_last, *ctx.saved_tensors, *ctx.options, needs_x=ctx.needs_input_grad[1])
-        return *grads, *[None] * 6
-
-
-def is_batched(grad: Tensor) -> bool:
-    """Whether a gradient stands for many."""
-    return torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
-
-
-def differentiate_reference(gh, gc_last, u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves):
-    """The gradients as functions that have gradients themselves: those of the reference."""
-    # Views, since x may be what u was made of: a gradient of each alone is wanted.
-    inputs: list[Any] = [
-        a if a is None else a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in (u, x, v, b, c0)
-    ]
-    name = next(name for name, number in ACTIVATIONS.items() if number == activation)
-    outputs = reference.recurrence(
-        *inputs, mask=mask, pad=pad, scale=scale, zoneout=zoneout, activation=name, bidirectional=halves == 2
-    )
-    given = [a for a in inputs if a is not None]
-    found = iter(torch.autograd.grad(outputs, given, (gh, gc_last), create_graph=True, materialize_grads=True))
-    return [None if a is None else next(found) for a in inputs]

@@ -19,8 +19,6 @@ import torch
 from numba import carray, types
 from numba.extending import overload, register_jitable
 
-ACTIVATIONS = {"identity": 0, "tanh": 1, "relu": 2}
-
 # An intrinsic's first argument comes from numba, which the decorator's own type does not say.
 intrinsic: Any = numba.extending.intrinsic
 

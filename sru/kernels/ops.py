@@ -1,6 +1,6 @@
-"""The CPU kernels as operators of torch, for torch.compile and torch.func, which look no further than an operator.
+"""The fused kernels as operators of torch, for torch.compile and torch.func, which look no further than an operator.
 
-Eager code goes past them, for speed: sru/kernels/cpu.py.
+Eager code goes past them, for speed: sru/kernels/autograd.py.
 """
 
 import torch
@@ -42,29 +42,32 @@ def has_numbers(tensor: Tensor) -> bool:
 
 def run(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep):
     """h, c and c_last; c is what the backward pass needs, and has no steps where it is not kept."""
-    from sru.kernels import cpu
+    from sru.kernels.autograd import kernels
 
-    h, c, c_last = cpu.run_forward(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep=keep)
-    return h, c if keep else c.new_empty(0, *c0.shape), c_last
+    h, c, c_last = kernels(u.device).run_forward(
+        u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep=keep
+    )
+    return h, c if keep else c0.new_empty(0, *c0.shape), c_last
 
 
 def run_fake(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep):
     steps, batch, _, size = u.shape
-    return u.new_empty(steps, batch, size), u.new_empty(steps if keep else 0, batch, size), u.new_empty(batch, size)
+    return u.new_empty(steps, batch, size), c0.new_empty(steps if keep else 0, batch, size), c0.new_empty(batch, size)
 
 
 def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, c, *options):
     """The gradients; gx has no steps where there is no x."""
-    from sru.kernels import cpu
+    from sru.kernels.autograd import kernels
 
-    gu, gx, gv, gb, gc0 = cpu.run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, c, *options, needs_x=x is not None)
+    run = kernels(u.device).run_backward
+    gu, gx, gv, gb, gc0 = run(gh, gc_last, u, x, v, b, c0, mask, pad, c, *options, needs_x=x is not None)
     return gu, u.new_empty(0) if gx is None else gx, gv.clone(), gb.clone(), gc0
 
 
 def run_backward_fake(gh, gc_last, u, x, v, b, c0, mask, pad, c, *options):
     steps, batch, _, size = u.shape
-    gx = u.new_empty(0) if x is None else u.new_empty(steps, batch, size)
-    return u.new_empty(u.shape), gx, u.new_empty(2, size), u.new_empty(2, size), u.new_empty(batch, size)
+    gx = u.new_empty(0) if x is None else x.new_empty(steps, batch, size)
+    return u.new_empty(u.shape), gx, v.new_empty(2, size), v.new_empty(2, size), c0.new_empty(batch, size)
 
 
 def save(ctx, inputs, output):
@@ -137,8 +140,9 @@ def one_by_one(operator):
     return rule
 
 
-library.impl("recurrence", run, "CPU")
-library.impl("recurrence_backward", run_backward, "CPU")
+for device in ("CPU", "CUDA"):
+    library.impl("recurrence", run, device)
+    library.impl("recurrence_backward", run_backward, device)
 torch.library.register_fake("sru::recurrence", run_fake, lib=library)
 torch.library.register_fake("sru::recurrence_backward", run_backward_fake, lib=library)
 torch.library.register_autograd("sru::recurrence", differentiate, setup_context=save, lib=library)
