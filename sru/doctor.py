@@ -77,6 +77,19 @@ def auto(device: str) -> tuple[str, bool]:
     return "; ".join(texts), not any(problems.values())
 
 
+def on_gpu(device: str) -> str:
+    """What the CUDA kernels do on a device."""
+    try:
+        missing = kernels.why_not_cuda(torch.empty(0, device=device))
+        name = torch.cuda.get_device_name(device)
+    except Exception as error:  # a GPU that torch counts but cannot use
+        return f"FAILS: {in_one_line(error)}"
+    if missing:
+        return f"does not run on {name}: {missing}"
+    problem = failure("cuda", device)
+    return f"FAILS on {name}: {problem}" if problem else f"works on {name}, forward and backward"
+
+
 def cache_folder() -> str:
     """Where numba keeps the compiled kernels."""
     try:
@@ -109,13 +122,11 @@ def examine() -> tuple[dict[str, str], bool]:
         problem = "" if missing else failure(name, "cpu")
         works = f"FAILS: {problem}" if problem else "works, forward and backward"
         rows[f"backend {name}"] = f"does not run here: {missing}" if missing else works
-    gpu = "torch sees one, and runs the reference there"
-    if not torch.cuda.is_available():
-        gpu = "torch is built without CUDA and ROCm; see https://pytorch.org/get-started for one with them"
-        if torch.version.cuda is not None:
-            gpu = f"torch finds none for its CUDA {torch.version.cuda}; type: nvidia-smi"
-    rows["backend cuda"] = "does not run: this version has no fused CUDA kernel yet, only the slow reference"
-    rows["GPU"] = gpu
+    rows["backend cuda"] = "does not run here: torch is built without CUDA; see https://pytorch.org/get-started"
+    if torch.version.cuda is not None:
+        rows["backend cuda"] = f"does not run here: torch finds no GPU for CUDA {torch.version.cuda}; type: nvidia-smi"
+    for i in range(torch.cuda.device_count()):
+        rows["backend cuda" if i == 0 else f"backend cuda:{i}"] = on_gpu(f"cuda:{i}")
     healthy = True
     for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
         rows[f"auto on {device}"], works_here = auto(device)

@@ -240,3 +240,18 @@ def test_what_holds_of_other_kernels_holds_of_these(name, on_cpu):
     check, *arguments = ALSO[name]
     named = dict(zip([n for n in inspect.signature(check).parameters if n != "backend"], arguments, strict=True))
     check(backend="cpu", **named)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")
+@pytest.mark.parametrize("version", ["12.8", "13.0"])
+def test_without_cupy_the_message_names_the_wheel_for_torch(version, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    cuda.why_not.cache_clear()
+    reason = cuda.why_not(0)
+    cuda.why_not.cache_clear()
+    assert reason.endswith(f"type: pip install cupy-cuda{version[:2]}x")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
+def test_a_torch_without_cuda_says_so():
+    assert "is not built for CUDA" in cuda.why_not(0)

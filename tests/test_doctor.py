@@ -31,7 +31,8 @@ def test_a_sound_installation_is_well():
     table = rows(done.stdout)
     for name in ("backend reference", "backend cpu"):
         assert table[name].endswith("works, forward and backward"), table[name]
-    assert "no fused CUDA kernel" in table["backend cuda"]
+    if torch.version.cuda is None:
+        assert "torch is built without CUDA" in table["backend cuda"]
     assert torch.__version__ in table["torch"]
     assert table["auto on cpu"].endswith(" cpu for float32, float64, float16, bfloat16")
     assert table["compiled code"].endswith("(writable)")

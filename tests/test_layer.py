@@ -144,17 +144,6 @@ def test_the_forget_gate_starts_where_it_is_told():
     assert SRUCell(2, 2, forget_bias=2.0).bias[0].eq(2).all()
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_the_layer_gives_what_it_gives_on_the_cpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    stack = SRU(5, 7, 3, bidirectional=True).double()
-    x = torch.randn(11, 3, 5, dtype=torch.float64)
-    expected = stack(x)
-    for found, value in zip(stack.cuda()(x.cuda()), expected, strict=True):
-        torch.testing.assert_close(found.cpu(), value)
-
-
 def test_the_scaling_correction_keeps_the_variance_of_a_deep_stack():
     """Section 3.2: with it, the last layer's output varies about as much as the input; without it, far less."""
     torch.manual_seed(0)

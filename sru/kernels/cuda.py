@@ -59,16 +59,11 @@ def cut(steps: int, columns: int, lanes: int, sizes: list[int], backward: bool) 
 
 def neighbours(columns: int, arrays: list[Tensor]) -> int:
     """How many of so many columns a thread may read at once: a power of two, which all rows' addresses allow."""
-    lanes = math.gcd(columns, 4)
-    for array in arrays:
-        if array.stride(-1) != 1:
-            return 1
-        size = array.element_size()
-        rows = [size * n for n, length in zip(array.stride()[:-1], array.shape[:-1], strict=True) if length > 1]
-        reach = math.gcd(array.data_ptr(), *rows, 16)  # bytes that the address of every row is a multiple of
-        if reach < 16:
-            lanes = min(lanes, max(1, reach // size))
-    return lanes
+    if any(a.stride(-1) != 1 for a in arrays):
+        return 1
+    rows = [a.element_size() * n for a in arrays for n in a.stride()[:-1]]
+    reach = math.gcd(16, *rows, *(a.data_ptr() for a in arrays))  # bytes that every row's address is a multiple of
+    return min(math.gcd(columns, 4), max(1, reach // max(a.element_size() for a in arrays)))
 
 
 def with_rows(tensor: Tensor) -> Tensor:
