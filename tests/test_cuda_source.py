@@ -246,12 +246,28 @@ def test_what_holds_of_other_kernels_holds_of_these(name, on_cpu):
 @pytest.mark.parametrize("version", ["12.8", "13.0"])
 def test_without_cupy_the_message_names_the_wheel_for_torch(version, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", version)
-    cuda.why_not.cache_clear()
+    cuda.probe.cache_clear()
     reason = cuda.why_not(0)
-    cuda.why_not.cache_clear()
+    cuda.probe.cache_clear()
     assert reason.endswith(f"type: pip install cupy-cuda{version[:2]}x")
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
 def test_a_torch_without_cuda_says_so():
     assert "is not built for CUDA" in cuda.why_not(0)
+
+
+def test_the_question_whether_a_gpu_can_run_breaks_no_graph():
+    def double(x):
+        return x if cuda.why_not(0) is None else x * 2
+
+    compiled = torch.compile(double, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+
+
+def test_the_operators_keep_torchs_rules_in_half_precision(on_cpu):
+    u, x, v, b, c0 = inputs(5, 3, 8)
+    given = [a.requires_grad_() for a in (u.bfloat16(), x, v, b, c0)]
+    options = None, None, 1.0, 0.0, 0, 1
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.sru.recurrence.default, (*given, *options, True), test_utils=checks)

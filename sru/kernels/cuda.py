@@ -71,9 +71,17 @@ def with_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@functools.cache
 def why_not(device: int) -> str:
     """Why no kernel can run on a device, found by compiling and loading one; empty if they run."""
+    return probe(device)
+
+
+# torch.compile calls it and keeps what it says. As torch.compiler.assume_constant_result, which imports for seconds.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def probe(device: int) -> str:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not built for CUDA, whose kernels these are"
     wheel = f"cupy-cuda{torch.version.cuda.split('.')[0]}x"
