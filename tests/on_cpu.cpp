@@ -74,6 +74,17 @@ void __syncthreads() {
     threadIdx.x = thread;
 }
 
+int votes;
+
+int __syncthreads_or(int vote) {
+    votes |= vote;
+    __syncthreads();
+    const int result = votes;
+    __syncthreads();
+    votes = 0;
+    return result;
+}
+
 #include RECURRENCE
 
 float wide(Half number) {

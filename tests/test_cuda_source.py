@@ -46,7 +46,7 @@ def registers(variant, architecture):
     """Registers a thread, and bytes spilled, of a kernel compiled for an architecture."""
     library = nvrtc()
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    library.nvrtcCreateProgram(ctypes.byref(program), cuda.SOURCE.read_bytes(), b"recurrence.cu", 0, None, None)
+    library.nvrtcCreateProgram(ctypes.byref(program), variant.source().encode(), b"recurrence.cu", 0, None, None)
     # As CuPy calls it.
     options = ["-std=c++17", "-ftz=true", f"-arch={architecture}", "--ptxas-options=-v", *variant.macros()]
     array = (ctypes.c_char_p * len(options))(*map(str.encode, options))
@@ -118,7 +118,9 @@ def programs(tmp_path_factory):
 
     @functools.cache
     def build(variant):
-        library = folder / f"{hashlib.sha256(repr(variant).encode()).hexdigest()}.so"
+        name = hashlib.sha256(repr(variant).encode()).hexdigest()
+        source, library = folder / f"{name}.cu", folder / f"{name}.so"
+        source.write_text(variant.source(), encoding="utf-8")
         options = [
             "-std=c++17",
             "-O1",
@@ -126,7 +128,7 @@ def programs(tmp_path_factory):
             "-fno-strict-aliasing",
             "-shared",
             "-fPIC",
-            f'-DRECURRENCE="{cuda.SOURCE}"',
+            f'-DRECURRENCE="{source}"',
         ]
         subprocess.run([compiler, *options, *variant.macros(), "-o", library, HERE / "on_cpu.cpp"], check=True)
         return ctypes.CDLL(str(library))

@@ -1,4 +1,4 @@
-"""The launch of the SRU recurrence on NVIDIA GPUs: recurrence.cu, compiled by CuPy for the device, dtypes and options.
+"""The launch of the SRU recurrence on NVIDIA GPUs: the .cu files, compiled by CuPy for the device, dtypes and options.
 
 Nothing here asks the device for an answer, so that launches run ahead of it and can be captured in a CUDA graph.
 """
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 READS_HALVES = True  # u, x and h of half precision
-SOURCE = Path(__file__).with_name("recurrence.cu")
 TYPES = {torch.float32: "float", torch.float64: "double", torch.float16: "Half", torch.bfloat16: "Bfloat"}
 # Columns of all sequences up to which blocks share out the steps as well, and the steps that make it worth it.
 TILED_COLUMNS, TILED_STEPS = 2048, 128
@@ -118,6 +117,11 @@ class Variant(NamedTuple):
     zoneout: bool
     activation: int
 
+    def source(self) -> str:
+        """What to compile: in one piece, since CuPy's cache knows nothing of the files that a piece includes."""
+        names = "recurrence.cu", "tiles.cu" if self.cut.look == 2 else "columns.cu"
+        return "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names)
+
     def macros(self) -> list[str]:
         """As options of a compiler."""
         # Registers of float64 come in pairs.
@@ -133,7 +137,7 @@ def compiled(variant: Variant):
     import cupy
 
     name = "backward" if variant.backward else "forward"
-    return cupy.RawKernel(SOURCE.read_text(), name, options=("-std=c++17", *variant.macros()))
+    return cupy.RawKernel(variant.source(), name, options=("-std=c++17", *variant.macros()))
 
 
 def launch(variant: Variant, blocks: int, shared: int, arguments: bytes, device: torch.device) -> None:

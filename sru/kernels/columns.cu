@@ -1,0 +1,200 @@
+// Kernels whose threads own columns (LOOK 0 and 1); after recurrence.cu.
+
+// Reads step after step, at once or into slots of shared memory.
+struct Ahead : Reader {
+    using Reader::Reader;
+
+    __device__ __forceinline__ void advance() {
+        u.advance();
+        x.advance();
+        pad.advance();
+        c.advance();
+        gh.advance();
+        --left;
+    }
+
+    __device__ __forceinline__ Step next() {
+        const Step step = after(0);
+        advance();
+        return step;
+    }
+
+    // Where the arrays of a step lie among a thread's bytes of a slot; those of a block's threads lie side by side.
+    static constexpr int U_SIZE = sizeof(Lanes<U_TYPE>), X_SIZE = sizeof(Lanes<X_TYPE>), C_SIZE = sizeof(Lanes<WIDE>);
+    static constexpr int X_AT = 3 * U_SIZE, PAD_AT = X_AT + SKIP * X_SIZE, C_AT = PAD_AT + 8 * PAD;
+    static constexpr int GH_AT = C_AT + BACKWARD * C_SIZE, BYTES = GH_AT + BACKWARD * U_SIZE;
+
+    template <class T>
+    static __device__ __forceinline__ T* place(int slot, int offset) {
+        return reinterpret_cast<T*>(shared_memory + (slot * BYTES + offset) * THREADS) + threadIdx.x;
+    }
+
+    __device__ __forceinline__ void next_into(int slot) {
+#pragma unroll
+        for (int k = 0; k < 3; ++k) copy_ahead<U_SIZE>(place<Lanes<U_TYPE>>(slot, k * U_SIZE), u.at + k * u_k);
+        if (SKIP) copy_ahead<X_SIZE>(place<Lanes<X_TYPE>>(slot, X_AT), x.at);
+        // No copy is smaller than four bytes: the aligned four among which the one is.
+        if (PAD) copy_ahead<4>(place<unsigned>(slot, PAD_AT), (const void*)(size_t(pad.at) & ~size_t(3)));
+        if (BACKWARD) {
+            copy_ahead<C_SIZE>(place<Lanes<WIDE>>(slot, C_AT), left > 1 ? c.at : c0);
+            copy_ahead<U_SIZE>(place<Lanes<U_TYPE>>(slot, GH_AT), gh.at);
+        }
+        advance();
+    }
+
+    // The step in a slot, whose byte of padding came from an address that ended in these two bits.
+    static __device__ __forceinline__ Step from(int slot, unsigned pad_bits) {
+        Step step;
+        step.u0 = *place<Lanes<U_TYPE>>(slot, 0);
+        step.u1 = *place<Lanes<U_TYPE>>(slot, U_SIZE);
+        step.u2 = *place<Lanes<U_TYPE>>(slot, 2 * U_SIZE);
+        if (SKIP) step.x = *place<Lanes<X_TYPE>>(slot, X_AT);
+        step.pad = PAD && *place<unsigned>(slot, PAD_AT) >> 8 * pad_bits & 255;
+        if (BACKWARD) {
+            step.c = *place<Lanes<WIDE>>(slot, C_AT);
+            step.gh = *place<Lanes<U_TYPE>>(slot, GH_AT);
+        }
+        return step;
+    }
+};
+
+// Hand all steps to `body`, with more of them on their way.
+template <class Body>
+__device__ __forceinline__ void walk(const Arguments& a, const Place& place, Body body) {
+    Ahead reader(a, place);
+#if LOOK == 0
+    Step ahead[STEPS];
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k)
+        if (k < a.T) ahead[k] = reader.next();
+    long long t = 0;
+    // Without a question in the hot loop.
+    for (; t + 2 * STEPS <= a.T; t += STEPS) {
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) {
+            body(ahead[k]);
+            ahead[k] = reader.next();
+        }
+    }
+    for (; t < a.T; t += STEPS) {
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) {
+            if (t + k >= a.T) break;
+            body(ahead[k]);
+            if (reader.left) ahead[k] = reader.next();
+        }
+    }
+#elif LOOK == 1
+    const unsigned pad_start = unsigned(size_t(reader.pad.at)), pad_stride = unsigned(reader.pad.stride);
+    auto copy_stage = [&](int stage) {
+        if (reader.left >= STEPS) {
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k) reader.next_into(stage * STEPS + k);
+        } else {
+            for (int k = 0; reader.left > 0; ++k) reader.next_into(stage * STEPS + k);
+        }
+        close_group();  // an empty one at the end, so that groups can be counted
+    };
+    for (int stage = 0; stage < STAGES - 1; ++stage) copy_stage(stage);
+    int stage = 0;
+    for (long long t = 0; t < a.T; t += STEPS) {
+        wait_for_groups<STAGES - 2>();
+        copy_stage((stage + STAGES - 1) % STAGES);
+        const unsigned pad_at = pad_start + unsigned(t) * pad_stride;
+        if (t + STEPS <= a.T) {
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k)
+                body(Ahead::from(stage * STEPS + k, (pad_at + k * pad_stride) & 3));
+        } else {
+            for (int k = 0; t + k < a.T; ++k)
+                body(Ahead::from(stage * STEPS + k, (pad_at + k * pad_stride) & 3));
+        }
+        stage = (stage + 1) % STAGES;
+    }
+#endif
+}
+
+#if !BACKWARD
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const __grid_constant__ Arguments a) {
+    const Place place(a);
+    if (!place.exists) return;
+    const long long row = place.sequence * a.D + place.column;
+    const Gate f_gate(a.v, a.b, place), r_gate(a.v + a.v_k, a.b + a.b_k, place);
+    const Dropout dropout(a, place);
+    Walk<U_TYPE> h(a.h + row, a.B * a.D, place);
+    Walk<WIDE> states(a.c + row, a.B * a.D, place);
+    WIDE c[LANES];
+#pragma unroll
+    for (int i = 0; i < LANES; ++i) c[i] = a.c0[place.sequence * a.c0_b + place.column + i];
+    walk(a, place, [&](const Step& in) {
+        WIDE out[LANES];
+#pragma unroll
+        for (int i = 0; i < LANES; ++i) {
+            const WIDE u0 = wide(in.u0.number[i]), x = in.skip(a, i);
+            const WIDE f = forget(a, f_gate.open(i, in.u1.number[i], c[i]));
+            const WIDE r = r_gate.open(i, in.u2.number[i], c[i]);
+            const WIDE state = (c[i] - u0) * f + u0;
+            const WIDE result = dropout.mask[i] * r * (activate(state) - x) + x;
+            c[i] = in.pad ? c[i] : state;
+            out[i] = in.pad ? WIDE(0) : result;
+        }
+        write(h.at, out);
+        h.advance();
+        if (KEEP) {
+            write(states.at, c);
+            states.advance();
+        }
+    });
+#pragma unroll
+    for (int i = 0; i < LANES; ++i) a.c_last[row + i] = c[i];
+}
+
+#else
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __grid_constant__ Arguments a) {
+    const Place place(a);
+    if (!place.exists) return;
+    const long long row = place.sequence * a.D + place.column;
+    const Gate f_gate(a.v, a.b, place), r_gate(a.v + a.v_k, a.b + a.b_k, place);
+    const Dropout dropout(a, place);
+    Walk<U_TYPE> gu(a.gu + place.sequence * a.gu_b + place.column, a.gu_t, place);
+    Walk<X_TYPE> gx(a.gx + place.sequence * a.gx_b + place.column, a.gx_t, place);
+    WIDE lambda[LANES], sums[4][LANES] = {};
+#pragma unroll
+    for (int i = 0; i < LANES; ++i) lambda[i] = a.gc_last[place.sequence * a.gc_last_b + place.column + i];
+    walk(a, place, [&](const Step& in) {
+        WIDE out[4][LANES];
+#pragma unroll
+        for (int i = 0; i < LANES; ++i) {
+            const WIDE v_f = f_gate.v[i] * (1 / FOLD), v_r = r_gate.v[i] * (1 / FOLD), cp = in.c.number[i];
+            const Parts parts(a, in, i, f_gate, r_gate, dropout.mask[i], v_f, v_r);
+            const WIDE total = parts.own + lambda[i], g1 = in.pad ? WIDE(0) : total * parts.to_forget;
+            const WIDE g2 = in.pad ? WIDE(0) : parts.g2;
+            lambda[i] = in.pad ? lambda[i] : parts.jacobian * total + parts.from_reset;
+            out[0][i] = in.pad ? WIDE(0) : total * parts.to_u0;
+            out[1][i] = g1;
+            out[2][i] = g2;
+            out[3][i] = in.pad ? WIDE(0) : parts.gx;
+            sums[0][i] += g1 * cp;
+            sums[1][i] += g2 * cp;
+            sums[2][i] += g1;
+            sums[3][i] += g2;
+        }
+#pragma unroll
+        for (int k = 0; k < 3; ++k) write(gu.at + k * a.gu_k, out[k]);
+        gu.advance();
+        if (SKIP && a.gx) {
+            write(gx.at, out[3]);
+            gx.advance();
+        }
+    });
+#pragma unroll
+    for (int i = 0; i < LANES; ++i) {
+        a.gc0[row + i] = lambda[i];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) a.sums[(place.sequence * 4 + k) * a.D + place.column + i] = sums[k][i];
+    }
+}
+
+#endif
