@@ -224,18 +224,25 @@ class SRUCell(nn.Module):
             self.v.zero_()
 
     def forward(
-        self, x: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None, **unknown: Any
+        self,
+        x: Tensor,
+        c0: Tensor | None = None,
+        mask_pad: Tensor | None = None,
+        *,
+        context: tuple = (),
+        **unknown: Any,
     ) -> tuple[Tensor, Tensor]:
         """Run the layer: h (T, B, D) and the last state (B, D).
 
         x (T, B, input_size), or (B, input_size) for a single step; c0 (B, D), zeros when None; mask_pad (T, B), True
-        (or not 0) where a step is padding: there the state is carried on and h is 0.
+        (or not 0) where a step is padding: there the state is carried on and h is 0; context: what a transform_module
+        gets besides x.
         """
         for name in unknown:
             refuse(name, self.forward)
         check_input(x, self.bias)
         if x.dim() == 2:
-            h, c = self.forward(x[None], c0, None if mask_pad is None else mask_pad[None])
+            h, c = self.forward(x[None], c0, None if mask_pad is None else mask_pad[None], context=context)
             return h[0], c
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(
@@ -248,7 +255,7 @@ class SRUCell(nn.Module):
         if c0 is None:
             c0 = x.new_zeros(shape, dtype=state_dtype(x))
         check_state(c0, shape, "(B, output_size)", x)
-        u = self.project(x)
+        u = self.project(x, *context)
         # A projected skip has alpha in its initial weights.
         scale = 0.0 if not self.has_skip_term else 1.0 if self.has_projected_skip else self.alpha
         if self.training and self.zoneout:
@@ -276,7 +283,7 @@ class SRUCell(nn.Module):
                 h = h.masked_fill(mask_pad[:, :, None], 0.0)
         return h, c
 
-    def project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor, *context: Any) -> Tensor:
         """u (T, B, K, D) of x: layer norm, input dropout and the matrices."""
         if self.layer_norm is not None and not self.normalize_after:
             x = self.layer_norm(x)
@@ -287,7 +294,7 @@ class SRUCell(nn.Module):
                 x = linear(x, self.weight_proj)
             return linear(x, self.weight).unflatten(2, (self.matrices, self.output_size))
         assert self.transform_module is not None
-        u = self.transform_module(x)
+        u = self.transform_module(x, *context)
         expected = (*x.shape[:2], self.output_size * self.matrices)
         if not isinstance(u, Tensor) or u.shape != expected:
             found = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__

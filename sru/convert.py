@@ -102,6 +102,7 @@ def to_official(sru: "SRU", version: str = "3.0.0.dev") -> dict[str, Tensor]:
     ValueError: the network has what that version has not. TypeError: it is no SRU.
     """
     from sru.layer import SRU  # which imports this file
+    from sru.srupp import SRUpp
 
     if not isinstance(sru, SRU):
         modules = sru.named_modules() if isinstance(sru, nn.Module) else ()
@@ -110,6 +111,8 @@ def to_official(sru: "SRU", version: str = "3.0.0.dev") -> dict[str, Tensor]:
         raise TypeError(f"to_official takes an SRU, not {type(sru).__name__}{hint}")
     if version not in VERSIONS:
         raise ValueError(f"version must be one of {', '.join(VERSIONS)}, not {version!r}")
+    if version.startswith("2") and isinstance(sru, SRUpp):
+        raise ValueError(f"version {version} has no SRU++: write 3.0.0.dev")
     state: dict[str, Tensor] = {}
     if sru.input_to_hidden is not None:
         state["input_to_hidden.weight"] = sru.input_to_hidden.weight.detach()

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,6 +26,9 @@ presets: dict[str, dict[str, Any]] = {
     # SRU (2017), section 4.5, with the bias and the dropout that pytorch-kaldi's recipes took.
     "speech": {"dropout": 0.1, "rnn_dropout": 0.1, "highway_bias": -1.0, "projection_size": 256},
 }
+
+# Of a layer's number, its input and mask_pad: what its transform_module gets besides its input.
+Context = Callable[[int, Tensor, Tensor | None], tuple]
 
 
 class SRU(nn.Module):
@@ -126,10 +129,21 @@ class SRU(nn.Module):
         """
         for name in unknown:
             refuse(name, self.forward)
+        return self.run_in_any_form(x, c0, mask_pad, lengths)
+
+    def run_in_any_form(
+        self,
+        x: Tensor | PackedSequence,
+        c0: Tensor | None,
+        mask_pad: Tensor | None,
+        lengths: Tensor | Sequence[int] | int | None,
+        context: Context | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """`run`, of whatever `forward` takes."""
         if isinstance(x, PackedSequence):
             if mask_pad is not None or lengths is not None:
                 raise ValueError("a PackedSequence knows its lengths: give it without mask_pad and lengths")
-            return self.run_packed(x, c0)
+            return self.run_packed(x, c0, context)
         check_input(x, self[0].bias)
         single = x.dim() == 2
         if x.dim() not in (2, 3):
@@ -145,13 +159,22 @@ class SRU(nn.Module):
             x, mask_pad = x.transpose(0, 1), None if mask_pad is None else mask_pad.transpose(0, 1)
         if lengths is not None:
             mask_pad = self.padding(lengths, x, mask_pad)
-        h, c = self.run(x, c0, mask_pad)
+        h, c = self.run(x, c0, mask_pad, context)
         if single:
             return h[:, 0], c[:, 0]
         return h.transpose(0, 1) if self.batch_first else h, c
 
-    def run(self, x: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The stack over x (T, B, input_size), with the state in the layout of the caller."""
+    def run(
+        self,
+        x: Tensor,
+        c0: Tensor | None,
+        mask_pad: Tensor | None,
+        context: Context | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The stack over x (T, B, input_size), with the state in the layout of the caller.
+
+        context(i, x, mask_pad) gives what the transform_module of layer i gets besides the layer's input x.
+        """
         if x.shape[2] != self.input_size:
             raise ValueError(f"x must have input_size = {self.input_size} features, not {x.shape[2]}: {self.layout()}")
         if c0 is not None:
@@ -161,7 +184,8 @@ class SRU(nn.Module):
             x = linear(x, self.input_to_hidden.weight)
         states = []
         for i, layer in enumerate(self.layers):
-            x, c = layer(x, None if c0 is None else c0[i].to(state_dtype(x)), mask_pad)
+            more = () if context is None else context(i, x, mask_pad)
+            x, c = layer(x, None if c0 is None else c0[i].to(state_dtype(x)), mask_pad, context=more)
             states.append(c)
         c = torch.stack(states)
         if self.is_split():
@@ -177,14 +201,19 @@ class SRU(nn.Module):
             shape = (self.num_layers * self.num_directions, x.shape[1], self.hidden_size)
         check_state(c0, shape, meaning, x)
 
-    def run_packed(self, x: PackedSequence, c0: Tensor | None) -> tuple[PackedSequence, Tensor]:
+    def run_packed(
+        self,
+        x: PackedSequence,
+        c0: Tensor | None,
+        context: Context | None = None,
+    ) -> tuple[PackedSequence, Tensor]:
         """The stack over a PackedSequence; the state is in the order in which the sequences were packed."""
         check_input(x.data, self[0].bias)
         padded, lengths = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes))
         if c0 is not None and x.sorted_indices is not None:
             self.check_state(c0, padded)
             c0 = c0.index_select(1, x.sorted_indices)
-        h, c = self.run(padded, c0, self.padding(lengths, padded, None))
+        h, c = self.run(padded, c0, self.padding(lengths, padded, None), context)
         packed = pack_padded_sequence(h, lengths)
         if x.unsorted_indices is not None:
             c = c.index_select(1, x.unsorted_indices)
@@ -256,13 +285,12 @@ class SRU(nn.Module):
         return ", ".join(f"{name}=True" for name in names if getattr(self, name))
 
 
-def _signature() -> inspect.Signature:
-    """SRU's arguments with SRUCell's in the place of **options."""
-    own = inspect.signature(SRU.__init__).parameters
-    layer = inspect.signature(SRUCell).parameters
+def signature(init: Callable, more: Callable, without: set[str]) -> inspect.Signature:
+    """The arguments of a constructor, with those of another, but for some, in the place of **options."""
+    own = inspect.signature(init).parameters
     known = {n: p for n, p in own.items() if n not in ("self", "options")}
-    more = {n: p for n, p in layer.items() if n not in known and n not in ("unknown", "n_proj")}
-    return inspect.Signature([*known.values(), *more.values()])
+    others = inspect.signature(more).parameters
+    return inspect.Signature([*known.values(), *(p for n, p in others.items() if n not in {*known, *without})])
 
 
-SRU.__signature__ = _signature()  # type: ignore[attr-defined]
+SRU.__signature__ = signature(SRU.__init__, SRUCell, {"unknown", "n_proj"})  # type: ignore[attr-defined]

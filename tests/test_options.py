@@ -172,7 +172,7 @@ def test_an_unknown_argument_of_a_call_is_answered(network, arguments, message):
         ({"rnn_dropout": 1.0}, r"rnn_dropout must lie in \[0, 1\), not 1.0"),
         ({"zoneout": -0.1}, "zoneout must lie"),
         ({"activation": "selu"}, "activation must be one of identity, tanh, relu, not 'selu'"),
-        ({"backend": "cuda"}, "backend must be one of"),
+        ({"backend": "gpu"}, "backend must be one of"),
         ({"hidden_size": 2.5}, "hidden_size must be a whole number of at least 1, not 2.5"),
         ({"hidden_size": True}, "not True"),
         ({"num_layers": "2"}, "num_layers must be a whole number"),

@@ -1,0 +1,134 @@
+"""What takes the place of the matrices in a layer of SRU++ (Lei, EMNLP 2021; section 2 of the paper)."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sru.kernels.linear import linear
+
+
+class Projection(nn.Module):
+    """The matrices of a layer that does not attend: x to proj_size features, layer norm, and to all columns."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        proj_size: int,
+        *,
+        dropout: float = 0.0,
+        layer_norm: bool = True,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(input_size, proj_size, bias=False, **factory)
+        self.linear2 = nn.Linear(proj_size, output_size, bias=False, **factory)
+        self.layer_norm = nn.LayerNorm(proj_size, **factory) if layer_norm else None
+        self.dropout = dropout
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the released code's initialisation: Xavier's, smaller where dropout makes what is kept larger."""
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight, gain=math.sqrt(1 - self.dropout))
+        if self.layer_norm is not None:
+            self.layer_norm.reset_parameters()
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        return self.finish(linear(x, self.linear1.weight), self.linear2)
+
+    def finish(self, y: Tensor, last: nn.Linear) -> Tensor:
+        """Layer norm, dropout and the last matrix."""
+        y = y if self.layer_norm is None else self.layer_norm(y)
+        return linear(F.dropout(y, self.dropout, self.training), last.weight)
+
+
+class Attention(Projection):
+    """The matrices of a layer that attends. With memory and x one after the other, and d features a head:
+
+        q = W_q x,   k = W_k q,   v = W_v q,   a = softmax(q k' / sqrt(d)) v
+        u = W_o dropout(norm(q + alpha * a))        with a number alpha that is learnt and starts at 0
+
+    linear1 holds W_q, linear2 W_k and W_v, linear3 W_o.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        proj_size: int,
+        *,
+        num_heads: int = 1,
+        dropout: float = 0.0,
+        attn_dropout: float = 0.0,
+        layer_norm: bool = True,
+        **factory: Any,
+    ) -> None:
+        super().__init__(input_size, 2 * proj_size, proj_size, dropout=dropout, layer_norm=layer_norm, **factory)
+        self.linear3 = nn.Linear(proj_size, output_size, bias=False, **factory)
+        self.alpha = nn.Parameter(torch.empty(1, **factory))
+        self.num_heads = num_heads
+        self.attn_dropout = attn_dropout
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As of the other layers; alpha is 0."""
+        super().reset_parameters()
+        if hasattr(self, "linear3"):  # not while the first half is built
+            nn.init.xavier_uniform_(self.linear2.weight)
+            nn.init.xavier_uniform_(self.linear3.weight, gain=math.sqrt(1 - self.dropout))
+            nn.init.zeros_(self.alpha)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        cache: "Cache | None" = None,
+    ) -> Tensor:
+        """(T, B, output_size) of x (T, B, n), which also attends to memory (M, B, n) or, in a step, to a cache.
+
+        mask (B or 1, 1, T, M + T) is added to the scores; without a mask, `causal` hides what comes after a step.
+        """
+        q = linear(x if memory is None else torch.cat([memory.to(x.dtype), x]), self.linear1.weight)
+        k, v = linear(q, self.linear2.weight).chunk(2, dim=-1)
+        q = q[q.shape[0] - x.shape[0] :]
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        return self.finish(q + self.alpha * self.attend(q, k, v, mask, causal), self.linear3)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """softmax(q k' / sqrt(d)) v of q (T, B, proj_size), k and v (S, B, proj_size); 0 where a step sees nothing."""
+
+        def heads(a: Tensor) -> Tensor:
+            return a.unflatten(2, (self.num_heads, -1)).permute(1, 2, 0, 3)  # (B, heads, steps, d)
+
+        p = self.attn_dropout if self.training else 0.0
+        nothing = None
+        if mask is not None:
+            # A softmax over nothing is NaN: such a step sees all, and then forgets it.
+            nothing = (mask == -math.inf).all(-1, keepdim=True)
+            mask = mask.masked_fill(nothing, 0.0).to(q.dtype)
+        a = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), mask, p, is_causal=causal and mask is None)
+        if nothing is not None:
+            a = a.masked_fill(nothing, 0.0)
+        return a.permute(2, 0, 1, 3).flatten(2)
+
+
+class Cache:
+    """Keys and values (S, B, proj_size) of the steps that the next one of a layer sees: at most the last `limit`."""
+
+    def __init__(self, limit: int | None, k: Tensor | None = None, v: Tensor | None = None) -> None:
+        self.limit, self.k, self.v = limit, k, v
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What a step sees, itself included, which the cache then holds."""
+        if self.k is not None and self.v is not None:
+            k, v = torch.cat([self.k, k]), torch.cat([self.v, v])
+        first = 0 if self.limit is None else max(0, k.shape[0] - self.limit)
+        self.k, self.v = k[first:], v[first:]
+        return k, v

@@ -1,0 +1,245 @@
+"""SRU++: the stack of recurrent layers that attend (Lei, EMNLP 2021; section 2 of the paper)."""
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from sru.attention import Attention, Cache, Projection
+from sru.door import check_flags, check_mask, check_probabilities, check_sizes, refuse
+from sru.layer import SRU, signature
+
+NOT_HERE = {"transform_module", "custom_m", "projection_size", "n_proj"}  # of SRU's arguments
+
+
+class SRUpp(SRU):
+    """A stack of SRU++ layers, by the official call.
+
+    `h, c, extra = srupp(x, c0, mask_pad, attn_mask, memory)` with x, h, c and c0 as in SRU; extra["saved_inputs"] are
+    the inputs of all layers, which the next segment takes as its memory.
+
+    Args:
+        proj_size: features of queries, keys and values, all heads together.
+        attn_dropout: probability of dropping a step from what another attends to.
+        num_heads: heads of the attention, among which proj_size is shared.
+        attn_layer_norm: normalise q + alpha * a.
+        attention_every_n_layers: every n-th layer attends.
+        attention_last_n_layers: of these, the ones among the last n; -1 for all.
+        attention_layers: the layers that attend, counted from 0, in the place of the two above.
+        causal: without an attn_mask, a step sees itself, what came before it, and memory; False: all steps.
+        memory_length: how many steps before it a step of `step` sees; None for all.
+        input_size, hidden_size, num_layers, options: as in SRU.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        proj_size: int,
+        num_layers: int = 2,
+        *,
+        dropout: float = 0.0,
+        attn_dropout: float = 0.0,
+        num_heads: int = 1,
+        attn_layer_norm: bool = True,
+        attention_every_n_layers: int = 1,
+        attention_last_n_layers: int = -1,
+        attention_layers: Sequence[int] | None = None,
+        causal: bool = False,
+        memory_length: int | None = None,
+        bidirectional: bool = False,
+        proj_input_to_hidden_first: bool = False,
+        has_skip_term: bool = True,
+        highway_bias: float = -2.0,
+        rescale: bool = False,
+        weight_c_init: float | None = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        check_sizes(1, input_size=input_size, hidden_size=hidden_size, proj_size=proj_size, num_layers=num_layers)
+        check_sizes(1, num_heads=num_heads, attention_every_n_layers=attention_every_n_layers)
+        check_sizes(-1, attention_last_n_layers=attention_last_n_layers)
+        check_probabilities(dropout=dropout, attn_dropout=attn_dropout)
+        check_flags(attn_layer_norm=attn_layer_norm, causal=causal, bidirectional=bidirectional)
+        if memory_length is not None:
+            check_sizes(0, memory_length=memory_length)
+        if proj_size % num_heads:
+            raise ValueError(f"proj_size = {proj_size} cannot be shared among num_heads = {num_heads}")
+        for name in NOT_HERE & options.keys():
+            raise TypeError(f"SRUpp has no {name}: its matrices attend, through proj_size features")
+        for name in options.keys() - inspect.signature(SRU).parameters.keys():
+            refuse(name, SRUpp)
+        if causal and bidirectional:
+            raise ValueError("causal and bidirectional contradict each other")
+        last = num_layers if attention_last_n_layers == -1 else attention_last_n_layers
+        every = range(attention_every_n_layers - 1, num_layers, attention_every_n_layers)
+        attending = {i for i in every if i >= num_layers - last}
+        if attention_layers is not None:
+            attending = set(attention_layers)
+            if not attending <= set(range(num_layers)):
+                raise ValueError(f"attention_layers must lie in 0 to {num_layers - 1}, not {list(attention_layers)}")
+        size = hidden_size * (2 if bidirectional else 1)
+        modules: list[nn.Module] = []
+        for i in range(num_layers):
+            features = input_size if i == 0 and not proj_input_to_hidden_first else size
+            columns = size * (4 if has_skip_term and features != size else 3)
+            shared: dict[str, Any] = {
+                "dropout": dropout,
+                "layer_norm": bool(attn_layer_norm),
+                "device": device,
+                "dtype": dtype,
+            }
+            if i in attending:
+                shared |= {"num_heads": num_heads, "attn_dropout": attn_dropout}
+            modules.append((Attention if i in attending else Projection)(features, columns, proj_size, **shared))
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers,
+            dropout=dropout,
+            transform_module=modules,
+            bidirectional=bidirectional,
+            proj_input_to_hidden_first=proj_input_to_hidden_first,
+            has_skip_term=has_skip_term,
+            highway_bias=highway_bias,
+            rescale=rescale,
+            weight_c_init=weight_c_init,
+            device=device,
+            dtype=dtype,
+            **options,
+        )
+        self.proj_size = proj_size
+        self.causal = causal
+        self.memory_length = memory_length
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor | PackedSequence,
+        c0: Tensor | None = None,
+        mask_pad: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        memory: Sequence[Tensor] | None = None,
+        memory_mask_pad: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | int | None = None,
+        **unknown: Any,
+    ) -> tuple[Tensor | PackedSequence, Tensor, dict[str, list[Tensor]]]:
+        """Run the stack: h, in the form of x, the last states, and {"saved_inputs": the inputs of all layers}.
+
+        attn_mask (T, S) or (B, T, S) with S = M + T: numbers that are added to the scores, or bool, True where a step
+        must not look. memory: one (M, B, features) a layer, time first in every layout, as saved_inputs are.
+        memory_mask_pad (M, B): True where memory is padding.
+        """
+        for name in unknown:
+            refuse(name, self.forward)
+        if isinstance(x, PackedSequence) and (attn_mask is not None or memory is not None):
+            raise ValueError("a PackedSequence goes without attn_mask and memory, whose order it would not share")
+        if memory is not None and len(memory) != self.num_layers:
+            raise ValueError(f"memory must be one tensor for each of {self.num_layers} layers, not {len(memory)}")
+        if memory_mask_pad is not None and memory is None:
+            raise ValueError("memory_mask_pad is given without memory")
+        saved: list[Tensor] = []
+        masks: list[Tensor | None] = []  # one for all layers, made when the first one asks
+
+        def context(i: int, features: Tensor, pad: Tensor | None) -> tuple:
+            saved.append(features)
+            past = None if memory is None else memory[i]
+            if past is not None and (past.dim() != 3 or past.shape[1:] != features.shape[1:]):
+                expected = ", ".join(map(str, features.shape[1:]))
+                raise ValueError(f"memory of layer {i} must be (M, {expected}), not {tuple(past.shape)}")
+            norm = self[i].layer_norm
+            if past is not None and norm is not None and not self[i].normalize_after:
+                past = norm(past)
+            if not masks:
+                length = 0 if past is None else past.shape[0]
+                masks.append(self.mask(features, length, attn_mask, pad, memory_mask_pad))
+            return past, masks[0], self.causal
+
+        h, c = self.run_in_any_form(x, c0, mask_pad, lengths, context)
+        return h, c, {"saved_inputs": saved}
+
+    def mask(
+        self, x: Tensor, length: int, attn_mask: Tensor | None, pad: Tensor | None, memory_pad: Tensor | None
+    ) -> Tensor | None:
+        """What is added to the scores (B or 1, 1, T, S) of x (T, B, n) after `length` steps of memory, if anything."""
+        steps, batch = x.shape[:2]
+        total = length + steps
+        mask = None
+        if attn_mask is not None:
+            if attn_mask.shape not in ((steps, total), (batch, steps, total)):
+                expected = f"({steps}, {total}) or ({batch}, {steps}, {total})"
+                raise ValueError(f"attn_mask must be {expected}, memory's steps first, not {tuple(attn_mask.shape)}")
+            if attn_mask.dtype == torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=x.dtype).masked_fill(attn_mask, -math.inf)
+            mask = attn_mask.reshape(-1, 1, steps, total)
+        elif self.causal and (length or pad is not None):
+            mask = x.new_full((steps, total), -math.inf).triu(length + 1)[None, None]
+        if pad is not None or memory_pad is not None:
+            if memory_pad is not None:
+                check_mask(memory_pad, (length, batch), "(M, B)", x)
+            past, now = (
+                torch.zeros(n, batch, dtype=torch.bool, device=x.device) if a is None else a != 0
+                for a, n in ((memory_pad, length), (pad, steps))
+            )
+            hidden = torch.cat([past, now]).t()[:, None, None]
+            mask = x.new_zeros(1, 1, steps, total) if mask is None else mask
+            mask = mask.masked_fill(hidden, -math.inf)
+        return mask
+
+    def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """One step: h (B, output_size) and the state, of x (B, input_size).
+
+        The state is (c, a pair of keys and values for each layer that attends). A step sees itself and the last
+        `memory_length` steps, so that its cost does not grow. As many steps as the sequence is long give what one
+        causal call gives, if memory_length spans it.
+        """
+        if self.num_directions == 2:
+            raise ValueError("a bidirectional SRUpp needs the whole sequence: it has no step")
+        if x.dim() != 2:
+            raise ValueError(f"x must be (B, {self.input_size}), not {tuple(x.shape)}")
+        c0, pairs = (None, [()] * self.num_layers) if state is None else state
+        caches = [Cache(self.memory_length, *pair) for pair in pairs]
+        h, c = self.run(x[None], c0, None, lambda i, *_: (None, None, False, caches[i]))
+        return h[0], (c, [() if cache.k is None else (cache.k, cache.v) for cache in caches])
+
+
+class SRUppEncoder(SRUpp):
+    """SRU++ by the call of the other encoders: `h, state = encoder(x, state)`, where the state is (c, memory).
+
+    A step sees itself, what came before it, and the memory: the inputs of each layer at the last `memory_length` steps
+    before the segment. Feeding the state back goes on with the sequence.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        proj_size: int,
+        num_layers: int = 2,
+        *,
+        causal: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(input_size, hidden_size, proj_size, num_layers, causal=causal, **options)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, state: tuple[Tensor, list[Tensor]] | None = None, mask_pad: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+        """h (T, B, output_size) of x (T, B, input_size), and the state."""
+        c0, memory = (None, None) if state is None else state
+        h, c, extra = super().forward(x, c0, mask_pad, memory=memory)
+        inputs = extra["saved_inputs"]
+        if memory is not None:
+            inputs = [torch.cat([past.to(now.dtype), now]) for past, now in zip(memory, inputs, strict=True)]
+        length = inputs[0].shape[0]
+        first = 0 if self.memory_length is None else max(0, length - self.memory_length)
+        assert isinstance(h, Tensor)
+        return h, (c, [a[first:] for a in inputs])
+
+
+SRUpp.__signature__ = signature(SRUpp.__init__, SRU, NOT_HERE)  # type: ignore[attr-defined]
+SRUppEncoder.__signature__ = signature(SRUppEncoder.__init__, SRUpp, set())  # type: ignore[attr-defined]
