@@ -1,4 +1,7 @@
-"""Measure speed as ratios within one run: python scripts/benchmark.py [recurrence|layer|epoch|import|all]."""
+"""Measure speed as ratios within one run: python scripts/benchmark.py [recurrence|layer|epoch|import|all].
+
+With `--device cpu` or `--device cuda`, the SRU beside other networks on that device.
+"""
 
 import argparse
 import contextlib
@@ -309,14 +312,29 @@ SECTIONS = {"recurrence": recurrence, "layer": layer, "epoch": epoch, "import": 
 def main() -> None:
     corpora = sorted(path.stem for path in (ROOT / "conf/data").glob("[!_]*.yaml"))
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("section", nargs="?", default="all", choices=[*SECTIONS, "all"])
+    sections = [*SECTIONS, "accuracy", "stack", "step", "all"]
+    parser.add_argument("section", nargs="?", default="all", choices=sections)
     parser.add_argument("--data", default="pydoc", choices=corpora, help="the corpus of `epoch` (default: pydoc)")
     parser.add_argument("--root", help="where that corpus lies (data.root)")
     parser.add_argument("--turns", type=int, default=3, help="epochs that `epoch` measures for each model (default: 3)")
     parser.add_argument("--official", help="a Python whose environment holds sru 2.6.0, for `layer` to compare with")
+    device = parser.add_argument_group("the SRU beside others on one device: accuracy, recurrence, layer, stack, step")
+    device.add_argument("--device", choices=("cpu", "cuda"), help="measure these levels, instead of the sections")
+    device.add_argument("--shapes", help="A,B,C,D,E or TxBxD, with commas (default: those for the device and level)")
+    device.add_argument("--modes", help="fp32,tf32,bf16,fp16 (default: all that the device takes)")
+    device.add_argument("--seconds", type=float, default=0.25, help="for each contender and pass (default: 0.25)")
+    device.add_argument("--out", default="bench/results", help="folder of what is written (default: bench/results)")
     options = parser.parse_args()
     if options.turns < 1:
         parser.error(f"--turns must be at least 1, not {options.turns}")
+    if options.device:
+        import benchmark_report
+
+        if options.section not in (*benchmark_report.KINDS, "all"):
+            parser.error(f"{options.section} is measured without --device")
+        return benchmark_report.run(options)
+    if options.section not in (*SECTIONS, "all"):
+        parser.error(f"{options.section} needs --device cpu or --device cuda")
     about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")]
     print(
@@ -329,6 +347,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from tasks.door import guard
-
-    guard(main)
+    try:
+        from tasks.door import guard
+    except ModuleNotFoundError:  # a machine with a GPU may hold what the layer needs, and not the experiments' packages
+        main()
+    else:
+        guard(main)

@@ -1,0 +1,183 @@
+"""The device benchmark: its arithmetic by hand-worked cases, and a whole run of it on the CPU with tiny shapes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts/benchmark.py"
+# A Python that plays the one which measures: the SRU ends it at a graph, the LSTM at any time, and bf16 without a word.
+DYING = """#!{python}
+import json, sys
+order = json.loads(sys.argv[-1])
+say = lambda **record: print(json.dumps(record), flush=True)
+say(about={{"device": "x"}})
+for mode in order["modes"]:
+    if "SRU" not in order["eager"]:
+        say(trying="SRU", graph=True)
+        sys.exit("no such graph")
+    if "LSTM" not in order["refused"]:
+        say(trying="LSTM")
+        sys.exit("Traceback\\nillegal access")
+    say(trying=None)
+    if mode == "bf16":
+        sys.exit(3)
+    say(mode=mode, cells={{"LSTM": order["refused"]["LSTM"]}})
+"""
+
+
+@pytest.fixture
+def device(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import benchmark_device
+
+    return benchmark_device
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import benchmark_report
+
+    return benchmark_report
+
+
+def run(*words, folder, status=0):
+    """The files of a run, by their endings."""
+    command = [sys.executable, str(SCRIPT), *words, "--seconds", "0.001", "--out", str(folder)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    return {path.suffix: path for path in folder.glob("*")}, done
+
+
+@pytest.mark.parametrize(
+    ("kind", "u", "x", "h", "c", "expected"),
+    [
+        ("infer", 4, 4, 4, 4, 20),
+        ("forward", 4, 4, 4, 4, 24),
+        ("backward", 4, 4, 4, 4, 40),
+        ("infer", 2, 2, 2, 4, 10),
+        ("forward", 2, 2, 2, 4, 14),
+        ("forward", 2, 2, 2, 2, 12),
+        ("backward", 2, 2, 2, 4, 22),
+        ("forward", 2, 4, 2, 4, 16),  # a product in half precision beside a float32 input, as autocast makes them
+        ("backward", 2, 4, 2, 4, 26),
+    ],
+)
+def test_bytes_are_those_of_the_protocol(report, kind, u, x, h, c, expected):
+    assert report.necessary_bytes(kind, u=u, x=x, h=h, c=c) == expected
+
+
+def test_figures_of_a_hand_worked_case(report):
+    # 1000 elements of 20 bytes in 10 us, where a copy moves 4 GB/s, which would be 5 us.
+    found = report.figures("infer", [10, 2, 50], "fp32", 10e-6, 4e9)
+    assert found == pytest.approx({"ns a step": 1000, "GB/s": 2, "of copy": 0.5, "floor, us": 5, "over floor": 2})
+    assert report.figures("backward", [10, 2, 50], "bf16", 10e-6, 4e9)["floor, us"] == pytest.approx(5.5)
+
+
+@pytest.mark.parametrize("name", ["Conv1d k=3", "Conv2d k=3", "Conv1d k=2", "Conv2d k=2", "attention"])
+def test_contenders_keep_the_shape_and_do_not_look_ahead(device, name):
+    torch.manual_seed(0)
+    network = device.contenders("stack", [7, 2, 128], "cpu", False)[name]()
+    x = torch.randn(7, 2, 128)
+    changed = x.clone()
+    changed[4:] += 1.0
+    h, other = network(x), network(changed)
+    assert h.shape == x.shape
+    assert h.is_contiguous()
+    torch.testing.assert_close(other[:4], h[:4])
+    assert not torch.allclose(other[4], h[4])
+
+
+def test_the_loop_in_python_is_left_out_of_long_sequences(device):
+    short, long = (device.contenders("layer", [steps, 1, 8], "cpu", False) for steps in (256, 257))
+    assert short.keys() - long.keys() == {device.EAGER}
+
+
+def test_who_ends_the_process_fails_alone(report, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(DYING.format(python=sys.executable))
+    python.chmod(0o755)
+    cells = {"fp32": {}, "bf16": {}}
+    machines = report.measure_apart(str(python), {"level": "step", "official": False}, cells)
+    assert cells["fp32"] == {"LSTM": "exit status 1: illegal access"}
+    assert cells["bf16"] == {"all": {"infer": {"failed": "exit status 3: no word"}}}
+    assert machines == [{"device": "x"}] * 3
+
+
+def test_a_device_that_measures_nothing_still_gets_its_tables(report, tmp_path):
+    cells = {"fp32": {}}
+    order = {"level": "recurrence", "official": False}
+    assert report.measure_apart("false", order, cells) == []
+    row = {"shape": [1, 2, 3], "mode": "fp32", "cells": cells["fp32"]}
+    found = {"options": {"device": "cuda"}, "machines": [], "levels": {"recurrence": [row]}}
+    assert report.save(found, tmp_path).count("failed: exit status 1: no word") == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cuda.json", "cuda.md"]
+
+
+def test_a_table_shows_failures_and_missing_graphs(report):
+    slow = {"eager": {"median": 0.002}, "device": {"median": 0.001, "graph": False}}
+    cells = {"SRU": {"infer": slow}, "LSTM": {"infer": {"failed": "a | b"}}, "GRU": {"infer": {}}}
+    table = report.markdown("step", [{"shape": [1, 2, 3], "mode": "fp32", "cells": cells}], 1e9)
+    assert table.splitlines()[-1] == "| (1, 2, 3) | fp32 | infer | 1* (2) | failed: a / b | – |"
+
+
+def test_recurrence_on_the_cpu(tmp_path):
+    files, done = run("recurrence", "--device", "cpu", "--shapes", "6x2x8", "--modes", "bf16", folder=tmp_path)
+    assert sorted(files) == [".json", ".md"]
+    found = json.loads(files[".json"].read_text())
+    copy = sorted(machine["copy, bytes/s"] for machine in found["machines"])
+    (row,) = found["levels"]["recurrence"]
+    assert (row["shape"], row["mode"]) == ([6, 2, 8], "bf16")
+    for kind, size in {"infer": 10, "forward": 14, "backward": 22}.items():
+        cell = row["cells"]["SRU"][kind]
+        speed = 6 * 2 * 8 * size / cell["eager"]["median"]
+        assert cell["figures"]["GB/s"] == pytest.approx(speed / 1e9)
+        assert cell["figures"]["of copy"] == pytest.approx(2 * speed / sum(copy))
+    assert done.stdout.strip() in files[".md"].read_text()
+
+
+@pytest.mark.slow
+def test_all_levels_on_the_cpu(tmp_path):
+    """And an --official Python that holds no official package, whose cells say so."""
+    words = ["--device", "cpu", "--shapes", "6x2x64", "--official", sys.executable]
+    files, _ = run(*words, folder=tmp_path)
+    assert files[".png"].read_bytes().startswith(b"\x89PNG")
+    levels = json.loads(files[".json"].read_text())["levels"]
+    assert list(levels) == ["accuracy", "recurrence", "layer", "stack", "step"]
+    limits = {"fp32": 1e-4, "bf16": 1e-2}
+    for row in levels["accuracy"]:
+        assert max(row["cells"]["SRU"]["errors"]["errors"].values()) < limits[row["mode"]]
+    for level, count in {"layer": 11, "stack": 11, "step": 6}.items():
+        for row in levels[level]:
+            cells = dict(row["cells"])
+            assert len(cells) == count
+            theirs = cells.pop("SRU (official)")
+            assert all("this project's sru" in cell["failed"] for cell in theirs.values())
+            assert all("eager" in cell for contender in cells.values() for cell in contender.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "cpu", "--shapes", "Z"], "--shapes Z"),
+        (["--device", "cpu", "--modes", "fp16"], "--modes fp16"),
+        (["--device", "cpu", "epoch"], "epoch is measured without"),
+        (["stack"], "needs --device"),
+        pytest.param(
+            ["--device", "cuda"],
+            "sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_a_line(tmp_path, words, message):
+    status = 2 if "epoch" in words or "stack" in words else 1
+    files, done = run(*words, folder=tmp_path, status=status)
+    assert not files
+    assert message in done.stderr
