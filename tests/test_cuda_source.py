@@ -24,6 +24,14 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHAPES = {"wide": (9, 128, 1024), "ring": (9, 3, 40), "tiles": (130, 2, 20), "narrow": (9, 3, 41)}
 
 
+@pytest.fixture(autouse=True)
+def _plan_anew():
+    """Where a test changes the limits between the cuts."""
+    cuda.plan.cache_clear()
+    yield
+    cuda.plan.cache_clear()
+
+
 @pytest.fixture
 def record(monkeypatch):
     """The launches that calls would make: (variant, bytes of shared memory)."""

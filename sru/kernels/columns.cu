@@ -2,57 +2,73 @@
 
 // Reads step after step, at once or into slots of shared memory.
 struct Ahead : Reader {
-    using Reader::Reader;
+    long long left;
 
-    __device__ __forceinline__ void advance() {
-        u.advance();
-        x.advance();
-        pad.advance();
-        c.advance();
-        gh.advance();
-        --left;
-    }
+    __device__ __forceinline__ Ahead(const Arguments& a, const Place& p) : Reader(a, p), left(a.T) {}
 
     __device__ __forceinline__ Step next() {
-        const Step step = after(0);
+        const Step step = here(left == 1);
         advance();
+        --left;
         return step;
     }
 
+    // The bytes of a number in a slot: none is smaller than four, as no asynchronous copy is. Of numbers of two bytes the
+    // aligned pair is copied that the number belongs to; rows begin at multiples of four bytes, so that it is the column
+    // which says what half of the pair it is.
+    template <class T> static constexpr int SIZE = sizeof(Lanes<T>) < 4 ? 4 : sizeof(Lanes<T>);
     // Where the arrays of a step lie among a thread's bytes of a slot; those of a block's threads lie side by side.
-    static constexpr int U_SIZE = sizeof(Lanes<U_TYPE>), X_SIZE = sizeof(Lanes<X_TYPE>), C_SIZE = sizeof(Lanes<WIDE>);
-    static constexpr int X_AT = 3 * U_SIZE, PAD_AT = X_AT + SKIP * X_SIZE, C_AT = PAD_AT + 8 * PAD;
-    static constexpr int GH_AT = C_AT + BACKWARD * C_SIZE, BYTES = GH_AT + BACKWARD * U_SIZE;
+    static constexpr int X_AT = 3 * SIZE<U_TYPE>, PAD_AT = X_AT + SKIP * SIZE<X_TYPE>, C_AT = PAD_AT + 8 * PAD;
+    static constexpr int GH_AT = C_AT + BACKWARD * SIZE<WIDE>, BYTES = GH_AT + BACKWARD * SIZE<U_TYPE>;
+
+    template <int SIZE>
+    static __device__ __forceinline__ char* place(int slot, int offset) {
+        return shared_memory + (slot * BYTES + offset) * THREADS + threadIdx.x * SIZE;
+    }
 
     template <class T>
-    static __device__ __forceinline__ T* place(int slot, int offset) {
-        return reinterpret_cast<T*>(shared_memory + (slot * BYTES + offset) * THREADS) + threadIdx.x;
+    static __device__ __forceinline__ void copy(int slot, int offset, const T* from) {
+        const size_t at = sizeof(Lanes<T>) < 4 ? size_t(from) & ~size_t(3) : size_t(from);
+        copy_ahead<SIZE<T>>(place<SIZE<T>>(slot, offset), reinterpret_cast<const void*>(at));
+    }
+
+    template <class T>
+    static __device__ __forceinline__ Lanes<T> take(int slot, int offset, bool odd) {
+        const char* at = place<SIZE<T>>(slot, offset);
+        if constexpr (sizeof(Lanes<T>) < 4) {
+            const unsigned pair = *reinterpret_cast<const unsigned*>(at);
+            Lanes<T> lanes;
+            lanes.number[0].bits = (unsigned short)(odd ? pair >> 16 : pair);
+            return lanes;
+        } else {
+            return *reinterpret_cast<const Lanes<T>*>(at);
+        }
     }
 
     __device__ __forceinline__ void next_into(int slot) {
 #pragma unroll
-        for (int k = 0; k < 3; ++k) copy_ahead<U_SIZE>(place<Lanes<U_TYPE>>(slot, k * U_SIZE), u.at + k * u_k);
-        if (SKIP) copy_ahead<X_SIZE>(place<Lanes<X_TYPE>>(slot, X_AT), x.at);
-        // No copy is smaller than four bytes: the aligned four among which the one is.
-        if (PAD) copy_ahead<4>(place<unsigned>(slot, PAD_AT), (const void*)(size_t(pad.at) & ~size_t(3)));
+        for (int k = 0; k < 3; ++k) copy(slot, k * SIZE<U_TYPE>, u.at + k * u_k);
+        if (SKIP) copy(slot, X_AT, x.at);
+        if (PAD) copy_ahead<4>(place<4>(slot, PAD_AT), (const void*)(size_t(pad.at) & ~size_t(3)));
         if (BACKWARD) {
-            copy_ahead<C_SIZE>(place<Lanes<WIDE>>(slot, C_AT), left > 1 ? c.at : c0);
-            copy_ahead<U_SIZE>(place<Lanes<U_TYPE>>(slot, GH_AT), gh.at);
+            copy(slot, C_AT, left == 1 ? c0 : c.at);
+            copy(slot, GH_AT, gh.at);
         }
         advance();
+        --left;
     }
 
-    // The step in a slot, whose byte of padding came from an address that ended in these two bits.
-    static __device__ __forceinline__ Step from(int slot, unsigned pad_bits) {
+    // The step in a slot; its column is odd or even, and the address of its padding ended in these two bits.
+    static __device__ __forceinline__ Step from(int slot, bool odd, unsigned pad_bits) {
         Step step;
-        step.u0 = *place<Lanes<U_TYPE>>(slot, 0);
-        step.u1 = *place<Lanes<U_TYPE>>(slot, U_SIZE);
-        step.u2 = *place<Lanes<U_TYPE>>(slot, 2 * U_SIZE);
-        if (SKIP) step.x = *place<Lanes<X_TYPE>>(slot, X_AT);
-        step.pad = PAD && *place<unsigned>(slot, PAD_AT) >> 8 * pad_bits & 255;
+        step.u0 = take<U_TYPE>(slot, 0, odd);
+        step.u1 = take<U_TYPE>(slot, SIZE<U_TYPE>, odd);
+        step.u2 = take<U_TYPE>(slot, 2 * SIZE<U_TYPE>, odd);
+        if (SKIP) step.x = take<X_TYPE>(slot, X_AT, odd);
+        step.pad = PAD && *reinterpret_cast<const unsigned*>(place<4>(slot, PAD_AT)) >> 8 * pad_bits & 255;
         if (BACKWARD) {
-            step.c = *place<Lanes<WIDE>>(slot, C_AT);
-            step.gh = *place<Lanes<U_TYPE>>(slot, GH_AT);
+            step.c = take<WIDE>(slot, C_AT, odd);
+            step.gh = take<U_TYPE>(slot, GH_AT, odd);
         }
         return step;
     }
@@ -84,31 +100,34 @@ __device__ __forceinline__ void walk(const Arguments& a, const Place& place, Bod
             if (reader.left) ahead[k] = reader.next();
         }
     }
-#elif LOOK == 1
+#else
+    const bool odd = place.column & 1;
     const unsigned pad_start = unsigned(size_t(reader.pad.at)), pad_stride = unsigned(reader.pad.stride);
-    auto copy_stage = [&](int stage) {
-        if (reader.left >= STEPS) {
-#pragma unroll
-            for (int k = 0; k < STEPS; ++k) reader.next_into(stage * STEPS + k);
-        } else {
-            for (int k = 0; reader.left > 0; ++k) reader.next_into(stage * STEPS + k);
-        }
+    for (int stage = 0; stage < STAGES - 1; ++stage) {
+        for (int k = 0; k < STEPS && reader.left > 0; ++k) reader.next_into(stage * STEPS + k);
         close_group();  // an empty one at the end, so that groups can be counted
-    };
-    for (int stage = 0; stage < STAGES - 1; ++stage) copy_stage(stage);
-    int stage = 0;
+    }
+    int stage = 0, free = (STAGES - 1) * STEPS;  // the slots that were read a turn ago
     for (long long t = 0; t < a.T; t += STEPS) {
         wait_for_groups<STAGES - 2>();
-        copy_stage((stage + STAGES - 1) % STAGES);
         const unsigned pad_at = pad_start + unsigned(t) * pad_stride;
-        if (t + STEPS <= a.T) {
+        if (reader.left >= STEPS) {
+            Step now[STEPS];
 #pragma unroll
             for (int k = 0; k < STEPS; ++k)
-                body(Ahead::from(stage * STEPS + k, (pad_at + k * pad_stride) & 3));
+                now[k] = Ahead::from(stage * STEPS + k, odd, (pad_at + k * pad_stride) & 3);
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k) {
+                body(now[k]);
+                reader.next_into(free + k);  // in the shadow of the chain
+            }
         } else {
-            for (int k = 0; t + k < a.T; ++k)
-                body(Ahead::from(stage * STEPS + k, (pad_at + k * pad_stride) & 3));
+            for (int k = 0; reader.left > 0; ++k) reader.next_into(free + k);
+            for (int k = 0; k < STEPS && t + k < a.T; ++k)
+                body(Ahead::from(stage * STEPS + k, odd, (pad_at + k * pad_stride) & 3));
         }
+        close_group();
+        free = stage * STEPS;
         stage = (stage + 1) % STAGES;
     }
 #endif

@@ -4,6 +4,7 @@ Nothing here asks the device for an answer, so that launches run ahead of it and
 """
 
 import functools
+import importlib.metadata
 import math
 import struct
 from pathlib import Path
@@ -21,7 +22,8 @@ TILED_COLUMNS, TILED_STEPS = 2048, 128
 WIDE_BYTES = 2**18
 # Threads that a multiprocessor must have registers for, of each way to look ahead: enough reads are under way then.
 RESIDENT_THREADS = 256, 512, 256
-ARGUMENTS = struct.Struct("39q2d")  # the struct of that name in recurrence.cu: addresses, sizes, strides, numbers
+# The struct of that name in recurrence.cu: addresses, sizes, strides, and two numbers of the wide dtype.
+ARGUMENTS = {torch.float32: struct.Struct("39q2f"), torch.float64: struct.Struct("39q2d")}
 
 
 class Cut(NamedTuple):
@@ -47,12 +49,12 @@ def cut(steps: int, columns: int, lanes: int, sizes: list[int], backward: bool) 
     A thread may read up to `lanes` neighbouring columns at once, of arrays with elements of these sizes in bytes.
     """
     if columns <= TILED_COLUMNS and steps >= TILED_STEPS:
-        return Cut(look=2, lanes=1, steps=4, stages=1, threads=256, columns=16)
-    widest, narrowest = min(4, 16 // sizes[0]), max(1, 4 // min(sizes))
+        return Cut(look=2, lanes=1, steps=4, stages=1, threads=256, columns=8)
+    widest = min(4, 16 // sizes[0])
     if columns * sizes[0] >= WIDE_BYTES and lanes >= widest:
         return Cut(look=0, lanes=widest, steps=2 if backward else 4, stages=1, threads=128, columns=128)
-    if lanes >= narrowest:  # no asynchronous copy is of less than four bytes
-        return Cut(look=1, lanes=narrowest, steps=4 if backward else 8, stages=4, threads=32, columns=32)
+    if lanes * min(sizes) >= 4:  # an asynchronous copy takes an aligned pair of two-byte numbers
+        return Cut(look=1, lanes=1, steps=4 if backward else 8, stages=4, threads=32, columns=32)
     return Cut(look=0, lanes=1, steps=4 if backward else 8, stages=1, threads=128, columns=128)
 
 
@@ -93,12 +95,10 @@ def probe(device: int) -> str:
             cupy.cuda.runtime.setDevice(device)
             cupy.RawKernel('extern "C" __global__ void nothing() {}', "nothing").compile()
     except Exception as error:  # CuPy raises what its libraries do
-        found = cupy.cuda.runtime.runtimeGetVersion() // 1000
-        advice = f"pip uninstall cupy-cuda{found}x, pip install {wheel}"
-        if wheel == f"cupy-cuda{found}x":
-            advice = (
-                f'pip install "{wheel}[ctk]", whose compiler may be missing, or nvidia-smi, for the age of the driver'
-            )
+        installed = sorted(set(importlib.metadata.packages_distributions().get("cupy", [])))
+        advice = f"pip uninstall {' '.join(installed)}, pip install {wheel}"
+        if installed in ([], [wheel]):
+            advice = f'pip install "{wheel}[ctk]", for a compiler that may be missing, or nvidia-smi, for an old driver'
         return f"CuPy {cupy.__version__} fails ({type(error).__name__}: {' '.join(str(error).split())}); type: {advice}"
     return ""
 
@@ -154,26 +154,45 @@ def launch(variant: Variant, blocks: int, shared: int, arguments: bytes, device:
     compiled(variant)((blocks,), (variant.cut.threads,), (by_value,), shared_mem=shared, stream=stream)
 
 
+@functools.lru_cache(4096)
+def plan(
+    shape: torch.Size,
+    halves: int,
+    lanes: int,
+    types: tuple[torch.dtype, torch.dtype, torch.dtype],
+    skip: bool,
+    pad: bool,
+    keep: bool,
+    zoneout: bool,
+    activation: int,
+    backward: bool,
+) -> tuple[Variant, int, int]:
+    """The variant for u of this shape, how many blocks it takes, and the bytes of shared memory of each."""
+    steps, batch, _, size = shape
+    u_size, x_size, wide = (dtype.itemsize for dtype in types)
+    work = cut(steps, batch * size, lanes, [u_size, x_size] if skip else [u_size], backward)
+    shared = 0
+    if work.look == 1:
+        slots = [u_size] * (3 + backward) + [x_size] * skip + [wide] * backward
+        shared = (sum(max(4, n) for n in slots) + 8 * pad) * work.steps * work.stages * work.threads
+    elif work.look == 2:
+        shared = (3 * work.threads // work.columns * work.steps + 1) * work.columns * wide
+    blocks = -(-batch * size // (work.lanes * work.columns))
+    return Variant(backward, *types, work, skip, pad, keep, zoneout, activation), blocks, shared
+
+
 def run(backward: bool, inputs: list[Any], options: tuple, outputs: list[Any], keep: bool = False) -> None:
     """Run a kernel: `inputs` are u to pad, `outputs` h to sums, in the order of recurrence.cu; None is left out."""
     u, skip, v, b, c0, mask, pad = inputs
     *_, gh, gc_last, gu, gx, _, _ = outputs
     scale, zoneout, activation, halves = options
     steps, batch, _, size = u.shape
-
-    arrays = [a for a in (u, skip, gh, c0 if backward else None) if a is not None]
-    sizes = [a.element_size() for a in (u, skip) if a is not None]
-    work = cut(steps, batch * size, neighbours(size // halves, arrays), sizes, backward)
-    x_type = u.dtype if skip is None else skip.dtype
+    read_together = [u] if skip is None else [u, skip]
+    lanes = neighbours(size // halves, [*read_together, gh, c0] if backward else read_together)
+    types = u.dtype, u.dtype if skip is None else skip.dtype, c0.dtype
     flags = skip is not None, pad is not None, keep, zoneout > 0
-    variant = Variant(backward, u.dtype, x_type, c0.dtype, work, *flags, activation)
-    shared, wide = 0, c0.element_size()
-    if work.look == 1:
-        numbers = (3 + backward) * sizes[0] + sum(sizes[1:]) + backward * wide
-        shared = (numbers * work.lanes + 8 * variant.pad) * work.steps * work.stages * work.threads
-    elif work.look == 2:
-        shared = (3 * work.threads // work.columns * work.steps + 1) * work.columns * wide
-    arguments = ARGUMENTS.pack(
+    variant, blocks, shared = plan(u.shape, halves, lanes, types, *flags, activation, backward)
+    arguments = ARGUMENTS[c0.dtype].pack(
         *(0 if a is None else a.data_ptr() for a in (*inputs, *outputs)),
         *(steps, batch, size, halves, *u.stride()),
         *((0, 0, 0) if skip is None else skip.stride()),
@@ -184,7 +203,7 @@ def run(backward: bool, inputs: list[Any], options: tuple, outputs: list[Any], k
         *((0, 0) if gx is None else gx.stride()[:2]),
         *(scale, zoneout),
     )
-    launch(variant, -(-batch * size // (work.lanes * work.columns)), shared, arguments, u.device)
+    launch(variant, blocks, shared, arguments, u.device)
 
 
 def prepared(u, x, v, b, c0, mask, pad, scale) -> list[Any]:
@@ -219,7 +238,7 @@ def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, c, scale, zoneout, acti
         if matrices == 4 and scale == 0:
             gu[:, :, 3].zero_()
         inputs = prepared(u, x, v, b, c0, mask, pad, scale)
-        outputs = [None, c, None, with_rows(gh), with_rows(gc_last), gu, gx, gc0, sums]
+        outputs = [None, c.contiguous(), None, with_rows(gh), with_rows(gc_last), gu, gx, gc0, sums]
         run(True, inputs, (scale, zoneout, activation, halves), outputs)
     total = sums[0] if batch == 1 else sums.sum(0)
     return gu, gx if needs_x else None, total[:2], total[2:], gc0

@@ -170,7 +170,7 @@ struct Arguments {
     long long T, B, D, halves;
     long long u_t, u_b, u_k, u_d, x_t, x_b, x_d, v_k, b_k, c0_b, mask_b;
     long long gh_t, gh_b, gc_last_b, gu_t, gu_b, gu_k, gx_t, gx_b;
-    double scale, zoneout;
+    WIDE scale, zoneout;
 };
 
 // Which columns a thread owns, and which way they run.
@@ -199,8 +199,12 @@ struct Walk {
 
     __device__ __forceinline__ Walk(T* start, long long stride_t, const Place& place)
         : at(start + place.first * stride_t), stride(place.step * stride_t) {}
-    __device__ __forceinline__ T* after(long long steps) const { return at + steps * stride; }
     __device__ __forceinline__ void advance() { at += stride; }
+    // From here on one of `rows` that share the steps among them.
+    __device__ __forceinline__ void share(int row, int rows) {
+        at += row * stride;
+        stride *= rows;
+    }
 };
 
 // The inputs of one step: of both passes, then of the backward pass alone.
@@ -212,13 +216,13 @@ struct Step {
     Lanes<U_TYPE> gh;
 
     __device__ __forceinline__ WIDE skip(const Arguments& a, int i) const {
-        return SKIP ? WIDE(a.scale) * wide(x.number[i]) : WIDE(0);
+        return SKIP ? a.scale * wide(x.number[i]) : WIDE(0);
     }
 };
 
-// Reads step after step.
+// Where the inputs of a step are.
 struct Reader {
-    long long left, u_k;
+    long long u_k;
     Walk<const U_TYPE> u, gh;
     Walk<const X_TYPE> x;
     Walk<const unsigned char> pad;
@@ -226,7 +230,7 @@ struct Reader {
     const WIDE* c0;
 
     __device__ __forceinline__ Reader(const Arguments& a, const Place& p)
-        : left(a.T), u_k(a.u_k),
+        : u_k(a.u_k),
           u(a.u + p.sequence * a.u_b + p.column * a.u_d, a.u_t, p),
           gh(a.gh + p.sequence * a.gh_b + p.column, a.gh_t, p),
           x(a.x + p.sequence * a.x_b + p.column * a.x_d, a.x_t, p),
@@ -234,20 +238,35 @@ struct Reader {
           c(a.c + p.sequence * a.D + p.column + p.step * a.B * a.D, a.B * a.D, p),
           c0(a.c0 + p.sequence * a.c0_b + p.column) {}
 
-    // The step that comes after so many.
-    __device__ __forceinline__ Step after(long long steps) const {
+    // The backward pass ends at the first step, before which the state was c0.
+    __device__ __forceinline__ Step here(bool last) const {
         Step step;
-        const U_TYPE* at = u.after(steps);
-        step.u0 = read(at);
-        step.u1 = read(at + u_k);
-        step.u2 = read(at + 2 * u_k);
-        if (SKIP) step.x = read(x.after(steps));
-        step.pad = PAD && *pad.after(steps);
+        step.u0 = read(u.at);
+        step.u1 = read(u.at + u_k);
+        step.u2 = read(u.at + 2 * u_k);
+        if (SKIP) step.x = read(x.at);
+        step.pad = PAD && *pad.at;
         if (BACKWARD) {
-            step.c = read(steps + 1 < left ? c.after(steps) : c0);
-            step.gh = read(gh.after(steps));
+            step.c = read(last ? c0 : c.at);
+            step.gh = read(gh.at);
         }
         return step;
+    }
+
+    __device__ __forceinline__ void advance() {
+        u.advance();
+        x.advance();
+        pad.advance();
+        c.advance();
+        gh.advance();
+    }
+
+    __device__ __forceinline__ void share(int row, int rows) {
+        u.share(row, rows);
+        x.share(row, rows);
+        pad.share(row, rows);
+        c.share(row, rows);
+        gh.share(row, rows);
     }
 };
 
@@ -269,7 +288,7 @@ struct Gate {
 
 // The forget gate f of s, what the sigmoid gives.
 __device__ __forceinline__ WIDE forget(const Arguments& a, WIDE s) {
-    return ZONEOUT ? WIDE(a.zoneout) + WIDE(1 - a.zoneout) * s : s;
+    return ZONEOUT ? a.zoneout + (1 - a.zoneout) * s : s;
 }
 
 // The dropout mask of a thread's columns.
@@ -296,9 +315,9 @@ struct Parts {
         const WIDE r = r_gate.open(i, in.u2.number[i], cp), y = activate(c), kept = gh * mask * r;
         own = kept * slope(c, y);
         g2 = kept * (y - x) * (1 - r);
-        gx = WIDE(a.scale) * (gh - kept);
+        gx = a.scale * (gh - kept);
         to_u0 = 1 - f;
-        to_forget = (ZONEOUT ? WIDE(1 - a.zoneout) : WIDE(1)) * s * (1 - s) * (cp - u0);
+        to_forget = (ZONEOUT ? 1 - a.zoneout : WIDE(1)) * s * (1 - s) * (cp - u0);
         jacobian = f + to_forget * v_f;
         from_reset = g2 * v_r;
     }

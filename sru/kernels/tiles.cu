@@ -8,13 +8,14 @@ __device__ __forceinline__ WIDE* tile(int number) {
     return reinterpret_cast<WIDE*>(shared_memory) + number * TILE * COLUMNS + threadIdx.x % COLUMNS;
 }
 
-// The steps of a thread, from step `first` on, ROWS apart.
-__device__ __forceinline__ void read_rows(const Arguments& a, const Reader& reader, long long first, Step (&steps)[STEPS]) {
+// The steps of a thread, from step `first` on, ROWS apart, as the reader's strides are.
+__device__ __forceinline__ void read_rows(const Arguments& a, Reader& reader, long long first, Step (&steps)[STEPS]) {
 #pragma unroll
     for (int k = 0; k < STEPS; ++k) {
         const long long i = first + ROWS * k;
-        if (i < a.T) steps[k] = reader.after(i);
+        if (i < a.T) steps[k] = reader.here(i == a.T - 1);
         else steps[k].pad = true;  // after the end nothing changes
+        reader.advance();
     }
 }
 
@@ -25,9 +26,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const __gr
     const int row = threadIdx.x / COLUMNS;
     const Gate f_gate(a.v, a.b, place), r_gate(a.v + a.v_k, a.b + a.b_k, place);
     const Dropout dropout(a, place);
-    const Reader reader(a, place);
-    const Walk<U_TYPE> h(a.h + place.sequence * a.D + place.column, a.B * a.D, place);
-    const Walk<WIDE> states(a.c + place.sequence * a.D + place.column, a.B * a.D, place);
+    Reader reader(a, place);
+    reader.share(row, ROWS);
+    Walk<U_TYPE> h(a.h + place.sequence * a.D + place.column, a.B * a.D, place);
+    Walk<WIDE> states(a.c + place.sequence * a.D + place.column, a.B * a.D, place);
+    h.share(row, ROWS);
+    states.share(row, ROWS);
     // Where no column of the block has a v, gates do not wait for states: the cell of 2017.
     const bool waits = __syncthreads_or(a.v[place.column] != 0);
     WIDE *gates = tile(0), *candidates = tile(1), *after = tile(2), c = a.c0[place.sequence * a.c0_b + place.column];
@@ -68,14 +72,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const __gr
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
-            const long long i = first + row + ROWS * k;
-            if (i >= a.T || !place.exists) break;
+            if (first + row + ROWS * k >= a.T || !place.exists) break;
             const int at = (row + ROWS * k) * COLUMNS;
             const WIDE x = steps[k].skip(a, 0), state = after[at + COLUMNS];
             const WIDE r = r_gate.open(0, steps[k].u2.number[0], after[at]);
             const WIDE result = dropout.mask[0] * r * (activate(state) - x) + x;
-            narrow(steps[k].pad ? WIDE(0) : result, *h.after(i));
-            if (KEEP) *states.after(i) = state;
+            narrow(steps[k].pad ? WIDE(0) : result, *h.at);
+            h.advance();
+            if (KEEP) *states.at = state;
+            states.advance();
         }
     }
     if (row == 0 && place.exists) a.c_last[place.sequence * a.D + place.column] = c;
@@ -88,9 +93,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __g
     const int row = threadIdx.x / COLUMNS;
     const Gate f_gate(a.v, a.b, place), r_gate(a.v + a.v_k, a.b + a.b_k, place);
     const Dropout dropout(a, place);
-    const Reader reader(a, place);
-    const Walk<U_TYPE> gu(a.gu + place.sequence * a.gu_b + place.column, a.gu_t, place);
-    const Walk<X_TYPE> gx(a.gx + place.sequence * a.gx_b + place.column, a.gx_t, place);
+    Reader reader(a, place);
+    reader.share(row, ROWS);
+    Walk<U_TYPE> gu(a.gu + place.sequence * a.gu_b + place.column, a.gu_t, place);
+    Walk<X_TYPE> gx(a.gx + place.sequence * a.gx_b + place.column, a.gx_t, place);
+    gu.share(row, ROWS);
+    gx.share(row, ROWS);
+    Walk<U_TYPE> gu2 = gu;  // a phase ahead of the others
+    gu2.at += 2 * a.gu_k;
     const WIDE v_f = a.v[place.column], v_r = a.v[a.v_k + place.column];
     WIDE *totals = tile(0), *jacobians = tile(1), *from_resets = tile(2);
     WIDE lambda = a.gc_last[place.sequence * a.gc_last_b + place.column], sums[4] = {};
@@ -98,6 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __g
     read_rows(a, reader, row, ahead);
     for (long long first = 0; first < a.T; first += TILE) {
         WIDE to_u0[STEPS], to_forget[STEPS], before[STEPS];
+        bool padded[STEPS];
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
             const Step& in = ahead[k];
@@ -108,15 +119,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __g
             totals[at] = in.pad ? WIDE(0) : parts.own;
             jacobians[at] = in.pad ? WIDE(1) : parts.jacobian;
             from_resets[at] = in.pad ? WIDE(0) : parts.from_reset;
-            to_u0[k] = in.pad ? WIDE(0) : parts.to_u0;
-            to_forget[k] = in.pad ? WIDE(0) : parts.to_forget;
+            padded[k] = in.pad;
+            to_u0[k] = parts.to_u0;
+            to_forget[k] = parts.to_forget;
             before[k] = i < a.T ? in.c.number[0] : WIDE(0);
             sums[1] += g2 * before[k];
             sums[3] += g2;
             if (i < a.T && place.exists) {
-                narrow(g2, gu.after(i)[2 * a.gu_k]);
-                if (SKIP && a.gx) narrow(in.pad ? WIDE(0) : parts.gx, *gx.after(i));
+                narrow(g2, *gu2.at);
+                if (SKIP && a.gx) narrow(in.pad ? WIDE(0) : parts.gx, *gx.at);
             }
+            gu2.advance();
+            gx.advance();
         }
         read_rows(a, reader, first + TILE + row, ahead);
         __syncthreads();
@@ -132,13 +146,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __g
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
             const long long i = first + row + ROWS * k;
-            const WIDE total = totals[(row + ROWS * k) * COLUMNS], g1 = total * to_forget[k];
+            const WIDE total = totals[(row + ROWS * k) * COLUMNS], g1 = padded[k] ? WIDE(0) : total * to_forget[k];
             sums[0] += g1 * before[k];
             sums[2] += g1;
             if (i < a.T && place.exists) {
-                narrow(total * to_u0[k], gu.after(i)[0]);
-                narrow(g1, gu.after(i)[a.gu_k]);
+                narrow(padded[k] ? WIDE(0) : total * to_u0[k], gu.at[0]);
+                narrow(g1, gu.at[a.gu_k]);
             }
+            gu.advance();
         }
     }
     // The rows' sums, always in the same order.
