@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sru.kernels import cpu
 from sru.kernels.linear import MIN_ROWS, linear, prefers_onednn
 
 on_amd = pytest.mark.skipif(not prefers_onednn(), reason="not an AMD processor, or a torch without oneDNN")
@@ -16,7 +17,9 @@ def inputs(shape: tuple[int, ...], out: int, dtype=torch.float32):
     return x, weight, torch.randn(*shape[:-1], out, generator=generator, dtype=dtype)
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 8), (1, 8), (7, 1, 3), (MIN_ROWS, 8), (5, 9, 1), (40, 3, 300), (70, 129)])
+@pytest.mark.parametrize(
+    "shape", [(0, 4, 8), (1, 8), (7, 1, 3), (MIN_ROWS, 8), (5, 9, 1), (40, 3, 300), (70, 129), (201, 70)]
+)
 @pytest.mark.parametrize("out", [1, 12, 384])
 def test_values_and_gradients_are_exact(shape, out):
     x, weight, grad = inputs(shape, out)
@@ -38,6 +41,23 @@ def test_large_float32_products_take_onednn_and_no_others():
     assert made_by_onednn(linear(x, weight))
     assert not made_by_onednn(linear(x[1:], weight))
     assert not made_by_onednn(linear(x.double(), weight.double()))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (64, 64), (65, 130), (300, 257), (7, 1000)], ids=str)
+def test_the_transpose_is_torchs(shape):
+    for matrix in (torch.randn(shape), torch.randn(shape[0], shape[1] + 3)[:, 1:-2]):
+        assert torch.equal(cpu.transposed(matrix), matrix.t())
+        assert cpu.transposed(matrix).is_contiguous()
+
+
+@on_amd
+def test_a_large_gradient_is_transposed_by_our_own_code(monkeypatch):
+    sizes, sound = [], cpu.transposed
+    monkeypatch.setattr(cpu, "transposed", lambda matrix: sizes.append(tuple(matrix.shape)) or sound(matrix))
+    for rows in (100, 400):
+        x, weight, grad = inputs((rows, 8), 200)
+        torch.autograd.grad(linear(x, weight), weight, grad)
+    assert sizes == [(400, 200)]
 
 
 def test_views_are_read_as_they_are():

@@ -303,6 +303,31 @@ def backward(like):
                     sbr[k] += gu2[k]
 
 
+BLOCK = 64  # rows and columns of a tile of `transpose`
+
+
+def transpose(like):
+    """Rows to columns, a block at a time: read as it lies, kept in the nearest cache, written as it will lie."""
+    a = integers(like)
+    rows, columns, size, source, source_row, target = a[2], a[3], a[4], a[5], a[6], a[7]
+    down = (rows + BLOCK - 1) // BLOCK
+    block = np.empty((BLOCK, BLOCK), np.float32)
+    while True:
+        tile = next_tile(a)
+        if tile >= a[1]:
+            break
+        r, c = tile % down * BLOCK, tile // down * BLOCK
+        m, n = min(BLOCK, rows - r), min(BLOCK, columns - c)
+        for i in range(m):
+            x = row(like, source + size * ((r + i) * source_row + c), n)
+            for j in range(n):
+                block[i, j] = x[j]
+        for j in range(n):
+            y = row(like, target + size * ((c + j) * rows + r), m)
+            for i in range(m):
+                y[i] = block[i, j]
+
+
 @functools.cache
 def compiled(kernel: Callable, dtype: torch.dtype) -> tuple[Callable, int]:
     """The kernel as a C function and its address; compiled at the first call and kept on disk for the next process."""

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sru.kernels import HAS_NUMBA
+from sru.kernels.autograd import is_batched
 from sru.kernels.ops import have_memory, modes_are_active, transforms_are_active
 
 # Below this many rows oneDNN's reordering of the weight costs more than it saves.
 MIN_ROWS = 32
+MIN_TRANSPOSED = 2**16  # numbers from which a transpose of our own pays
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -71,5 +74,15 @@ class _Linear(torch.autograd.Function):
         # By `linear` again, so that the gradient has a gradient.
         return (
             linear(grad, weight.t()) if ctx.needs_input_grad[0] else None,
-            linear(grad.t(), x.t()) if ctx.needs_input_grad[1] else None,
+            linear(transposed(grad), x.t()) if ctx.needs_input_grad[1] else None,
         )
+
+
+def transposed(grad: Tensor) -> Tensor:
+    """The transpose of grad, contiguous where that helps: oneDNN would have torch copy it, which takes longer."""
+    large = grad.dim() == 2 and grad.numel() >= MIN_TRANSPOSED and grad.stride(1) == 1
+    if not large or torch.is_grad_enabled() or not HAS_NUMBA or not is_faster(grad.t(), grad) or is_batched(grad):
+        return grad.t()
+    from sru.kernels import cpu
+
+    return cpu.transposed(grad)
