@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,8 +138,8 @@ class SRUpp(SRU):
             refuse(name, self.forward)
         if isinstance(x, PackedSequence) and (attn_mask is not None or memory is not None):
             raise ValueError("a PackedSequence goes without attn_mask and memory, whose order it would not share")
-        if memory is not None and len(memory) != self.num_layers:
-            raise ValueError(f"memory must be one tensor for each of {self.num_layers} layers, not {len(memory)}")
+        if memory is not None:
+            self.check_memory(memory)
         if memory_mask_pad is not None and memory is None:
             raise ValueError("memory_mask_pad is given without memory")
         saved: list[Tensor] = []
@@ -153,7 +153,7 @@ class SRUpp(SRU):
                 raise ValueError(f"memory of layer {i} must be (M, {expected}), not {tuple(past.shape)}")
             norm = self[i].layer_norm
             if past is not None and norm is not None and not self[i].normalize_after:
-                past = norm(past)
+                past = norm(past.to(norm.weight.dtype))
             if not masks:
                 length = 0 if past is None else past.shape[0]
                 masks.append(self.mask(features, length, attn_mask, pad, memory_mask_pad))
@@ -161,6 +161,17 @@ class SRUpp(SRU):
 
         h, c = self.run_in_any_form(x, c0, mask_pad, lengths, context)
         return h, c, {"saved_inputs": saved}
+
+    def check_memory(self, memory: Any) -> None:
+        """Refuse what is not one tensor a layer, all of as many steps."""
+        if not isinstance(memory, Sequence) or not all(isinstance(a, Tensor) for a in memory):
+            raise TypeError(f"memory must be a list of tensors, as saved_inputs are, not {type(memory).__name__}")
+        if len(memory) != self.num_layers:
+            raise ValueError(f"memory must be one tensor for each of {self.num_layers} layers, not {len(memory)}")
+        if not all(a.is_floating_point() for a in memory):
+            raise TypeError(f"memory must be of a floating dtype, not {', '.join(str(a.dtype) for a in memory)}")
+        if len({a.shape[:1] for a in memory}) > 1:
+            raise ValueError(f"memory must be of as many steps for each layer, not {[len(a) for a in memory]}")
 
     def mask(
         self, x: Tensor, length: int, attn_mask: Tensor | None, pad: Tensor | None, memory_pad: Tensor | None
@@ -170,12 +181,17 @@ class SRUpp(SRU):
         total = length + steps
         mask = None
         if attn_mask is not None:
+            if not isinstance(attn_mask, Tensor) or not (
+                attn_mask.is_floating_point() or attn_mask.dtype == torch.bool
+            ):
+                found = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
+                raise TypeError(f"attn_mask must be bool, True where a step must not look, or floating, not {found}")
             if attn_mask.shape not in ((steps, total), (batch, steps, total)):
                 expected = f"({steps}, {total}) or ({batch}, {steps}, {total})"
                 raise ValueError(f"attn_mask must be {expected}, memory's steps first, not {tuple(attn_mask.shape)}")
             if attn_mask.dtype == torch.bool:
                 attn_mask = torch.zeros_like(attn_mask, dtype=x.dtype).masked_fill(attn_mask, -math.inf)
-            mask = attn_mask.reshape(-1, 1, steps, total)
+            mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask[:, None]
         elif self.causal and (length or pad is not None):
             mask = x.new_full((steps, total), -math.inf).triu(length + 1)[None, None]
         if pad is not None or memory_pad is not None:
@@ -201,17 +217,31 @@ class SRUpp(SRU):
             raise ValueError("a bidirectional SRUpp needs the whole sequence: it has no step")
         if x.dim() != 2:
             raise ValueError(f"x must be (B, {self.input_size}), not {tuple(x.shape)}")
-        c0, pairs = (None, [()] * self.num_layers) if state is None else state
+        c0, pairs = (None, [()] * self.num_layers) if state is None else self.checked(state)
         caches = [Cache(self.memory_length, *pair) for pair in pairs]
         h, c = self.run(x[None], c0, None, lambda i, *_: (None, None, False, caches[i]))
         return h[0], (c, [() if cache.k is None else (cache.k, cache.v) for cache in caches])
 
+    def checked(self, state: Any) -> Any:
+        """The state of a step; TypeError for what `step` did not return."""
+        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], list):
+            numbers = [len(pair) if isinstance(pair, tuple) else -1 for pair in state[1]]
+            if len(numbers) == self.num_layers and set(numbers) <= {0, 2}:
+                return state
+        raise TypeError("the state of step is what step returned: (c, keys and values of each layer)")
+
+    def reset_parameters(self) -> None:
+        """Draw the initialisation again, that of the attention too."""
+        super().reset_parameters()
+        for i in range(self.num_layers):
+            cast(Projection, self[i].transform_module).reset_parameters()
+
 
 class SRUppEncoder(SRUpp):
-    """SRU++ by the call of the other encoders: `h, state = encoder(x, state)`, where the state is (c, memory).
+    """SRU++ by the call of the other encoders: `h, state = encoder(x, state)`, where the state is (c, memory, padding).
 
     A step sees itself, what came before it, and the memory: the inputs of each layer at the last `memory_length` steps
-    before the segment. Feeding the state back goes on with the sequence.
+    before the segment, but for those that were padding. Feeding the state back goes on with the sequence.
     """
 
     def __init__(
@@ -227,18 +257,30 @@ class SRUppEncoder(SRUpp):
         super().__init__(input_size, hidden_size, proj_size, num_layers, causal=causal, **options)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, state: tuple[Tensor, list[Tensor]] | None = None, mask_pad: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+        self,
+        x: Tensor,
+        state: tuple[Tensor, list[Tensor], Tensor | None] | None = None,
+        mask_pad: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, list[Tensor], Tensor | None]]:
         """h (T, B, output_size) of x (T, B, input_size), and the state."""
-        c0, memory = (None, None) if state is None else state
-        h, c, extra = super().forward(x, c0, mask_pad, memory=memory)
-        inputs = extra["saved_inputs"]
+        if not isinstance(x, Tensor) or x.dim() != 3 or self.batch_first:
+            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x must be (T, B, {self.input_size}), time first, not {found}; SRUpp takes other forms")
+        if state is not None and not (isinstance(state, tuple) and len(state) == 3):
+            raise TypeError("the state of SRUppEncoder is what its call returned: (c, memory, padding)")
+        c0, memory, past_pad = (None, None, None) if state is None else state
+        h, c, extra = super().forward(x, c0, mask_pad, memory=memory, memory_mask_pad=past_pad)
+        inputs, pad = extra["saved_inputs"], mask_pad
         if memory is not None:
+            if pad is not None or past_pad is not None:
+                pads = (past_pad, len(memory[0])), (mask_pad, len(x))
+                pad = torch.cat(
+                    [x.new_zeros(n, x.shape[1], dtype=torch.bool) if a is None else a != 0 for a, n in pads]
+                )
             inputs = [torch.cat([past.to(now.dtype), now]) for past, now in zip(memory, inputs, strict=True)]
-        length = inputs[0].shape[0]
-        first = 0 if self.memory_length is None else max(0, length - self.memory_length)
+        first = 0 if self.memory_length is None else max(0, inputs[0].shape[0] - self.memory_length)
         assert isinstance(h, Tensor)
-        return h, (c, [a[first:] for a in inputs])
+        return h, (c, [a[first:] for a in inputs], None if pad is None else pad[first:])
 
 
 SRUpp.__signature__ = signature(SRUpp.__init__, SRU, NOT_HERE)  # type: ignore[attr-defined]

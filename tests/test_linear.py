@@ -67,6 +67,15 @@ def test_views_are_read_as_they_are():
     torch.testing.assert_close(linear(x, weight[::2]), F.linear(x, weight[::2]), rtol=1e-5, atol=1e-5)
 
 
+def test_many_gradients_at_once_are_one_after_another():
+    x, weight, _ = inputs((40, 1, 64), 192)
+    y, grads = linear(x, weight), torch.randn(2, 40, 1, 192)
+    together = torch.autograd.grad(y, (x, weight), grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        for many, one in zip(together, torch.autograd.grad(y, (x, weight), grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(many[i], one)
+
+
 def test_the_gradient_has_a_gradient():
     x, weight, _ = inputs((64, 5), 40)
 

@@ -89,7 +89,7 @@ def test_a_causal_step_sees_nothing_that_comes_later():
 )
 def test_segments_with_memory_are_one_sequence(options):
     network, x = pp(SRUppEncoder, **options), torch.randn(12, 2, 6, dtype=torch.float64)
-    expected, (c, _) = network(x)
+    expected, (c, *_) = network(x)
     state, parts = None, []
     for part in x.split([5, 1, 6]):
         h, state = network(part, state)
@@ -105,6 +105,28 @@ def test_memory_is_bounded():
         _, state = network(x, state)
         lengths.append([len(a) for a in state[1]])
     assert lengths == [[3] * 3, [4] * 3, [4] * 3]
+
+
+def test_padding_is_not_remembered():
+    network = pp(SRUppEncoder)
+    first, second = torch.randn(2, 5, 1, 6, dtype=torch.float64)
+    expected, _ = network(second, network(first[:3])[1])
+    pad = torch.arange(5)[:, None] >= 3
+    for mask in (None, torch.zeros(5, 1, dtype=torch.bool)):
+        h, state = network(second, network(first, None, pad)[1], mask)
+        torch.testing.assert_close(h, expected)
+        assert [len(a) for a in state[1]] == [10] * 3
+        assert state[2].flatten().tolist() == [False] * 3 + [True] * 2 + [False] * 5
+
+
+def test_the_initialisation_is_drawn_again():
+    network = SRUpp(6, 8, 4)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(5.0)
+    network.reset_parameters()
+    assert all((p != 5).any() for p in network.parameters())
+    assert network[0].transform_module.alpha == 0
 
 
 @pytest.mark.parametrize("limit", [None, 0, 3, 20])
@@ -217,11 +239,25 @@ def test_a_bad_argument_is_named():
         ({"memory": [x]}, "one tensor for each of 2 layers, not 1"),
         ({"memory": [x, x]}, r"memory of layer 1 must be \(M, 2, 8\), not \(5, 2, 6\)"),
         ({"memory_mask_pad": x}, "without memory"),
+        ({"memory": [x, torch.zeros(3, 2, 8)]}, r"as many steps for each layer, not \[5, 3\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             network(x, **arguments)
-    with pytest.raises(TypeError, match="did you mean attn_mask"):
-        network(x, attn_msk=None)
+    for arguments, message in [
+        ({"attn_msk": None}, "did you mean attn_mask"),
+        ({"attn_mask": torch.zeros(5, 5).int()}, "attn_mask must be bool.*not torch.int32"),
+        ({"memory": [None, x]}, "memory must be a list of tensors"),
+        ({"memory": [x.long(), x.long()]}, "memory must be of a floating dtype"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            network(x, **arguments)
+    with pytest.raises(TypeError, match="what step returned"):
+        network.step(x[0], torch.zeros(2, 2, 8))
+    encoder = SRUppEncoder(6, 8, 4)
+    with pytest.raises(TypeError, match="what its call returned"):
+        encoder(x, torch.zeros(2, 2, 8))
+    with pytest.raises(ValueError, match=r"x must be \(T, B, 6\), time first"):
+        encoder(x[0])
 
 
 def test_dropout_is_for_training_only():
@@ -233,7 +269,7 @@ def test_dropout_is_for_training_only():
 
 def test_no_steps_and_no_sequences():
     for shape in ((0, 2, 6), (3, 0, 6)):
-        h, c, _ = SRUpp(6, 8, 4)(torch.randn(shape))
+        h, c, _ = SRUpp(6, 8, 4)(torch.randn(shape), attn_mask=torch.zeros(shape[0], shape[0]))
         assert h.shape == (*shape[:2], 8)
         assert c.shape == (2, shape[1], 8)
 

@@ -107,7 +107,9 @@ def why_not_cpu(u: Tensor) -> str:
 def why_not_cuda(u: Tensor) -> str:
     """Why the CUDA kernels cannot take u; empty if they can."""
     if u.device.type not in ("cuda", "meta"):
-        return f"u is on {u.device}; move it with .cuda()"
+        if not torch.cuda.is_available():
+            return f"the tensors are on {u.device}, and torch {torch.__version__} finds no CUDA device to move them to"
+        return f"the tensors are on {u.device}; move them, and the layer, with .cuda()"
     if u.dtype not in DTYPES:
         return f"u is {u.dtype}; it takes {', '.join(map(str, DTYPES))}"
     if u.is_meta:

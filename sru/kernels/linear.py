@@ -43,6 +43,7 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not modes_are_active()  # a counter of operations knows torch's own product
         and have_memory(x, weight)
+        and not (is_batched(x) or is_batched(weight))
     )
 
 
@@ -81,7 +82,7 @@ class _Linear(torch.autograd.Function):
 def transposed(grad: Tensor) -> Tensor:
     """The transpose of grad, contiguous where that helps: oneDNN would have torch copy it, which takes longer."""
     large = grad.dim() == 2 and grad.numel() >= MIN_TRANSPOSED and grad.stride(1) == 1
-    if not large or torch.is_grad_enabled() or not HAS_NUMBA or not is_faster(grad.t(), grad) or is_batched(grad):
+    if not large or torch.is_grad_enabled() or not HAS_NUMBA or not is_faster(grad.t(), grad):
         return grad.t()
     from sru.kernels import cpu
 
