@@ -309,7 +309,7 @@ def imports(_: argparse.Namespace) -> None:
 SECTIONS = {"recurrence": recurrence, "layer": layer, "epoch": epoch, "import": imports}
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     corpora = sorted(path.stem for path in (ROOT / "conf/data").glob("[!_]*.yaml"))
     parser = argparse.ArgumentParser(description=__doc__)
     sections = [*SECTIONS, "accuracy", "stack", "step", "all"]
@@ -327,14 +327,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.turns < 1:
         parser.error(f"--turns must be at least 1, not {options.turns}")
+    if not options.seconds > 0:
+        parser.error(f"--seconds must be more than 0, not {options.seconds}")
+    levels = "accuracy", "recurrence", "layer", "stack", "step", "all"
+    if options.device and options.section not in levels:
+        parser.error(f"{options.section} is measured without --device")
+    if not options.device and options.section not in (*SECTIONS, "all"):
+        parser.error(f"{options.section} needs --device cpu or --device cuda")
+    return options
+
+
+def main(options: argparse.Namespace) -> None:
     if options.device:
         import benchmark_report
 
-        if options.section not in (*benchmark_report.KINDS, "all"):
-            parser.error(f"{options.section} is measured without --device")
         return benchmark_report.run(options)
-    if options.section not in (*SECTIONS, "all"):
-        parser.error(f"{options.section} needs --device cpu or --device cuda")
     about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")]
     print(
@@ -347,9 +354,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    words = parse()
     try:
         from tasks.door import guard
     except ModuleNotFoundError:  # a machine with a GPU may hold what the layer needs, and not the experiments' packages
-        main()
+        main(words)
     else:
-        guard(main)
+        guard(lambda: main(words))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sru import SRU, SRUCell, convert
+from sru import SRU, SRUCell, SRUpp, convert
 
 # The layouts, and what a stack calls its list of layers.
 LISTS = {"ours": "layers", **dict.fromkeys(convert.VERSIONS, "rnn_lst")}
@@ -50,6 +50,8 @@ def infer(entries: dict[str, Tensor], source: str, has_module: bool) -> dict[str
         # Training leaves no weight_c at 0 throughout.
         "has_vc_term": bool(entries.get("v", entries.get("weight_c", torch.zeros(1))).any()),
     }
+    if "transform_module.linear1.weight" in entries:  # of SRU++
+        arguments["input_size"] = entries["transform_module.linear1.weight"].shape[1]
     if has_module:  # it maps to the same columns in every layout, so its entries only move
         return arguments | {"transform_module": nn.Identity()}
     matrix, projection = entries.get("weight"), entries.get("weight_proj")
@@ -77,6 +79,9 @@ def convert_layer(entries: dict[str, Tensor], to: str, options: dict[str, Any]) 
     if source != "ours" and module in MATRICES:
         module = set()
     arguments = infer(entries, source, bool(module)) | options
+    first = entries.get("transform_module.linear1.weight")
+    if first is not None and to == "2.6.0":
+        raise ValueError("it is of SRU++, which version 2.6.0 has not; take --to 3.0.0.dev, or ours")
     cell = SRUCell(**arguments)
     cell.load_state_dict({key: value for key, value in entries.items() if key not in module}, assign=True)
     written = cell.state_dict() if to == "ours" else convert.cell_to_official(cell, to)
@@ -84,6 +89,8 @@ def convert_layer(entries: dict[str, Tensor], to: str, options: dict[str, Any]) 
         del written["scale_x"]
     name = "custom_m" if to == "2.6.0" else "transform_module"
     moved = {f"{name}.{key.partition('.')[2]}": entries[key] for key in module}
+    if first is not None:
+        arguments |= {"proj_size": first.shape[0], "attends": "transform_module.linear3.weight" in entries}
     return {key: value.contiguous() for key, value in written.items()} | moved, arguments
 
 
@@ -138,12 +145,17 @@ def calls(layers: dict[str, dict[str, Any]]) -> list[str]:
     name, size = "SRUCell", arguments["hidden_size"]
     if "" not in layers:
         name, arguments["num_layers"] = "SRU", len(ordered)
+    takes = inspect.signature(SRU).parameters
+    if "proj_size" in arguments:
+        name, takes = "SRUpp", inspect.signature(SRUpp).parameters
+        attending = [i for i, layer in enumerate(ordered) if layer["attends"]]
+        arguments["attention_layers"] = None if len(attending) == len(ordered) else attending
     written = []
     for directions in ({}, {"hidden_size": size // 2, "bidirectional": True})[: 2 - size % 2]:
         told = arguments | directions
         parts = [
             f"{key}={'...' if told[key] is ... else told[key]}"
-            for key, parameter in inspect.signature(SRU).parameters.items()
+            for key, parameter in takes.items()
             if key in told and (key == "num_layers" or told[key] != parameter.default)
         ]
         written.append(f"{name}({', '.join(parts)})")

@@ -11,7 +11,7 @@ from conftest import ROOT
 from torch import nn
 
 from scripts import convert as script
-from sru import SRU, SRUCell
+from sru import SRU, SRUCell, SRUpp
 from sru.convert import VERSIONS, to_official
 
 RECORDINGS = {
@@ -376,3 +376,17 @@ def test_the_command_line_converts_from_any_folder(tmp_path):
     assert "layers.1.weight" in torch.load(tmp_path / "out.pt", weights_only=True)
     assert second.returncode == 1
     assert second.stderr == "error: out.pt exists; give another name, or --force to overwrite it\n"
+
+
+def test_a_file_of_srupp_says_what_to_build(tmp_path, capsys):
+    source, target = tmp_path / "in.pt", tmp_path / "out.pt"
+    network = SRUpp(6, 8, 4, 3, attention_layers=[1]).eval()
+    torch.save(to_official(network), source)
+    assert script.main([str(source), str(target)]) == 0
+    call = next(line for line in capsys.readouterr().out.splitlines() if "SRUpp(" in line)
+    built = eval(call, {"SRUpp": SRUpp}).eval()
+    built.load_state_dict(torch.load(target, weights_only=True))
+    x = torch.randn(5, 2, 6)
+    assert torch.equal(built(x)[0], network(x)[0])
+    assert script.main([str(source), str(tmp_path / "old.pt"), "--to", "2.6.0"]) == 1
+    assert "it is of SRU++, which version 2.6.0 has not" in capsys.readouterr().err
