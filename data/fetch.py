@@ -6,28 +6,42 @@ import hashlib
 import lzma
 import os
 import re
+import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pooch
 import requests
 from filelock import FileLock
 from tqdm import tqdm
 
-OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open}
+
+def open_member(path: Path, mode: str) -> IO[bytes]:
+    """The file in a .zip that holds one, or that of the archive's name."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        names = [name for name in names if len(names) == 1 or name.rpartition("/")[2] == path.stem]
+        if len(names) != 1:
+            raise ValueError(f"{path} holds several files and none is {path.stem}: unpack the one you want")
+        return archive.open(names[0])
+
+
+OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".zip": open_member}
 
 
 def find(path: Path) -> Path | None:
-    """`path`, `path`.gz or `path`.xz, whichever is there; None if none is."""
+    """`path`, `path`.gz, `path`.xz or `path`.zip, whichever is there; None if none is."""
     return next((p for p in (path.with_name(path.name + suffix) for suffix in OPENERS) if p.is_file()), None)
 
 
 def open_unpacked(path: Path) -> IO[bytes]:
-    """The unpacked bytes of a plain, .gz or .xz file."""
-    return OPENERS.get(path.suffix, open)(path, "rb")  # type: ignore[operator]
+    """The unpacked bytes of a plain, .gz, .xz or .zip file; ValueError if the packed file is damaged."""
+    with unpacking(path):
+        return OPENERS.get(path.suffix, open)(path, "rb")  # type: ignore[operator]
 
 
 def read_bytes(path: Path) -> bytes:
@@ -41,7 +55,7 @@ def unpacking(path: Path):
     """Turns the many errors of a damaged archive into one ValueError that names the file."""
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): replace it, or `rm {path}` if it is one that is downloaded"
         ) from error
@@ -165,3 +179,28 @@ def transfer(url: str, part: Path) -> None:
         except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError, requests.Timeout):
             if not part.is_file() or part.stat().st_size <= before:
                 raise
+
+
+def fetch_from_hub(path: Path, rows: Mapping[str, Any]) -> None:
+    """Writes the `text` of a dataset's rows to `path`; `rows` are keywords of `datasets.load_dataset`.
+
+    As WikiText lies on the hub: a row is a line with its mark, but a line of one space is a row without text.
+    """
+    require_writable(path.parent)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if find(path) is not None:
+            return
+        from datasets import load_dataset
+
+        try:
+            dataset = load_dataset(**rows)
+        except Exception as error:  # the hub's client raises what its layers raise
+            raise ConnectionError(
+                f"cannot get {rows['path']} {rows['name']} from the hub for {path}: {str(error).splitlines()[0]}. "
+                "Run the same command again, or put the file there by hand. data=pydoc_text needs no network."
+            ) from error
+        part = path.with_name(path.name + ".part")
+        with open(part, "wb") as file:
+            for batch in dataset.iter(batch_size=1000):
+                file.writelines((text or " \n").encode() for text in batch["text"])
+        os.replace(part, path)

@@ -1,0 +1,271 @@
+"""A text as memory-mapped arrays of token numbers, prepared once, and in a stream, from files however packed."""
+
+import codecs
+import fnmatch
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from filelock import FileLock
+
+from data.fetch import fetch, fetch_from_hub, find, open_unpacked, require_writable, unpacking
+
+UNITS = ("bytes", "characters", "words")
+EOS, UNK = "<eos>", "<unk>"  # a line's end, and a word that the vocabulary lacks
+FORMAT = 1  # of the prepared folder; a change of what is written in it counts it up
+VOCABULARY = "vocabulary.json"
+BLOCK = 1 << 18  # bytes read at once: what the memory of preparing depends on
+
+Piece = np.ndarray | list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A file of text below `root`, or several.
+
+    name: of the file, plain or with .gz, .xz or .zip behind it; with `members`, of a folder or the .tar.gz of one.
+    url, sha256, md5: where it is downloaded from when absent, and the checksum of its content (of a .tar.gz: its own).
+    hub: keywords of datasets.load_dataset, for a text whose rows on the hub are its lines; see `fetch_from_hub`.
+    members: pattern of folder/file below `name`; `shards` is how many there must be. They are read in order of name.
+    first_of: another source, whose first `tokens` bytes are this file where the file itself is absent.
+    tokens: the published count.
+    """
+
+    root: Path
+    name: str
+    url: str | None = None
+    sha256: str | None = None
+    md5: str | None = None
+    hub: Mapping[str, Any] | None = None
+    members: str | None = None
+    shards: int | None = None
+    first_of: Mapping[str, Any] | None = None
+    tokens: int | None = None
+
+    def locate(self, check: bool) -> tuple[Path, int | None]:
+        """Where it lies, and how many bytes of that are it (None: all); downloaded if absent, its checksum compared."""
+        path = self.root / self.name
+        if self.members is not None:
+            if path.is_dir():
+                return path, None
+            path = path.with_name(path.name + ".tar.gz")
+        elif path.is_dir():
+            raise ValueError(f"{path} is a folder: name a file")
+        present = find(path)
+        if present is None and self.first_of is not None:
+            return Source(root=self.root, **self.first_of).locate(check)[0], self.tokens
+        if present is None and self.hub is not None:
+            fetch_from_hub(path, self.hub)
+        if present is None or check:
+            present = fetch(path, self.url, self.sha256 or self.md5)
+        return present, None
+
+    def identity(self) -> list[Any]:
+        """What changes when the content does."""
+        path, limit = self.locate(check=False)
+        files = self.find_members(path) if path.is_dir() else [path]
+        states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return [states, limit, self.members, self.shards, self.tokens]
+
+    def find_members(self, folder: Path) -> list[Path]:
+        return sorted(folder.glob(self.members or "*"), key=lambda file: file.name)
+
+    def check(self, sizes: Mapping[str, int], unit: str) -> None:
+        """ValueError unless the sizes of its files, in units, are those that are published."""
+        path, _ = self.locate(check=False)
+        if self.members is not None and len(sizes) != (self.shards or len(sizes) or 1):
+            raise ValueError(
+                f"{path} holds {len(sizes)} files {self.members}, expected {self.shards or 'some'}: "
+                f"unpack it whole, or remove {path} and leave the .tar.gz, which is read as it is"
+            )
+        total = sum(sizes.values())
+        if total != (self.tokens or total):
+            raise ValueError(
+                f"{path} holds {total} {unit}, expected {self.tokens}: not the published file. Replace it, or "
+                f"`rm {path}` to download it again."
+            )
+        if not total:
+            raise ValueError(f"{path} is empty: name a file with text")
+
+    def streams(self) -> Iterator[tuple[str, Iterator[bytes]]]:
+        """Name and blocks of each file, in the order in which they are found."""
+        path, limit = self.locate(check=False)
+        if path.is_dir():
+            for file in self.find_members(path):
+                with open(file, "rb") as stream:
+                    yield file.name, blocks(stream, file)
+        elif self.members is not None:
+            with unpacking(path), tarfile.open(path, "r|gz") as archive:
+                for member in archive:
+                    if member.isfile() and fnmatch.fnmatch(f"/{member.name}", f"*/{self.members}"):
+                        yield Path(member.name).name, blocks(archive.extractfile(member), path)  # type: ignore[arg-type]
+        else:
+            with open_unpacked(path) as stream:
+                yield path.name, blocks(stream, path, limit)
+
+
+def blocks(stream: IO[bytes], path: Path, limit: int | None = None) -> Iterator[bytes]:
+    """The first `limit` bytes of a stream (None: all), a block at a time; `path` is named if they are damaged."""
+    left = sys.maxsize if limit is None else limit
+    while left:
+        with unpacking(path):
+            block = stream.read(min(BLOCK, left))
+        if not block:
+            return
+        left -= len(block)
+        yield block
+
+
+def pieces(source: Iterable[bytes], unit: str, name: str) -> Iterator[Piece]:
+    """The codes of the bytes or characters, or the words, of each block; a line's end is the word <eos>."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    rest, last = "", "\n"
+    for block in itertools.chain(source, [b""]):
+        if unit == "bytes":
+            yield np.frombuffer(block, np.uint8)
+            continue
+        try:
+            text = rest + decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name} is no UTF-8 text (byte {error.object[error.start]:#04x}: {error.reason}), so it has no "
+                f"{unit}: type data.unit=bytes, which reads any file"
+            ) from None
+        if unit == "characters":
+            yield np.frombuffer(text.encode("utf-32-le"), np.uint32)
+            continue
+        last = text[-1:] or last
+        if not block and last != "\n":  # the last line has no mark at its end
+            text += "\n"
+        cut = max(text.rfind(" "), text.rfind("\n")) + 1 if block else len(text)
+        rest = text[cut:]
+        yield text[:cut].replace("\n", f" {EOS} ").split()
+
+
+def prepared(
+    sources: Mapping[str, Source], folder: Path, unit: str, min_count: int
+) -> tuple[list[Any], dict[str, np.ndarray]]:
+    """The vocabulary's tokens, and the token numbers of each source in a read-only map; built if they are not there.
+
+    The vocabulary of bytes and characters is all that occur in any source, sorted. That of words is `train`'s words of
+    at least `min_count`, the most frequent first, ties in alphabetical order; <unk> is among them if a source has it or
+    `min_count` is above 1, and stands for all others.
+    """
+    identity = [FORMAT, unit, min_count, {key: source.identity() for key, source in sources.items()}]
+    place = folder / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+    found = opened(place)
+    if found is None:
+        require_writable(folder)
+        with FileLock(f"{place}.lock"):  # a second process waits here, and then finds what the first has built
+            found = opened(place)
+            if found is None:
+                for source in sources.values():
+                    source.locate(check=True)
+                scratch = place.with_name(place.name + ".part")
+                for leftover in (scratch, place):  # of a process that was killed, or damaged since
+                    shutil.rmtree(leftover, ignore_errors=True)
+                scratch.mkdir()
+                try:
+                    build(scratch, sources, unit, min_count)
+                    os.rename(scratch, place)
+                except BaseException:
+                    shutil.rmtree(scratch)
+                    raise
+                found = opened(place)
+    assert found is not None
+    return found
+
+
+def opened(place: Path) -> tuple[list[Any], dict[str, np.ndarray]] | None:
+    """What a prepared folder holds; None if there is none, or it is not what was written."""
+    try:
+        checksums = json.loads((place / "checksums.json").read_bytes())
+        if {name: checksum(place / name) for name in checksums} != checksums:
+            return None
+        tokens = json.loads((place / VOCABULARY).read_bytes())
+    except (OSError, ValueError, TypeError):
+        return None
+    names = [name for name in checksums if name != VOCABULARY]
+    return tokens, {name: np.memmap(place / name, dtype_of(len(tokens)), "r") for name in names}
+
+
+def build(place: Path, sources: Mapping[str, Source], unit: str, min_count: int) -> None:
+    """Writes vocabulary and numbers: one pass counts, a second writes, so that only the vocabulary is in memory."""
+    counts: Counter[str] = Counter()
+    seen = np.zeros(256 if unit == "bytes" else sys.maxunicode + 1, bool)
+    sizes: dict[str, dict[str, int]] = {}
+    for key, source in sources.items():
+        sizes[key] = {}
+        for name, stream in source.streams():
+            sizes[key][name] = 0
+            for piece in pieces(stream, unit, name):
+                sizes[key][name] += len(piece)
+                if isinstance(piece, np.ndarray):
+                    seen[piece] = True
+                elif key == "train":
+                    counts.update(piece)
+        source.check(sizes[key], unit)
+    tokens: list[Any] = np.flatnonzero(seen).tolist() if unit == "bytes" else list(map(chr, np.flatnonzero(seen)))
+    if unit == "words":
+        tokens = ranked(counts, min_count)
+    dtype = dtype_of(len(tokens))
+    codes = (np.cumsum(seen) - 1).astype(dtype)
+    words = Numbers(zip(tokens, range(len(tokens)), strict=True))
+    for key, source in sources.items():
+        names = sorted(sizes[key])
+        starts = dict(zip(names, itertools.accumulate((sizes[key][name] for name in names), initial=0), strict=False))
+        with open(place / key, "wb") as file:
+            for name, stream in source.streams():  # an archive has its files in any order
+                file.seek(starts[name] * np.dtype(dtype).itemsize)
+                for piece in pieces(stream, unit, name):
+                    if isinstance(piece, np.ndarray):
+                        file.write(codes[piece].tobytes())
+                    else:
+                        file.write(np.fromiter(map(words.__getitem__, piece), dtype, len(piece)).tobytes())
+    (place / VOCABULARY).write_text(json.dumps(tokens, ensure_ascii=False, indent=0), encoding="utf-8")
+    checksums = {name: checksum(place / name) for name in (*sources, VOCABULARY)}
+    (place / "checksums.json").write_text(json.dumps(checksums))
+
+
+class Numbers(dict[str, int]):
+    """The numbers of words; that of <unk> for one that is not there."""
+
+    def __missing__(self, word: str) -> int:
+        if UNK not in self:
+            raise ValueError(
+                f"validation or test holds {word!r}, which training does not, and there is no {UNK}: "
+                "type data.min_count=2, which makes rare words unknown"
+            )
+        return self[UNK]
+
+
+def ranked(counts: Counter[str], min_count: int) -> list[str]:
+    """The words seen often enough, and <unk> for the others, most frequent first, ties in alphabetical order."""
+    kept = {word: count for word, count in counts.items() if count >= min_count or word in (EOS, UNK)}
+    if min_count > 1:
+        kept[UNK] = counts[UNK] + counts.total() - sum(kept.values())
+    return sorted(kept, key=lambda word: (-kept[word], word))
+
+
+def dtype_of(size: int) -> type[np.unsignedinteger] | type[np.signedinteger]:
+    """The narrowest type for the numbers of a vocabulary."""
+    return np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.int32
+
+
+def checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as stream:
+        for block in blocks(stream, path):
+            value = zlib.crc32(block, value)
+    return value

@@ -1,0 +1,269 @@
+"""A text as one long sequence of bytes, characters or words, for language models."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from data import corpus
+from data.corpus import EOS, UNITS, UNK
+
+Token = int | str
+
+
+class Vocabulary:
+    """The tokens of a text in the order of their numbers, to read and write text with; needs no corpus.
+
+    unit: bytes (tokens are ints, 0 to 255), characters, or words (a line's end is <eos>).
+    """
+
+    def __init__(self, unit: str, tokens: Sequence[Token]) -> None:
+        self.unit = unit
+        self.tokens = list(tokens)
+        self.index = {token: i for i, token in enumerate(self.tokens)}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """The text's numbers; an unknown word is <unk>. ValueError names what is unknown where there is no <unk>."""
+        pieces: Sequence[Token] = text
+        if self.unit == "bytes":
+            pieces = text.encode()
+        elif self.unit == "words":
+            pieces = text.replace("\n", f" {EOS} ").split()
+        try:
+            return [self.index[piece] for piece in pieces]
+        except KeyError as error:
+            if self.unit == "words" and UNK in self.index:
+                return [self.index.get(piece, self.index[UNK]) for piece in pieces]
+            raise ValueError(
+                f"{error.args[0]!r} is none of the {len(self)} {self.unit} that the model was trained on: "
+                "take it out of the text, or train on a text that holds it"
+                + (" (data.min_count=2 makes rare words <unk>)" if self.unit == "words" else "")
+            ) from None
+
+    def decode(self, numbers: Sequence[int]) -> str:
+        """The text of the numbers; bytes that are no UTF-8 become U+FFFD."""
+        pieces: list[Any] = [self.tokens[number] for number in numbers]
+        if self.unit == "bytes":
+            return bytes(pieces).decode("utf-8", errors="replace")
+        if self.unit == "characters":
+            return "".join(pieces)
+        return re.sub(" ?\n ?", "\n", " ".join("\n" if word == EOS else word for word in pieces))
+
+
+class Segments:
+    """A text in parallel streams, cut in time: yields (x (T, B), y (T, B), first), int64, y one token ahead of x.
+
+    N tokens are W * B streams of n = (N - 1) // (W * B) steps for W processes; process r has streams r * B to
+    r * B + B - 1. Stream s reads tokens s * n to s * n + n - 1. The last segment may be shorter. `first` is True where
+    the streams begin, so that whoever carries a state from segment to segment starts it there.
+    `state_dict` and `load_state_dict` go on within an epoch; Lightning calls them.
+    """
+
+    def __init__(self, tokens: np.ndarray, batch_size: int, unroll: int, *, rank: int = 0, world_size: int = 1) -> None:
+        self.unroll = unroll
+        streams = batch_size * world_size
+        self.steps = (len(tokens) - 1) // streams
+        mine = slice(rank * batch_size, (rank + 1) * batch_size)
+        size = streams * self.steps
+        self.inputs = tokens[:size].reshape(streams, self.steps)[mine]
+        self.targets = tokens[1 : size + 1].reshape(streams, self.steps)[mine]
+        self.position = 0  # segments that the current epoch has yielded
+        self.start = 0  # where the next epoch begins
+
+    def __len__(self) -> int:
+        return -(-self.steps // self.unroll)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        begin, self.start = self.start, 0
+        for position in range(begin, len(self)):
+            self.position = position + 1
+            span = slice(position * self.unroll, (position + 1) * self.unroll)
+            x, y = (
+                torch.from_numpy(np.ascontiguousarray(side[:, span].T, np.int64))
+                for side in (self.inputs, self.targets)
+            )
+            yield x, y, position == 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """The next epoch begins at that position; one that was finished begins anew."""
+        self.start = self.position = state_dict["position"] % len(self)
+
+
+class Text(pl.LightningDataModule):
+    """A text in `Segments`, read from a memory map, so that its size costs no memory.
+
+    root: folder of the corpora, which may be read-only; a file that is absent is downloaded.
+    cache: folder for what is prepared from them, once for all runs.
+    unit: bytes, characters or words.
+    files: what `corpus.Source` takes, for the keys `train`, `val` and `test`, or for `all`, which is split by size.
+    path: instead of `files`, any file.
+    valid_bytes, test_bytes: units at the end of `all` for validation, and after it for the test; the rest trains.
+        None: a twentieth each.
+    min_count: training words seen less often become <unk>; above 1, there is always an <unk>.
+    batch_size, unroll: streams of a process, and steps of a segment, in training.
+    eval_batch_size, eval_unroll: the same for validation and test. One stream predicts every token but the first.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        cache: str,
+        unit: str,
+        files: Mapping[str, Mapping[str, Any]] | None = None,
+        path: str | None = None,
+        valid_bytes: int | None = None,
+        test_bytes: int | None = None,
+        min_count: int = 1,
+        batch_size: int = 32,
+        unroll: int = 128,
+        eval_batch_size: int = 1,
+        eval_unroll: int = 128,
+    ) -> None:
+        super().__init__()
+        self.root = Path(root).expanduser()
+        self.cache = Path(cache).expanduser()
+        self.unit = unit
+        self.files = {"all": {"name": str(Path(path).expanduser().absolute())}} if path else dict(files or {})
+        self.held_out = {"valid_bytes": valid_bytes, "test_bytes": test_bytes}
+        self.min_count = min_count
+        self.batch_size, self.unroll = batch_size, unroll
+        self.eval_batch_size, self.eval_unroll = eval_batch_size, eval_unroll
+        self.splits: dict[str, np.ndarray] = {}
+        if unit not in UNITS:
+            raise ValueError(f"data.unit={unit} is not one of {', '.join(UNITS)}")
+        for name in ("batch_size", "unroll", "eval_batch_size", "eval_unroll", "min_count"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be 1 or more")
+        if not self.files:
+            raise ValueError("the text is a file of yours: type data.path=FILE (and data.valid_bytes, data.test_bytes)")
+        if set(self.files) not in ({"all"}, {"train", "val", "test"}):
+            raise ValueError(f"data.files has the keys {sorted(self.files)}: expected all, or train, val and test")
+        if unit == "words" and "all" in self.files:
+            raise ValueError("data.unit=words needs files for train, val and test; one text is read by data.unit=bytes")
+
+    def prepare_data(self) -> None:
+        """Downloads and checks what is absent, and prepares it in the cache; done once for all runs."""
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens what is prepared, and prepares it where it is not; a second call does nothing."""
+        if self.splits:
+            return
+        tokens, arrays = self.read()
+        if "all" in arrays:
+            arrays = split_by_size(arrays["all"], **self.held_out)
+        for name, array in arrays.items():
+            training = name == "train"
+            streams = (self.batch_size if training else self.eval_batch_size) * world()[1]
+            steps = (len(array) - 1) // streams
+            if steps < (self.unroll if training else 1):
+                prefix = "data." if training else "data.eval_"
+                raise ValueError(
+                    f"the {name} split has {len(array)} {self.unit}, {max(steps, 0)} steps for each of {streams} "
+                    f"streams: too few for {prefix}batch_size={streams // world()[1]}"
+                    + (f" and data.unroll={self.unroll}; type a smaller one, or take a longer text" if training else "")
+                )
+        self.vocabulary = Vocabulary(self.unit, tokens)
+        self.splits = arrays
+
+    def read(self) -> tuple[list[Token], dict[str, np.ndarray]]:
+        """The vocabulary's tokens, and the numbers of the tokens of each file."""
+        sources = {key: corpus.Source(root=self.root, **file) for key, file in self.files.items()}
+        return corpus.prepared(sources, self.cache / "text", self.unit, self.min_count)
+
+    @property
+    def dims(self) -> dict[str, Any]:
+        """What a network must know: vocab_size and unit. Prepares the data first."""
+        self.setup()
+        return {"vocab_size": len(self.vocabulary), "unit": self.unit}
+
+    def train_dataloader(self) -> Segments:
+        return self.segments("train", self.batch_size, self.unroll)
+
+    def val_dataloader(self) -> Segments:
+        return self.segments("val", self.eval_batch_size, self.eval_unroll)
+
+    def test_dataloader(self) -> Segments:
+        return self.segments("test", self.eval_batch_size, self.eval_unroll)
+
+    def segments(self, split: str, batch_size: int, unroll: int) -> Segments:
+        rank, world_size = world()
+        return Segments(self.splits[split], batch_size, unroll, rank=rank, world_size=world_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to read and write text."""
+        self.setup()
+        return {"unit": self.unit, "tokens": self.vocabulary.tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """ValueError if the checkpoint was trained on another vocabulary."""
+        now, then = self.state_dict(), state_dict
+        if now != then:
+            pairs = enumerate(zip(now["tokens"], then["tokens"], strict=False))
+            place = next((i for i, (new, old) in pairs if new != old), None)
+            where = (
+                "" if place is None else f"; number {place} was {then['tokens'][place]!r}, is {now['tokens'][place]!r}"
+            )
+            raise ValueError(
+                f"the checkpoint's vocabulary has {len(then['tokens'])} {then['unit']}, the data's "
+                f"{len(now['tokens'])} {now['unit']}{where}: the text or its options have changed. Use the options of "
+                "the checkpoint's run (data=, data.path, data.unit, data.min_count), or train again."
+            )
+
+    @staticmethod
+    def vocabulary_of(state_dict: dict[str, Any]) -> Vocabulary:
+        """The vocabulary in a `state_dict`."""
+        return Vocabulary(state_dict["unit"], state_dict["tokens"])
+
+
+class PythonManual(Text):
+    """Python's reference manual, the text of `pydoc_data.topics` by topic, as characters: no file, no download.
+
+    It differs a little between Python versions, and the numbers reached on it with it.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(unit="characters", files={"all": {}}, **options)
+
+    def read(self) -> tuple[list[Token], dict[str, np.ndarray]]:
+        from pydoc_data.topics import topics
+
+        text = "\n".join(topics[name] for name in sorted(topics))
+        vocabulary = Vocabulary("characters", sorted(set(text)))
+        return vocabulary.tokens, {"all": np.array(vocabulary.encode(text), corpus.dtype_of(len(vocabulary)))}
+
+
+def split_by_size(text: np.ndarray, valid_bytes: int | None, test_bytes: int | None) -> dict[str, np.ndarray]:
+    """train, val and test, in this order in the text."""
+    sizes = {"data.valid_bytes": valid_bytes, "data.test_bytes": test_bytes}
+    valid, test = (len(text) // 20 if size is None else size for size in sizes.values())
+    for name, size in sizes.items():
+        if size is not None and size < 2:
+            raise ValueError(f"{name}={size} must be 2 or more: a token, and the next to predict")
+    end = len(text) - test
+    if end - valid < 2:
+        raise ValueError(
+            f"data.valid_bytes={valid} and data.test_bytes={test} leave nothing of {len(text)} to train on: "
+            "type smaller ones"
+        )
+    return {"train": text[: end - valid], "val": text[end - valid : end], "test": text[end:]}
+
+
+def world() -> tuple[int, int]:
+    """This process's rank and the number of processes."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
