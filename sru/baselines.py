@@ -1,7 +1,7 @@
 """The encoders that the papers compare with, behind the SRU's call: h, state = encoder(x, state)."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,22 @@ from sru.kernels import recurrence
 from sru.kernels.linear import linear
 
 
-class _Recurrent(nn.Module):
+class _Encoder(nn.Module):
+    """What goes on one step at a time: a sequence of one."""
+
+    bidirectional = False
+
+    def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """h (B, output_size) and the state, of x (B, input_size): T steps give what one call of T steps gives."""
+        if self.bidirectional:
+            raise ValueError(f"a bidirectional {type(self).__name__} needs the whole sequence: it has no step")
+        if x.dim() != 2:
+            raise ValueError(f"x must be (B, input_size), one step of a sequence, not {tuple(x.shape)}")
+        h, state = self(x[None], state)
+        return h[0], state
+
+
+class _Recurrent(_Encoder):
     """A recurrent network of torch under the shared names; dropout lies between the layers."""
 
     network: Callable[..., nn.RNNBase]
@@ -27,6 +42,7 @@ class _Recurrent(nn.Module):
         bidirectional: bool = False,
     ) -> None:
         super().__init__()
+        self.bidirectional = bidirectional
         self.output_size = hidden_size * (2 if bidirectional else 1)
         # torch warns about dropout that a single layer has no use for.
         dropout = dropout if num_layers > 1 else 0.0
@@ -80,7 +96,7 @@ class QRNNLayer(nn.Module):
         return recurrence(u, skip, self.v, self.bias[1:], c0, mask=mask, scale=scale)
 
 
-class QRNN(nn.Module):
+class QRNN(_Encoder):
     """A stack of quasi-recurrent layers of window 1; state (num_layers, B, hidden_size).
 
     Args:
@@ -114,7 +130,7 @@ class QRNN(nn.Module):
         return x, torch.stack(states)
 
 
-class CNN(nn.Module):
+class CNN(_Encoder):
     """Convolutions of several widths under a max over time (Kim, 2014).
 
     The maximum is a running one: h_t holds the strongest response of every filter to x_1 .. x_t, so h_T is Kim's
