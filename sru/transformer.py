@@ -1,0 +1,245 @@
+"""Transformer-XL, the baseline of language modelling (Dai et al., ACL 2019; section 3 of the paper)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sru.door import check_input, check_probabilities, check_sizes, state_dtype
+from sru.kernels.linear import linear
+
+Pair = tuple[Tensor, Tensor]  # keys and values, each (S, B, hidden_size)
+
+
+class TransformerXL(nn.Module):
+    """A causal Transformer with relative positions and memory, by the encoders' call: `h, state = encoder(x, state)`.
+
+    A step sees itself, what came before it in the segment, and the memory: the inputs of each layer, (M, B,
+    hidden_size), at the last `memory_length` steps before the segment. They are the state, one tensor a layer; feeding
+    it back goes on with the sequence. Its gradient is the caller's to stop, as that of any state: the paper stops it.
+
+    Layers are normed after their sums, and u and v are shared by all layers, as in the published models of enwik8 and
+    WikiText-103. Dropout falls on the positions and on what the attention and the feed-forward add, and inside the
+    latter; that on the embeddings and on the last h is left to the task.
+
+    Args:
+        hidden_size: features of every layer, all heads together; x of another size is projected first.
+        num_heads: heads of the attention, among which hidden_size is shared.
+        inner_size: features inside the feed-forward; None for 4 * hidden_size.
+        attn_dropout: probability of dropping a step from what another attends to.
+        memory_length: how many steps before a segment it sees, and before a step of `step`; None for all.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 2,
+        *,
+        num_heads: int = 8,
+        inner_size: int | None = None,
+        dropout: float = 0.0,
+        attn_dropout: float = 0.0,
+        memory_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        inner_size = 4 * hidden_size if inner_size is None else inner_size
+        check_sizes(1, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        check_sizes(1, num_heads=num_heads, inner_size=inner_size)
+        check_probabilities(dropout=dropout, attn_dropout=attn_dropout)
+        if memory_length is not None:
+            check_sizes(0, memory_length=memory_length)
+        if hidden_size % num_heads:
+            fitting = [n for n in range(1, min(hidden_size, 32) + 1) if hidden_size % n == 0]
+            raise ValueError(
+                f"hidden_size = {hidden_size} cannot be shared among num_heads = {num_heads}: "
+                f"choose num_heads from {', '.join(map(str, fitting))}"
+            )
+        self.input_size = input_size
+        self.output_size = hidden_size
+        self.num_layers = num_layers
+        self.dropout = dropout
+        self.memory_length = memory_length
+        self.projection = nn.Linear(input_size, hidden_size, bias=False) if input_size != hidden_size else None
+        self.u = nn.Parameter(torch.empty(num_heads, hidden_size // num_heads))
+        self.v = nn.Parameter(torch.empty(num_heads, hidden_size // num_heads))
+        self.layers = nn.ModuleList(
+            TransformerXLLayer(hidden_size, num_heads, inner_size, dropout=dropout, attn_dropout=attn_dropout)
+            for _ in range(num_layers)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw matrices, u and v from a normal distribution of deviation 0.02; norms start at 1, biases at 0."""
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                nn.init.zeros_(parameter)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+    def forward(self, x: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """h (T, B, output_size) of x (T, B, input_size), and the state."""
+        self.check_x(x, 3, f"(T, B, {self.input_size}), time first")
+        h, inputs, _ = self.run(x, self.pasts(state, x.shape[1]))
+        if state is not None:
+            inputs = [torch.cat([past.to(now.dtype), now]) for past, now in zip(state, inputs, strict=True)]
+        return h, [self.remembered(a) for a in inputs]
+
+    def step(self, x: Tensor, state: Sequence[Tensor | Pair] | None = None) -> tuple[Tensor, list[Pair]]:
+        """One step: h (B, output_size) and the state, of x (B, input_size).
+
+        The state is a pair of keys and values for each layer, so that memory is not multiplied again. A step sees
+        itself and the last `memory_length` steps. The first one may take the state of a call: what a text begins with
+        is read at once, and gone on with step by step.
+        """
+        self.check_x(x, 2, f"(B, {self.input_size})")
+        h, _, pairs = self.run(x[None], self.pasts(state, x.shape[0], is_step=True))
+        return h[0], [(self.remembered(k), self.remembered(v)) for k, v in pairs]
+
+    def run(self, x: Tensor, pasts: Sequence[Pair | None]) -> tuple[Tensor, list[Tensor], list[Pair]]:
+        """h, the inputs of all layers, and the keys and values that each has seen: of x and of what lies before it."""
+        x = x if self.projection is None else linear(x, self.projection.weight)
+        total = len(x) + (0 if pasts[0] is None else len(pasts[0][0]))
+        r = F.dropout(positions(total, x), self.dropout, self.training)
+        inputs, pairs = [], []
+        for layer, past in zip(self.layers, pasts, strict=True):
+            inputs.append(x)
+            x, pair = layer(x, past, r, self.u, self.v)
+            pairs.append(pair)
+        return x, inputs, pairs
+
+    def remembered(self, a: Tensor) -> Tensor:
+        """The last memory_length steps of a (S, B, hidden_size)."""
+        return a if self.memory_length is None else a[max(0, len(a) - self.memory_length) :]
+
+    def check_x(self, x: Any, dims: int, meaning: str) -> None:
+        """Refuse what is no input of `dims` dimensions."""
+        check_input(x, self.u)
+        if x.dim() != dims or x.shape[-1] != self.input_size:
+            raise ValueError(f"x must be {meaning}, not {tuple(x.shape)}")
+
+    def pasts(self, state: Any, batch: int, *, is_step: bool = False) -> list[Pair | None]:
+        """Keys and values of each layer before x; refuse what forward, or either method for a step, did not return."""
+        if state is None:
+            return [None] * self.num_layers
+
+        def is_memory(a: Any) -> bool:
+            return isinstance(a, Tensor) and a.is_floating_point()
+
+        def is_pair(a: Any) -> bool:
+            return isinstance(a, Sequence) and len(a) == 2 and all(map(is_memory, a))
+
+        is_memories = isinstance(state, Sequence) and all(map(is_memory, state))
+        if not is_memories and not (is_step and isinstance(state, Sequence) and all(map(is_pair, state))):
+            found = type(state).__name__
+            if isinstance(state, Sequence):
+                found += f" of {', '.join(sorted({type(a).__name__ for a in state}))}"
+            source = "a call or step" if is_step else "a call, not step,"
+            raise TypeError(f"the state must be the list, one item a layer, that {source} returned, not {found}")
+        if len(state) != self.num_layers:
+            raise ValueError(f"the state must have one item for each of {self.num_layers} layers, not {len(state)}")
+        steps: int | str = "M"
+        for i, past in enumerate(state):
+            for a in [past] if is_memories else past:
+                if a.dim() != 3 or (a.shape[0] if steps == "M" else steps, batch, self.output_size) != a.shape:
+                    expected = f"({steps}, {batch}, {self.output_size})"
+                    raise ValueError(f"the state of layer {i} must be {expected} beside x, not {tuple(a.shape)}")
+                steps = a.shape[0]
+        if not is_memories:
+            return list(state)
+        layers = [cast(TransformerXLLayer, layer) for layer in self.layers]
+        return [layer.keys_and_values(past.to(self.u.dtype)) for layer, past in zip(layers, state, strict=True)]
+
+
+class TransformerXLLayer(nn.Module):
+    """Attention over memory and x, and a feed-forward of two matrices, each summed with what it got and normed."""
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, inner_size: int, *, dropout: float = 0.0, attn_dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.attn_dropout = attn_dropout
+        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.key_value = nn.Linear(hidden_size, 2 * hidden_size, bias=False)  # W_{k,E} and W_v
+        self.position = nn.Linear(hidden_size, hidden_size, bias=False)  # W_{k,R}
+        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.attention_norm = nn.LayerNorm(hidden_size)
+        self.inner = nn.Linear(hidden_size, inner_size)
+        self.outer = nn.Linear(inner_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def keys_and_values(self, x: Tensor) -> Pair:
+        """Two of (S, B, hidden_size)."""
+        k, v = linear(x, self.key_value.weight).chunk(2, dim=-1)
+        return k, v
+
+    def forward(
+        self, x: Tensor, past: Pair | None, positions: Tensor, bias_u: Tensor, bias_v: Tensor
+    ) -> tuple[Tensor, Pair]:
+        """h (T, B, hidden_size), and the keys and values (S, B, hidden_size), of what came before x and of x.
+
+        positions (S + 1, hidden_size): see `positions`; bias_u, bias_v (num_heads, d): the paper's u and v.
+        """
+        k, v = self.keys_and_values(x)
+        if past is not None:
+            k, v = (torch.cat([a.to(b.dtype), b]) for a, b in zip(past, (k, v), strict=True))
+        q, keys, values = (a.unflatten(2, (self.num_heads, -1)) for a in (linear(x, self.query.weight), k, v))
+        weight = self.position.weight.unflatten(0, (self.num_heads, -1))
+        p = self.attn_dropout if self.training else 0.0
+        a = attend(q, keys, values, positions, weight, bias_u.to(q.dtype), bias_v.to(q.dtype), p)
+        y = self.attention_norm(x + self.dropped(linear(a.flatten(2), self.output.weight)))
+        z = affine(self.dropped(F.relu(affine(y, self.inner))), self.outer)
+        return self.norm(y + self.dropped(z)), (k, v)
+
+    def dropped(self, a: Tensor) -> Tensor:
+        return F.dropout(a, self.dropout, self.training)
+
+
+def affine(x: Tensor, module: nn.Linear) -> Tensor:
+    """What the module gives, by the faster product."""
+    y = linear(x, module.weight)
+    return y + module.bias.to(y.dtype)
+
+
+def positions(total: int, x: Tensor) -> Tensor:
+    """R (total + 1, n) for x of n features: sines and cosines of the distances total - 1, ..., 0, and of -1.
+
+    The last one is never seen: it makes rows of scores one longer than there are steps, which `attend` needs.
+    """
+    n = x.shape[-1]
+    factory: dict[str, Any] = {"device": x.device, "dtype": state_dtype(x)}  # bfloat16 would count to 256
+    distances = torch.arange(total - 1, -2, -1, **factory)
+    angles = distances[:, None] * 10000 ** (-torch.arange(0, n, 2, **factory) / n)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :n].to(x.dtype)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, r: Tensor, weight: Tensor, bias_u: Tensor, bias_v: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """Attention with relative positions (section 3.3), (T, B, H, d): step i of T sees j of S for j <= i + S - T by
+
+        softmax over j of ((q_i + u) k_j + (q_i + v) W_{k,R} R_{i + S - T - j}) / sqrt(d)
+
+    q (T, B, H, d); k, v (S, B, H, d); r (S + 1, n): of `positions`; weight (H, d, n): W_{k,R}; bias_u, bias_v (H, d).
+    """
+    steps, total = len(q), len(k)
+    query = (q + bias_v) / math.sqrt(q.shape[-1])
+    if steps == 1:  # one query is cheaper to multiply by W_{k,R} than all positions are
+        scores = torch.einsum("tbhn,sn->bhts", torch.einsum("tbhd,hdn->tbhn", query, weight), r)
+    else:
+        scores = torch.einsum("tbhd,shd->bhts", query, linear(r, weight.flatten(0, 1)).unflatten(1, weight.shape[:2]))
+    # Row i has the distances from S - 1 on, but its own start at i + S - T, T - 1 - i numbers later. One number less
+    # in each row than in the one before is what rows of S see in a memory with rows of S + 1: a view, no copy.
+    scores = scores.flatten(2)[..., steps - 1 : steps - 1 + steps * total].unflatten(2, (steps, total))
+    later = torch.ones(steps, total, dtype=torch.bool, device=q.device).triu(total - steps + 1)
+    mask = scores.masked_fill(later, -math.inf)
+    q, k, v = (a.permute(1, 2, 0, 3) for a in (q + bias_u, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout).permute(2, 0, 1, 3)
