@@ -27,7 +27,7 @@ FORMAT = 1  # of the prepared folder; a change of what is written in it counts i
 VOCABULARY = "vocabulary.json"
 BLOCK = 1 << 18  # bytes read at once: what the memory of preparing depends on
 
-Piece = np.ndarray | list[str]
+Piece = np.ndarray | list[bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,6 @@ class Source:
             if path.is_dir():
                 return path, None
             path = path.with_name(path.name + ".tar.gz")
-        elif path.is_dir():
-            raise ValueError(f"{path} is a folder: name a file")
         present = find(path)
         if present is None and self.first_of is not None:
             return Source(root=self.root, **self.first_of).locate(check)[0], self.tokens
@@ -90,7 +88,7 @@ class Source:
                 f"unpack it whole, or remove {path} and leave the .tar.gz, which is read as it is"
             )
         total = sum(sizes.values())
-        if total != (self.tokens or total):
+        if unit != "characters" and total != (self.tokens or total):  # published are counts of bytes and of words
             raise ValueError(
                 f"{path} holds {total} {unit}, expected {self.tokens}: not the published file. Replace it, or "
                 f"`rm {path}` to download it again."
@@ -130,13 +128,13 @@ def blocks(stream: IO[bytes], path: Path, limit: int | None = None) -> Iterator[
 def pieces(source: Iterable[bytes], unit: str, name: str) -> Iterator[Piece]:
     """The codes of the bytes or characters, or the words, of each block; a line's end is the word <eos>."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    rest, last = "", "\n"
+    rest, last = b"", b"\n"
     for block in itertools.chain(source, [b""]):
         if unit == "bytes":
             yield np.frombuffer(block, np.uint8)
             continue
         try:
-            text = rest + decoder.decode(block, final=not block)
+            text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{name} is no UTF-8 text (byte {error.object[error.start]:#04x}: {error.reason}), so it has no "
@@ -145,12 +143,16 @@ def pieces(source: Iterable[bytes], unit: str, name: str) -> Iterator[Piece]:
         if unit == "characters":
             yield np.frombuffer(text.encode("utf-32-le"), np.uint32)
             continue
-        last = text[-1:] or last
-        if not block and last != "\n":  # the last line has no mark at its end
-            text += "\n"
-        cut = max(text.rfind(" "), text.rfind("\n")) + 1 if block else len(text)
-        rest = text[cut:]
-        yield text[:cut].replace("\n", f" {EOS} ").split()
+        last = block[-1:] or last
+        block = rest + (block or (b"" if last == b"\n" else b"\n"))  # the last line may lack its mark
+        cut = max(block.rfind(b" "), block.rfind(b"\n")) + 1
+        rest = block[cut:]
+        yield words_of(block[:cut])
+
+
+def words_of(text: bytes) -> list[bytes]:
+    """What lies between spaces. Other spaces than ASCII's are letters, as for those who count the corpora's words."""
+    return text.replace(b"\n", f" {EOS} ".encode()).split()
 
 
 def prepared(
@@ -164,11 +166,11 @@ def prepared(
     """
     identity = [FORMAT, unit, min_count, {key: source.identity() for key, source in sources.items()}]
     place = folder / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    found = opened(place)
+    found = opened(place, sources)
     if found is None:
         require_writable(folder)
         with FileLock(f"{place}.lock"):  # a second process waits here, and then finds what the first has built
-            found = opened(place)
+            found = opened(place, sources)
             if found is None:
                 for source in sources.values():
                     source.locate(check=True)
@@ -182,27 +184,26 @@ def prepared(
                 except BaseException:
                     shutil.rmtree(scratch)
                     raise
-                found = opened(place)
+                found = opened(place, sources)
     assert found is not None
     return found
 
 
-def opened(place: Path) -> tuple[list[Any], dict[str, np.ndarray]] | None:
+def opened(place: Path, keys: Iterable[str]) -> tuple[list[Any], dict[str, np.ndarray]] | None:
     """What a prepared folder holds; None if there is none, or it is not what was written."""
     try:
         checksums = json.loads((place / "checksums.json").read_bytes())
-        if {name: checksum(place / name) for name in checksums} != checksums:
+        if {name: checksum(place / name) for name in (*keys, VOCABULARY)} != checksums:
             return None
         tokens = json.loads((place / VOCABULARY).read_bytes())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError):
         return None
-    names = [name for name in checksums if name != VOCABULARY]
-    return tokens, {name: np.memmap(place / name, dtype_of(len(tokens)), "r") for name in names}
+    return tokens, {key: np.memmap(place / key, dtype_of(len(tokens)), "r") for key in keys}
 
 
 def build(place: Path, sources: Mapping[str, Source], unit: str, min_count: int) -> None:
     """Writes vocabulary and numbers: one pass counts, a second writes, so that only the vocabulary is in memory."""
-    counts: Counter[str] = Counter()
+    counts: Counter[bytes] = Counter()
     seen = np.zeros(256 if unit == "bytes" else sys.maxunicode + 1, bool)
     sizes: dict[str, dict[str, int]] = {}
     for key, source in sources.items():
@@ -221,7 +222,7 @@ def build(place: Path, sources: Mapping[str, Source], unit: str, min_count: int)
         tokens = ranked(counts, min_count)
     dtype = dtype_of(len(tokens))
     codes = (np.cumsum(seen) - 1).astype(dtype)
-    words = Numbers(zip(tokens, range(len(tokens)), strict=True))
+    words = Numbers((word.encode(), i) for i, word in enumerate(tokens) if unit == "words")
     for key, source in sources.items():
         names = sorted(sizes[key])
         starts = dict(zip(names, itertools.accumulate((sizes[key][name] for name in names), initial=0), strict=False))
@@ -238,24 +239,25 @@ def build(place: Path, sources: Mapping[str, Source], unit: str, min_count: int)
     (place / "checksums.json").write_text(json.dumps(checksums))
 
 
-class Numbers(dict[str, int]):
+class Numbers(dict[bytes, int]):
     """The numbers of words; that of <unk> for one that is not there."""
 
-    def __missing__(self, word: str) -> int:
-        if UNK not in self:
+    def __missing__(self, word: bytes) -> int:
+        if UNK.encode() not in self:
             raise ValueError(
-                f"validation or test holds {word!r}, which training does not, and there is no {UNK}: "
+                f"validation or test holds {word.decode()!r}, which training does not, and there is no {UNK}: "
                 "type data.min_count=2, which makes rare words unknown"
             )
-        return self[UNK]
+        return self[UNK.encode()]
 
 
-def ranked(counts: Counter[str], min_count: int) -> list[str]:
+def ranked(counts: Counter[bytes], min_count: int) -> list[str]:
     """The words seen often enough, and <unk> for the others, most frequent first, ties in alphabetical order."""
-    kept = {word: count for word, count in counts.items() if count >= min_count or word in (EOS, UNK)}
+    always = (EOS.encode(), UNK.encode())
+    kept = {word: count for word, count in counts.items() if count >= min_count or word in always}
     if min_count > 1:
-        kept[UNK] = counts[UNK] + counts.total() - sum(kept.values())
-    return sorted(kept, key=lambda word: (-kept[word], word))
+        kept[always[1]] = counts[always[1]] + counts.total() - sum(kept.values())
+    return [word.decode() for word in sorted(kept, key=lambda word: (-kept[word], word))]
 
 
 def dtype_of(size: int) -> type[np.unsignedinteger] | type[np.signedinteger]:

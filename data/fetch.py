@@ -23,11 +23,12 @@ from tqdm import tqdm
 def open_member(path: Path, mode: str) -> IO[bytes]:
     """The file in a .zip that holds one, or that of the archive's name."""
     with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if not name.endswith("/")]
-        names = [name for name in names if len(names) == 1 or name.rpartition("/")[2] == path.stem]
-        if len(names) != 1:
-            raise ValueError(f"{path} holds several files and none is {path.stem}: unpack the one you want")
-        return archive.open(names[0])
+        own = path.name.partition(".zip")[0]
+        files = [name for name in archive.namelist() if not name.endswith("/")]
+        chosen = [name for name in files if len(files) == 1 or name.rpartition("/")[2] == own]
+        if len(chosen) != 1:
+            raise ValueError(f"{path} holds {len(files)} files ({', '.join(files[:5])}): unpack the one you want")
+        return archive.open(chosen[0])
 
 
 OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".zip": open_member}
@@ -61,11 +62,12 @@ def unpacking(path: Path):
         ) from error
 
 
-def fetch(path: Path, url: str | None = None, sha256: str | None = None) -> Path:
-    """The file at `path` (or its .gz or .xz form), downloaded from `url` if absent, with its checksum verified.
+def fetch(path: Path, url: str | None = None, checksum: str | None = None) -> Path:
+    """The file at `path` (or packed: `path`.gz, .xz or .zip), downloaded from `url` if absent, its checksum verified.
 
-    sha256: of the unpacked bytes. If None, the checksum of the first download is written to `path`.sha256 and holds
-    from then on. A file that was there before is never deleted; a download takes its name only after the check.
+    checksum: sha256 or md5 of the unpacked bytes, told by its length. If None, the sha256 of the first download is
+    written to `path`.sha256 and holds from then on. A file that was there before is never deleted; a download takes
+    its name, to which the packing of `url` is appended, only after the check.
 
     FileNotFoundError: absent and no url. ValueError: wrong checksum. ConnectionError: no network, or the
     server refuses. PermissionError: the folder cannot be written.
@@ -78,20 +80,29 @@ def fetch(path: Path, url: str | None = None, sha256: str | None = None) -> Path
         with FileLock(path.with_name(f".{path.name}.lock")):  # a second process waits here, and then finds the file
             present = find(path)
             if present is None:
-                download(path, url, sha256 or recorded(path))
-                return path
-    expected = sha256 or recorded(path)
+                packing = next((suffix for suffix in OPENERS if suffix and url.endswith(suffix)), "")
+                packing = "" if path.name.endswith(packing) else packing
+                return download(path, packing, url, checksum or recorded(path))
+    expected = checksum or recorded(path)
     if expected:
-        digest = hashlib.sha256()
-        with open_unpacked(present) as file, unpacking(present):
-            while block := file.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != expected:
+        found = digest(present, present.name.removeprefix(path.name), kind_of(expected))
+        if found != expected:
             raise ValueError(
-                f"{present} is not the right file: its sha256 (unpacked) is {digest.hexdigest()}, expected {expected}. "
+                f"{present} is not the right file: its {kind_of(expected)} (unpacked) is {found}, expected {expected}. "
                 f"Replace it, or `rm {present}` to download it again."
             )
     return present
+
+
+def kind_of(checksum: str) -> str:
+    """The algorithm of a checksum."""
+    return "md5" if len(checksum) == 32 else "sha256"
+
+
+def digest(file: Path, packing: str, kind: str) -> str:
+    """The checksum of a file's content, of which `packing` is .gz, .xz, .zip or nothing."""
+    with unpacking(file), OPENERS[packing](file, "rb") as content:  # type: ignore[operator]
+        return hashlib.file_digest(content, kind).hexdigest()
 
 
 def recorded(path: Path) -> str | None:
@@ -118,17 +129,29 @@ def require_writable(folder: Path) -> None:
         ) from error
 
 
-def download(path: Path, url: str, sha256: str | None) -> None:
-    """Downloads `url` to `path`; what a broken transfer leaves in `path`.part is where the next call goes on."""
-    part = path.with_name(path.name + ".part")
+def download(path: Path, packing: str, url: str, checksum: str | None) -> Path:
+    """Downloads `url` to `path` + `packing`; what a broken transfer leaves in .part is where the next call goes on."""
+    target = path.with_name(path.name + packing)
+    part = target.with_name(target.name + ".part")
 
     def downloader(url: str, output_file: str, _pooch: object) -> None:
         transfer(url, part)
+        found = None
+        with contextlib.suppress(ValueError):
+            found = digest(part, packing, kind_of(checksum or ""))
+        if found is None or found != (checksum or found):
+            part.unlink()
+            raise ValueError(
+                f"{path} was not the right file: expected {checksum or 'one that is whole'}, "
+                f"got {found or 'a damaged archive'}; it is deleted."
+            )
+        if checksum is None:
+            path.with_name(path.name + ".sha256").write_text(found + "\n")
         os.replace(part, output_file)
 
     pooch.get_logger().setLevel("WARNING")  # at INFO it prints checksums to be pasted into code
     try:
-        pooch.retrieve(url, sha256, fname=path.name, path=path.parent, downloader=downloader)
+        pooch.retrieve(url, None, fname=target.name, path=path.parent, downloader=downloader)
     except requests.RequestException as error:
         # The innermost reason: requests wraps it in four layers of class names.
         reason = re.split(r": |\] |, '", str(error))[-1].strip("()'\" ")
@@ -145,8 +168,7 @@ def download(path: Path, url: str, sha256: str | None) -> None:
             f"{error} It came from {url}. Run the same command again; if that does not help, the file has changed at "
             f"its source: put the right one at {path}."
         ) from error
-    if sha256 is None:
-        path.with_name(path.name + ".sha256").write_text(pooch.file_hash(str(path)) + "\n")
+    return target
 
 
 def transfer(url: str, part: Path) -> None:
@@ -195,8 +217,9 @@ def fetch_from_hub(path: Path, rows: Mapping[str, Any]) -> None:
         try:
             dataset = load_dataset(**rows)
         except Exception as error:  # the hub's client raises what its layers raise
+            reason = str(error).partition("\n")[0]
             raise ConnectionError(
-                f"cannot get {rows['path']} {rows['name']} from the hub for {path}: {str(error).splitlines()[0]}. "
+                f"cannot get {' '.join(map(str, rows.values()))} from the hub for {path}: {reason}. "
                 "Run the same command again, or put the file there by hand. data=pydoc_text needs no network."
             ) from error
         part = path.with_name(path.name + ".part")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data import corpus
 from data.corpus import EOS, UNITS, UNK
+from data.fetch import find
 
 Token = int | str
 
@@ -36,7 +37,7 @@ class Vocabulary:
         if self.unit == "bytes":
             pieces = text.encode()
         elif self.unit == "words":
-            pieces = text.replace("\n", f" {EOS} ").split()
+            pieces = [word.decode() for word in corpus.words_of(text.encode())]
         try:
             return [self.index[piece] for piece in pieces]
         except KeyError as error:
@@ -146,6 +147,8 @@ class Text(pl.LightningDataModule):
         for name in ("batch_size", "unroll", "eval_batch_size", "eval_unroll", "min_count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be 1 or more")
+        if path and (Path(path).is_dir() or find(Path(path).expanduser()) is None):
+            raise FileNotFoundError(f"data.path={path} is no file: type data.path=FILE, plain or .gz, .xz or .zip")
         if not self.files:
             raise ValueError("the text is a file of yours: type data.path=FILE (and data.valid_bytes, data.test_bytes)")
         if set(self.files) not in ({"all"}, {"train", "val", "test"}):
@@ -164,19 +167,10 @@ class Text(pl.LightningDataModule):
         tokens, arrays = self.read()
         if "all" in arrays:
             arrays = split_by_size(arrays["all"], **self.held_out)
-        for name, array in arrays.items():
-            training = name == "train"
-            streams = (self.batch_size if training else self.eval_batch_size) * world()[1]
-            steps = (len(array) - 1) // streams
-            if steps < (self.unroll if training else 1):
-                prefix = "data." if training else "data.eval_"
-                raise ValueError(
-                    f"the {name} split has {len(array)} {self.unit}, {max(steps, 0)} steps for each of {streams} "
-                    f"streams: too few for {prefix}batch_size={streams // world()[1]}"
-                    + (f" and data.unroll={self.unroll}; type a smaller one, or take a longer text" if training else "")
-                )
         self.vocabulary = Vocabulary(self.unit, tokens)
         self.splits = arrays
+        for split in arrays:  # what is too short for its streams is told now
+            self.segments(split)
 
     def read(self) -> tuple[list[Token], dict[str, np.ndarray]]:
         """The vocabulary's tokens, and the numbers of the tokens of each file."""
@@ -190,17 +184,29 @@ class Text(pl.LightningDataModule):
         return {"vocab_size": len(self.vocabulary), "unit": self.unit}
 
     def train_dataloader(self) -> Segments:
-        return self.segments("train", self.batch_size, self.unroll)
+        return self.segments("train")
 
     def val_dataloader(self) -> Segments:
-        return self.segments("val", self.eval_batch_size, self.eval_unroll)
+        return self.segments("val")
 
     def test_dataloader(self) -> Segments:
-        return self.segments("test", self.eval_batch_size, self.eval_unroll)
+        return self.segments("test")
 
-    def segments(self, split: str, batch_size: int, unroll: int) -> Segments:
-        rank, world_size = world()
-        return Segments(self.splits[split], batch_size, unroll, rank=rank, world_size=world_size)
+    def segments(self, split: str) -> Segments:
+        """The segments of this process; ValueError if the text is too short for them."""
+        rank, world_size = 0, 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        text, prefix = self.splits[split], "" if split == "train" else "eval_"
+        batch_size, unroll = getattr(self, f"{prefix}batch_size"), getattr(self, f"{prefix}unroll")
+        steps = (len(text) - 1) // (batch_size * world_size)
+        if steps < (unroll if split == "train" else 1):
+            raise ValueError(
+                f"the {split} split has {len(text)} {self.unit}: in {batch_size * world_size} streams they are "
+                f"{max(steps, 0)} steps, too few for data.{prefix}batch_size={batch_size} and data.{prefix}unroll="
+                f"{unroll}. Type smaller ones, or take a longer text."
+            )
+        return Segments(text, batch_size, unroll, rank=rank, world_size=world_size)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to read and write text."""
@@ -259,11 +265,3 @@ def split_by_size(text: np.ndarray, valid_bytes: int | None, test_bytes: int | N
             "type smaller ones"
         )
     return {"train": text[: end - valid], "val": text[end - valid : end], "test": text[end:]}
-
-
-def world() -> tuple[int, int]:
-    """This process's rank and the number of processes."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1

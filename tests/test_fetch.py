@@ -2,17 +2,19 @@
 
 import gzip
 import http.server
+import io
 import multiprocessing
 import socket
 import subprocess
 import sys
 import threading
-from hashlib import sha256
+import zipfile
+from hashlib import md5, sha256
 from pathlib import Path
 
 import pytest
 
-from data.fetch import fetch
+from data.fetch import fetch, read_bytes
 
 REVIEWS = (Path(__file__).parent / "samples" / "reviews.all").read_bytes()
 
@@ -28,7 +30,7 @@ class Server:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 outer.asked.append(self.headers.get("Range"))
-                if self.path != "/file":
+                if self.path not in ("/file", "/file.zip"):
                     return self.send_error(404)
                 start = int(outer.asked[-1][6:-1]) if outer.asked[-1] and outer.ranges else 0
                 if start >= len(outer.content):
@@ -131,6 +133,49 @@ def test_an_unknown_checksum_is_recorded_and_then_holds(tmp_path, server):
     path.write_bytes(b"changed")
     with pytest.raises(ValueError, match=rf"expected {server.sha256}"):
         fetch(path, server.url)
+
+
+def in_zip(*names):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.writestr(name, REVIEWS)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", [md5, sha256])
+@pytest.mark.parametrize("names", [("anything",), ("README", "folder/file")])
+def test_a_zip_is_downloaded_as_it_is_and_its_content_checked(tmp_path, server, kind, names):
+    server.content = in_zip(*names)
+    path, checksum = tmp_path / "file", kind(REVIEWS).hexdigest()
+    for _ in range(2):
+        assert fetch(path, f"{server.url}.zip", checksum) == tmp_path / "file.zip"
+    assert server.asked == [None]
+    assert visible(tmp_path) == ["file.zip"]
+    assert read_bytes(tmp_path / "file.zip") == REVIEWS
+    with pytest.raises(ValueError, match=rf"file\.zip is not the right file: .* expected {'0' * 32}"):
+        fetch(path, f"{server.url}.zip", "0" * 32)
+
+
+def test_a_zip_under_its_own_name_is_checked_as_a_whole(tmp_path, server):
+    server.content = in_zip("one", "two")
+    checksum = sha256(server.content).hexdigest()
+    assert fetch(tmp_path / "file.zip", f"{server.url}.zip", checksum) == tmp_path / "file.zip"
+    fetch(tmp_path / "file.zip", f"{server.url}.zip", checksum)
+
+
+@pytest.mark.parametrize(("checksum", "expected"), [(None, "one that is whole"), ("0" * 32, "0" * 32)])
+def test_a_download_that_is_no_archive_is_deleted(tmp_path, server, checksum, expected):
+    with pytest.raises(ValueError, match=rf"expected {expected}, got a damaged archive.* came from {server.url}\.zip"):
+        fetch(tmp_path / "file", f"{server.url}.zip", checksum)
+    assert visible(tmp_path) == []
+
+
+def test_the_recorded_checksum_of_a_zip_is_that_of_its_content(tmp_path, server):
+    server.content = in_zip("file")
+    fetch(tmp_path / "file", f"{server.url}.zip")
+    assert (tmp_path / "file.sha256").read_text().strip() == sha256(REVIEWS).hexdigest()
+    fetch(tmp_path / "file", f"{server.url}.zip")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"0" * 63])
