@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> float | None:
             found = record.result(trainer, task) | {"commit": origin["commit"]}
             best = trainer.checkpoint_callback.best_model_path
             (tested,) = trainer.test(task, datamodule=data, ckpt_path=best or None, verbose=False, weights_only=True)
-            found["metrics"] |= tested
+            found["metrics"] |= {name: value for name, value in tested.items() if name != "step"}
             found["wall_seconds"] = time.perf_counter() - start
             record.write_result(found, folder)
             outcome = found

@@ -229,25 +229,25 @@ def table(groups: list[Group]) -> str:
 
 
 def read_curve(run: Run) -> dict[int, tuple[float, float]]:
-    """{epoch: (seconds of training so far, validation metric)}; raises DamagedError."""
+    """{step: (seconds of training so far, validation metric)}; raises DamagedError."""
     path = run.folder / "metrics.csv"
     with reading(path), path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
         points = {
-            int(float(row["epoch"])): (float(row["seconds"]), float(row[run.monitor]))
+            int(row["step"]): (float(row["seconds"]), float(row[run.monitor]))
             for row in rows
             if row.get("seconds") and row[run.monitor]
         }
         if not points:
-            raise ValueError(f"no epoch has both seconds and {run.monitor}")
+            raise ValueError(f"no row has both seconds and {run.monitor}")
         return points
 
 
 def draw(groups: list[Group], path: Path) -> list[str]:
     """Draw validation metric against training time, a panel a data set, a line a group, as Figure 3 of the 2018 paper.
 
-    A line is the mean over a group's runs of both, by epoch, over the epochs that all of them have, so that every point
-    is a mean over the same runs. Returns the messages about the file and about curves that could not be read.
+    A line is the mean over a group's runs of both, by step, over the steps that all of them have validated at, so that
+    every point is a mean over the same runs. Returns the messages about the file and about curves that could not be read.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -261,12 +261,12 @@ def draw(groups: list[Group], path: Path) -> list[str]:
                 curves.append(read_curve(run))
             except DamagedError as error:
                 messages.append(f"no curve: {error}")
-        epochs = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-        if epochs:
+        steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+        if steps:
             depth = f"{first.names['depth']} layers" if first.names["depth"] else ""
             parts = [depth, first.names["ablation"], first.names["vectors"], group.differs]
             label = ", ".join(part for part in [first.names["model"], *parts, "" if first.tested else "†"] if part)
-            mean = np.mean([[curve[epoch] for epoch in epochs] for curve in curves], axis=0)
+            mean = np.mean([[curve[step] for step in steps] for curve in curves], axis=0)
             panels.setdefault((first.names["data"], first.names["task"], first.monitor), []).append((label, mean))
     if not panels:
         return [*messages, f"{path} was not drawn: no run has a learning curve"]

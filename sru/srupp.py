@@ -117,6 +117,11 @@ class SRUpp(SRU):
         self.causal = causal
         self.memory_length = memory_length
 
+    @property
+    def reach(self) -> int | None:
+        """How many steps before it a step of `step` sees; None for all."""
+        return self.memory_length
+
     def forward(  # type: ignore[override]
         self,
         x: Tensor | PackedSequence,
@@ -218,7 +223,7 @@ class SRUpp(SRU):
         if x.dim() != 2:
             raise ValueError(f"x must be (B, {self.input_size}), not {tuple(x.shape)}")
         c0, pairs = (None, [()] * self.num_layers) if state is None else self.checked(state)
-        caches = [Cache(self.memory_length, *pair) for pair in pairs]
+        caches = [Cache(self.reach, *pair) for pair in pairs]
         h, c = self.run(x[None], c0, None, lambda i, *_: (None, None, False, caches[i]))
         return h[0], (c, [() if cache.k is None else (cache.k, cache.v) for cache in caches])
 
@@ -242,19 +247,37 @@ class SRUppEncoder(SRUpp):
 
     A step sees itself, what came before it, and the memory: the inputs of each layer at the last `memory_length` steps
     before the segment, but for those that were padding. Feeding the state back goes on with the sequence.
+
+    Args:
+        proj_size: as in SRUpp; None for a quarter of hidden_size, the published ratio.
+        memory_length: steps of memory; None for all there were.
+        eval_memory_length: the same in evaluation, where the published models look back further; None for as many.
+        options: those of SRUpp.
     """
 
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
-        proj_size: int,
+        proj_size: int | None = None,
         num_layers: int = 2,
         *,
         causal: bool = True,
+        memory_length: int | None = None,
+        eval_memory_length: int | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(input_size, hidden_size, proj_size, num_layers, causal=causal, **options)
+        proj_size = max(1, hidden_size // 4) if proj_size is None else proj_size
+        super().__init__(
+            input_size, hidden_size, proj_size, num_layers, causal=causal, memory_length=memory_length, **options
+        )
+        if eval_memory_length is not None:
+            check_sizes(0, eval_memory_length=eval_memory_length)
+        self.eval_memory_length = memory_length if eval_memory_length is None else eval_memory_length
+
+    @property
+    def reach(self) -> int | None:
+        return self.memory_length if self.training else self.eval_memory_length
 
     def forward(  # type: ignore[override]
         self,
@@ -278,7 +301,7 @@ class SRUppEncoder(SRUpp):
                     [x.new_zeros(n, x.shape[1], dtype=torch.bool) if a is None else a != 0 for a, n in pads]
                 )
             inputs = [torch.cat([past.to(now.dtype), now]) for past, now in zip(memory, inputs, strict=True)]
-        first = 0 if self.memory_length is None else max(0, inputs[0].shape[0] - self.memory_length)
+        first = 0 if self.reach is None else max(0, inputs[0].shape[0] - self.reach)
         assert isinstance(h, Tensor)
         return h, (c, [a[first:] for a in inputs], None if pad is None else pad[first:])
 

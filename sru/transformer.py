@@ -31,6 +31,7 @@ class TransformerXL(nn.Module):
         inner_size: features inside the feed-forward; None for 4 * hidden_size.
         attn_dropout: probability of dropping a step from what another attends to.
         memory_length: how many steps before a segment it sees, and before a step of `step`; None for all.
+        eval_memory_length: the same in evaluation, where the published models look back further; None for as many.
     """
 
     def __init__(
@@ -44,14 +45,16 @@ class TransformerXL(nn.Module):
         dropout: float = 0.0,
         attn_dropout: float = 0.0,
         memory_length: int | None = None,
+        eval_memory_length: int | None = None,
     ) -> None:
         super().__init__()
         inner_size = 4 * hidden_size if inner_size is None else inner_size
         check_sizes(1, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         check_sizes(1, num_heads=num_heads, inner_size=inner_size)
         check_probabilities(dropout=dropout, attn_dropout=attn_dropout)
-        if memory_length is not None:
-            check_sizes(0, memory_length=memory_length)
+        for length in (memory_length, eval_memory_length):
+            if length is not None:
+                check_sizes(0, memory_length=length)
         if hidden_size % num_heads:
             fitting = [n for n in range(1, min(hidden_size, 32) + 1) if hidden_size % n == 0]
             raise ValueError(
@@ -63,6 +66,7 @@ class TransformerXL(nn.Module):
         self.num_layers = num_layers
         self.dropout = dropout
         self.memory_length = memory_length
+        self.eval_memory_length = memory_length if eval_memory_length is None else eval_memory_length
         self.projection = nn.Linear(input_size, hidden_size, bias=False) if input_size != hidden_size else None
         self.u = nn.Parameter(torch.empty(num_heads, hidden_size // num_heads))
         self.v = nn.Parameter(torch.empty(num_heads, hidden_size // num_heads))
@@ -115,8 +119,9 @@ class TransformerXL(nn.Module):
         return x, inputs, pairs
 
     def remembered(self, a: Tensor) -> Tensor:
-        """The last memory_length steps of a (S, B, hidden_size)."""
-        return a if self.memory_length is None else a[max(0, len(a) - self.memory_length) :]
+        """The steps of a (S, B, hidden_size) that are kept."""
+        length = self.memory_length if self.training else self.eval_memory_length
+        return a if length is None else a[max(0, len(a) - length) :]
 
     def check_x(self, x: Any, dims: int, meaning: str) -> None:
         """Refuse what is no input of `dims` dimensions."""

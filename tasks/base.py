@@ -27,26 +27,55 @@ class Dropout(nn.Module):
 class Task(pl.LightningModule, ABC):
     """A network with its loss and metrics; a subclass builds the network and defines `loss`.
 
+    Metrics are means over what the loss counts. Those of training are over the time since the last validation.
+
     Args:
         optimizer: builds the optimiser from the parameters that are trained.
+        scheduler: builds the schedule of its learning rate, as tasks/schedules.py does; None leaves it as it is.
     """
 
-    def __init__(self, optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]) -> None:
+    counted = "examples"  # what `loss` counts
+
+    def __init__(
+        self,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        scheduler: Callable[[torch.optim.Optimizer], dict[str, Any]] | None = None,
+    ) -> None:
         super().__init__()
         self.optimizer = optimizer
+        self.scheduler = scheduler
         self.batch_size = 0  # of the last step, for the clock
+        self.sums: dict[str, dict[str, Tensor]] = {}  # of each stage, since they were last logged
         self.random_state: dict[str, Any] | None = None
 
     @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], int]:
         """The loss to minimise, further metrics, and the number of examples that both are means over."""
 
+    def derived(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics that follow from the means of a stage, where the mean of what follows from a batch would be wrong."""
+        return {}
+
     def _step(self, batch: Any, stage: str) -> Tensor:
         loss, metrics, size = self.loss(batch)
         self.batch_size = size
-        values = {f"{stage}/{name}": value for name, value in {"loss": loss.detach(), **metrics}.items()}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, prog_bar=stage == "val")
+        sums = self.sums.setdefault(stage, {})
+        # The sum of an epoch has more digits than a float32; Apple's GPUs have no float64.
+        dtype = torch.float32 if loss.device.type == "mps" else torch.float64
+        for name, value in {"loss": loss, **metrics, "size": torch.ones_like(loss)}.items():
+            summand = size * value.detach().to(dtype)
+            sums[name] = sums[name] + summand if name in sums else summand
         return loss
+
+    def _log_means(self, stage: str) -> None:
+        if sums := self.sums.pop(stage, None):
+            sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
+            size = sums.pop("size")
+            means = {name: value / size for name, value in sums.items()}
+            means |= self.derived(means)
+            self.log_dict({f"{stage}/{name}": value.float() for name, value in means.items()}, prog_bar=stage == "val")
+            # The row of the loggers; Lightning's own count is another one after a resume within an epoch.
+            self.log("step", float(self.trainer.global_step))
 
     def training_step(self, batch: Any) -> Tensor:
         return self._step(batch, "train")
@@ -57,15 +86,32 @@ class Task(pl.LightningModule, ABC):
     def test_step(self, batch: Any) -> None:
         self._step(batch, "test")
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer([p for p in self.parameters() if p.requires_grad])
+    def on_validation_epoch_end(self) -> None:
+        self._log_means("train")
+        self._log_means("val")
+
+    def on_train_epoch_end(self) -> None:
+        if not self.trainer.enable_validation:
+            self._log_means("train")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_means("test")
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
 
     # Lightning keeps no random state in a checkpoint; without it, a resumed run would draw other dropout masks.
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["random_state"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        checkpoint["sums"] = self.sums.get("train", {})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.random_state = checkpoint["random_state"]
+        if checkpoint.get("sums"):
+            self.sums["train"] = checkpoint["sums"]
 
     def on_train_start(self) -> None:
         if self.random_state is not None:

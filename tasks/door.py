@@ -16,7 +16,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from hydra.utils import get_class
+from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -105,21 +105,16 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
             f"resume={folder}: it has no checkpoints/last.ckpt, so it stopped before its first epoch ended. "
             f"Start it anew: the same command without resume, with run_dir={folder}."
         )
+    state = checkpoint(last)
     try:
-        checkpoint = dict(torch.load(last, map_location="cpu", weights_only=True, mmap=True))
         before = OmegaConf.load(folder / "config.yaml")
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
             f"resume={folder}: damaged ({error}); use a copy of the folder, or start a new run."
         ) from error
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
-        raise ValueError(
-            f"{last} is damaged, or no checkpoint of this project ({type(error).__name__}); nothing of it was run. "
-            "Use a copy of the folder, or start a new run."
-        ) from error
-    if not {"random_state", "state_dict", "epoch", "pytorch-lightning_version"} <= checkpoint.keys():
-        raise ValueError(f"{last} is no checkpoint of this project; use a copy of the folder, or start a new run.")
-    done, wanted = checkpoint["epoch"] + 1, cfg.trainer.max_epochs
+    # A checkpoint between two validations of an epoch counts the epoch that is not done.
+    progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    done, wanted = state["epoch"] + progress["is_last_batch"], cfg.trainer.max_epochs
     if wanted < done:
         raise ValueError(
             f"trainer.max_epochs={wanted} lies below the {done} epochs that resume={folder} has trained; "
@@ -140,6 +135,35 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
         print(f"resumed with {key}: {old} -> {new}")
     if wanted == done:
         print(f"All {done} epochs are trained, only the test is left. To train longer: trainer.max_epochs=N.")
+
+
+def checkpoint(path: Path) -> dict[str, Any]:
+    """A run's checkpoint, of which nothing is executed; ValueError for what is none."""
+    try:
+        content = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        raise ValueError(
+            f"{path} is damaged, or no checkpoint of this project ({type(error).__name__}); nothing of it was run. "
+            "Use a copy of the folder, or start a new run."
+        ) from error
+    if not {"random_state", "state_dict", "epoch", "loops", "pytorch-lightning_version"} <= content.keys():
+        raise ValueError(f"{path} is no checkpoint of this project; use a copy of the folder, or start a new run.")
+    return content
+
+
+def class_and_options(config: Any, part: str, base: type) -> tuple[type, dict[str, Any]]:
+    """What a part of a run's configuration builds, and with what; ValueError where that is none of this project.
+
+    For folders that somebody may have sent: nothing but a class of `base` is taken, and nothing within its options.
+    """
+    options = OmegaConf.to_container(OmegaConf.create(config), resolve=True)[part]
+    target = str(options.pop("_target_"))
+    options.pop("_partial_", None)
+    found = get_object(target) if re.fullmatch(r"(sru|tasks|data)(\.\w+)+", target) else None
+    own = isinstance(found, type) and issubclass(found, base)
+    if not own or any(key.endswith("_target_") for key in leaves(options)):
+        raise ValueError(f"config.yaml names {target} as {part}, or classes within: not of this project, nothing built")
+    return found, options
 
 
 def resumed(arguments: list[str]) -> list[str]:

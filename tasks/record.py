@@ -43,7 +43,11 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 class Checkpoint(ModelCheckpoint):
-    """Lightning's, which forgets the best epoch so far when the run folder was moved; this one does not."""
+    """Lightning's, but for two things: a run folder that was moved keeps the best epoch so far, and a run that stops
+    within an epoch goes on there, since what is saved is the state after the validation and not after the epoch."""
+
+    def _should_save_on_train_epoch_end(self, trainer: pl.Trainer) -> bool:
+        return not trainer.enable_validation
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         def moved(path: str) -> str:
@@ -55,16 +59,30 @@ class Checkpoint(ModelCheckpoint):
 
 
 class Clock(pl.Callback):
-    """Log the training time so far (seconds, without validation) and the training examples a second, every epoch.
+    """Log, with every validation, what training costs: time, speed, how a step's time is shared, memory.
 
-    Both go on across a resume. Prints a line an epoch.
+    `epoch`: how many were trained, in parts too; `seconds` of training, without validation; examples (or tokens) a second; `step_ms/data`, `/forward`,
+    `/backward` and `/optimizer`; `peak_memory_mb` of the process, or on a GPU what torch has allocated there. Time goes
+    on across a resume. Prints a line a validation.
+
+    Args:
+        max_seconds: stop after so much training; None for never.
     """
 
-    def __init__(self) -> None:
+    PARTS = ("data", "forward", "backward", "optimizer")
+    SAMPLING = 16  # on a GPU the parts of one step in so many are timed, for that waits until each is done
+
+    def __init__(self, max_seconds: float | None = None) -> None:
+        if max_seconds is not None and max_seconds <= 0:
+            raise ValueError(f"callbacks.clock.max_seconds={max_seconds} must be above 0, or null for no limit")
+        self.max_seconds = max_seconds
         self.seconds = 0.0
         self.examples = 0
-        self.epochs = 0
+        self.epochs = 0.0
+        self.parts = dict.fromkeys(self.PARTS, 0.0)
+        self.sampled = 0
         self._since = 0.0
+        self._mark: float | None = None  # None while the parts are not timed
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "examples": self.examples, "epochs": self.epochs}
@@ -72,25 +90,92 @@ class Clock(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds, self.examples, self.epochs = (state_dict[key] for key in ("seconds", "examples", "epochs"))
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _wait(self, module: Any) -> float:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)
+        return time.perf_counter()
+
+    def _begin(self, trainer: pl.Trainer, module: Any) -> None:
+        sampling = module.device.type != "cuda" or trainer.global_step % self.SAMPLING == 0
+        self._mark = self._wait(module) if sampling else None
+
+    def _lap(self, part: str, module: Any) -> None:
+        if self._mark is not None:
+            now = self._wait(module)
+            self.parts[part] += now - self._mark
+            self._mark = now
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # Not only with an epoch: a resumed run may start within one.
+        self._begin(trainer, pl_module)
         self._since = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        self.examples += pl_module.batch_size
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            # Before Lightning starts the validation, which belongs to the epoch too.
-            self.seconds += time.perf_counter() - self._since
-            self.epochs += 1
+    on_train_epoch_start = on_train_start
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pl_module.log_dict({"seconds": self.seconds, "examples_per_second": self.examples_per_second})
-        values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        words = [f"epoch {trainer.current_epoch}", *(f"{name} {value:.4g}" for name, value in values.items())]
-        pl_module.print("  ".join([*words, f"{self.examples_per_second:.0f} examples/s"]))
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        self._lap("data", pl_module)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        self._lap("forward", pl_module)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._lap("backward", pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        self._lap("optimizer", pl_module)
+        self.sampled += self._mark is not None
+        self.examples += pl_module.batch_size
+        self.epochs += 1 / trainer.num_training_batches
+        self._begin(trainer, pl_module)
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
+        if self.max_seconds is not None and self.seconds >= self.max_seconds:
+            trainer.should_stop = True
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "fit":
+            self.seconds += self._wait(pl_module) - self._since
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "fit":
+            self._log(pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "fit":
+            values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            words = [f"epoch {self.epochs:.4g}", *(f"{name} {value:.4g}" for name, value in values.items())]
+            pl_module.print("  ".join([*words, f"{self.speed:.0f} {pl_module.counted}/s"]))
+        self._begin(trainer, pl_module)
+        self._since = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not trainer.enable_validation:
+            self._log(pl_module)
+
+    def _log(self, module: Any) -> None:
+        values = {"seconds": self.seconds, f"{module.counted}_per_second": self.speed, **self.step_milliseconds()}
+        module.log_dict(values | {"epoch": self.epochs, "peak_memory_mb": peak_memory(module.device)})
+
+    def step_milliseconds(self) -> dict[str, float]:
+        return {f"step_ms/{part}": 1e3 * sum_ / max(1, self.sampled) for part, sum_ in self.parts.items()}
 
     @property
-    def examples_per_second(self) -> float:
+    def speed(self) -> float:
+        """Examples or tokens a second of training."""
         return self.examples / self.seconds if self.seconds else 0.0
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most megabytes (2**20 bytes) that torch held on a GPU, or that the process held, its memory maps included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":  # which does not tell
+        return float("nan")
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 class MetricsFile(Logger):
@@ -199,10 +284,11 @@ def result(trainer: Any, task: Any) -> dict[str, Any]:
     best = trainer.checkpoint_callback
     clock = next(callback for callback in trainer.callbacks if isinstance(callback, Clock))
     metrics = {}
-    best_epoch = None
+    best_epoch = None  # how many epochs of training it saw
     if best.best_model_path:
         metrics[best.monitor] = float(best.best_model_score)
-        best_epoch = torch.load(best.best_model_path, map_location="cpu", weights_only=True, mmap=True)["epoch"]
+        checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True, mmap=True)
+        best_epoch = round(checkpoint["callbacks"]["Clock"]["epochs"], 3)
     return {
         "metrics": metrics,
         "monitor": best.monitor,
@@ -211,8 +297,10 @@ def result(trainer: Any, task: Any) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in task.parameters()),
         "encoder_parameters": sum(p.numel() for p in task.encoder.parameters()),
         "seconds": clock.seconds,
-        "seconds_per_epoch": clock.seconds / max(1, clock.epochs),
-        "examples_per_second": clock.examples_per_second,
+        "seconds_per_epoch": clock.seconds / clock.epochs if clock.epochs else 0.0,
+        f"{task.counted}_per_second": clock.speed,
+        **clock.step_milliseconds(),
+        "peak_memory_mb": peak_memory(task.device),
     }
 
 
@@ -250,7 +338,7 @@ def summary_table(outcome: dict[str, Any], folder: Path) -> str:
         ("parameters", f"{outcome['parameters']:,} ({outcome['encoder_parameters']:,} in the encoder)"),
         ("wall time", f"{outcome['wall_seconds']:.1f} s for this call; training {outcome['seconds']:.1f} s in all"),
         ("epochs", f"{outcome['epochs']}, the best is {outcome['best_epoch']}"),
-        ("examples/s", f"{outcome['examples_per_second']:.0f}"),
+        *((f"{name.removesuffix('_per_second')}/s", f"{outcome[name]:.0f}") for name in outcome if "_per_s" in name),
         ("run folder", str(folder)),
     ]
     if list(folder.glob("wandb/offline-run-*")):

@@ -1,0 +1,88 @@
+"""Use a trained network: `python predict.py checkpoint=runs/lm/<time> prompt="The "`."""
+
+import inspect
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from pytorch_lightning import LightningDataModule
+from torch import nn
+
+from tasks import door
+from tasks.base import Task
+
+USAGE = """Use a trained network: python predict.py checkpoint=FOLDER_OR_FILE KEY=VALUE ...
+
+Everything after the first = is the value, as it is. What a language model takes:"""
+
+
+def load(checkpoint: str, device: str = "auto") -> tuple[Any, Any]:
+    """The task of a run, in eval mode, and its vocabulary; from a run's folder (its best checkpoint) or a .ckpt in it.
+
+    Nothing of the corpus is read, and no class is built that is not of this project.
+    """
+    path = Path(checkpoint).expanduser()
+    path = path / "checkpoints/best.ckpt" if path.is_dir() else path
+    folder = path.parent.parent
+    if not path.is_file() or not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"checkpoint={checkpoint} is neither a run's folder nor a .ckpt in one (there is no "
+            f"{path if not path.is_file() else folder / 'config.yaml'}); runs lie below runs/"
+        )
+    content = door.checkpoint(path)
+    cfg = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    for name in ("optimizer", "scheduler"):
+        cfg["task"].pop(name, None)
+    data, _ = door.class_and_options(cfg, "data", LightningDataModule)
+    model, model_options = door.class_and_options(cfg, "model", nn.Module)
+    task_class, task_options = door.class_and_options(cfg, "task", Task)
+    if not hasattr(task_class, "predict"):
+        raise ValueError(f"checkpoint={checkpoint}: {cfg['task']['_target_']} has no predictions of single texts")
+    vocabulary = data.vocabulary_of(content[data.__qualname__])
+    task = task_class(
+        encoder=partial(model, **model_options), optimizer=torch.optim.SGD, **task_options, vocab_size=len(vocabulary), unit=vocabulary.unit
+    )
+    try:
+        task.load_state_dict(content["state_dict"])
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {folder / 'config.yaml'}: {error}") from error
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return task.eval().to(device), vocabulary
+
+
+def main(words: list[str]) -> None:
+    from tasks.lm import LanguageModelling
+
+    if not words or {"-h", "--help", "help"} & set(words):
+        print(USAGE)
+        print(inspect.cleandoc(LanguageModelling.predict.__doc__ or "").partition("Args:")[2].rstrip())
+        return
+    options: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name in options:
+            raise ValueError(f"{word!r} is no KEY=VALUE that was not given before; type for example prompt='The '")
+        options[name] = value
+    if "checkpoint" not in options:
+        raise ValueError("checkpoint is missing; type checkpoint=FOLDER, where FOLDER is that of a run, below runs/")
+    task, vocabulary = load(options.pop("checkpoint"), options.pop("device", "auto"))
+    known = {name: p.annotation for name, p in inspect.signature(task.predict).parameters.items() if name != "vocabulary"}
+    values: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"there is no option {name!r}; there are: checkpoint, device, {', '.join(known)}")
+        kind = {"int": int, "float": float}.get(getattr(known[name], "__name__", ""), str)
+        try:
+            values[name] = kind(value)
+        except ValueError:
+            raise ValueError(f"{name}={value} must be a{'n' if kind is int else ''} {kind.__name__}") from None
+    for text in task.predict(vocabulary, **values):
+        print(text, end="", flush=True)
+
+
+if __name__ == "__main__":
+    door.guard(lambda: main(sys.argv[1:]))
