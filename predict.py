@@ -33,7 +33,7 @@ def load(checkpoint: str, device: str = "auto") -> tuple[Any, Any]:
             f"{path if not path.is_file() else folder / 'config.yaml'}); runs lie below runs/"
         )
     content = door.checkpoint(path)
-    cfg = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    cfg: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
     for name in ("optimizer", "scheduler"):
         cfg["task"].pop(name, None)
     data, _ = door.class_and_options(cfg, "data", LightningDataModule)
@@ -43,7 +43,11 @@ def load(checkpoint: str, device: str = "auto") -> tuple[Any, Any]:
         raise ValueError(f"checkpoint={checkpoint}: {cfg['task']['_target_']} has no predictions of single texts")
     vocabulary = data.vocabulary_of(content[data.__qualname__])
     task = task_class(
-        encoder=partial(model, **model_options), optimizer=torch.optim.SGD, **task_options, vocab_size=len(vocabulary), unit=vocabulary.unit
+        encoder=partial(model, **model_options),
+        optimizer=torch.optim.SGD,
+        **task_options,
+        vocab_size=len(vocabulary),
+        unit=vocabulary.unit,
     )
     try:
         task.load_state_dict(content["state_dict"])
@@ -70,7 +74,9 @@ def main(words: list[str]) -> None:
     if "checkpoint" not in options:
         raise ValueError("checkpoint is missing; type checkpoint=FOLDER, where FOLDER is that of a run, below runs/")
     task, vocabulary = load(options.pop("checkpoint"), options.pop("device", "auto"))
-    known = {name: p.annotation for name, p in inspect.signature(task.predict).parameters.items() if name != "vocabulary"}
+    known = {
+        name: p.annotation for name, p in inspect.signature(task.predict).parameters.items() if name != "vocabulary"
+    }
     values: dict[str, Any] = {}
     for name, value in options.items():
         if name not in known:

@@ -252,7 +252,7 @@ def epoch(options: argparse.Namespace) -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 trainer.fit(task, loader)
             if turn:  # the first one warms up
-                speeds[name].append(clock.examples_per_second)
+                speeds[name].append(clock.speed)
     start = time.perf_counter()
     for _ in loader:
         pass

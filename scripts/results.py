@@ -246,8 +246,8 @@ def read_curve(run: Run) -> dict[int, tuple[float, float]]:
 def draw(groups: list[Group], path: Path) -> list[str]:
     """Draw validation metric against training time, a panel a data set, a line a group, as Figure 3 of the 2018 paper.
 
-    A line is the mean over a group's runs of both, by step, over the steps that all of them have validated at, so that
-    every point is a mean over the same runs. Returns the messages about the file and about curves that could not be read.
+    A line is the mean over a group's runs of both, by step, over the steps after which all of them have validated, so
+    that every point is a mean over the same runs. Returns messages about the file and about curves that cannot be read.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

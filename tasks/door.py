@@ -151,17 +151,17 @@ def checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def class_and_options(config: Any, part: str, base: type) -> tuple[type, dict[str, Any]]:
+def class_and_options(config: dict[str, Any], part: str, base: type) -> tuple[Any, dict[str, Any]]:
     """What a part of a run's configuration builds, and with what; ValueError where that is none of this project.
 
     For folders that somebody may have sent: nothing but a class of `base` is taken, and nothing within its options.
     """
-    options = OmegaConf.to_container(OmegaConf.create(config), resolve=True)[part]
+    options: dict[str, Any] = dict(config[part])
     target = str(options.pop("_target_"))
     options.pop("_partial_", None)
     found = get_object(target) if re.fullmatch(r"(sru|tasks|data)(\.\w+)+", target) else None
-    own = isinstance(found, type) and issubclass(found, base)
-    if not own or any(key.endswith("_target_") for key in leaves(options)):
+    nested = [key for key in leaves(options) if key.endswith("_target_")]
+    if not isinstance(found, type) or not issubclass(found, base) or nested:
         raise ValueError(f"config.yaml names {target} as {part}, or classes within: not of this project, nothing built")
     return found, options
 

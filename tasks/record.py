@@ -61,9 +61,9 @@ class Checkpoint(ModelCheckpoint):
 class Clock(pl.Callback):
     """Log, with every validation, what training costs: time, speed, how a step's time is shared, memory.
 
-    `epoch`: how many were trained, in parts too; `seconds` of training, without validation; examples (or tokens) a second; `step_ms/data`, `/forward`,
-    `/backward` and `/optimizer`; `peak_memory_mb` of the process, or on a GPU what torch has allocated there. Time goes
-    on across a resume. Prints a line a validation.
+    `epoch`: how many were trained, in parts too; `seconds` of training, without validation; examples (or tokens) a
+    second; `step_ms/data`, `/forward`, `/backward` and `/optimizer`; `peak_memory_mb` of the process, or on a GPU what
+    torch has allocated there. Time goes on across a resume. Prints a line a validation.
 
     Args:
         max_seconds: stop after so much training; None for never.

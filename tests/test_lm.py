@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import ROOT, options
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch.nn import functional as F
 
@@ -232,9 +233,7 @@ def test_a_network_that_sees_the_future_is_refused():
         partial(sru.SRUppEncoder, hidden_size=8, causal=False),
     ):
         with pytest.raises(ValueError, match="sees the words that it is to predict"):
-            LanguageModelling(
-                encoder=encoder, vocab_size=5, unit="bytes", embedding_size=6, optimizer=torch.optim.SGD
-            )
+            LanguageModelling(encoder=encoder, vocab_size=5, unit="bytes", embedding_size=6, optimizer=torch.optim.SGD)
 
 
 def test_detached_keeps_the_form_of_a_state():
@@ -290,7 +289,10 @@ def test_a_text_is_scored_line_by_line(trained, tmp_path, capsys):
         (["checkpoint={run}", "prompt=x", "length=many"], "length=many must be an int"),
         (["checkpoint={run}", "prompt=x", "top_p=0"], "top_p=0.0 above 0"),
         (["checkpoint={run}", "prompt=x", "temperature=-1"], "temperature=-1.0 must be 0"),
-        (["checkpoint={run}", "prompt=x", "topk=3"], "there is no option 'topk'; there are: checkpoint, device, prompt"),
+        (
+            ["checkpoint={run}", "prompt=x", "topk=3"],
+            "there is no option 'topk'; there are: checkpoint, device, prompt",
+        ),
         (["checkpoint={run}", "input=/nowhere"], "input=/nowhere cannot be read"),
         (["checkpoint={run}", "prompt"], "'prompt' is no KEY=VALUE"),
         (["checkpoint={run}/config.yaml", "prompt=x"], "config.yaml"),
@@ -304,7 +306,9 @@ def test_predictions_say_what_is_wrong(trained, words, expected):
 
 def test_the_command_explains_itself_and_its_errors():
     def told(*words):
-        return subprocess.run([sys.executable, "predict.py", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [sys.executable, "predict.py", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        )
 
     usage, wrong = told(), told("prompt=x")
     assert (usage.returncode, wrong.returncode) == (0, 1)
@@ -349,7 +353,7 @@ def test_a_folder_from_a_stranger_builds_none_of_its_classes(trained, tmp_path, 
     ],
 )
 def test_what_cannot_be_trained_is_refused_at_once(configure, tmp_path, words, expected):
-    with pytest.raises(Exception, match="error|Error|must|sees|data") as caught:
+    with pytest.raises((ValueError, InstantiationException)) as caught:
         train.run(configure("task=lm", *words))
     assert expected in door.explain(caught.value)
     assert not (tmp_path / "run").exists()
