@@ -76,6 +76,7 @@ class Segments:
         size = streams * self.steps
         self.inputs = tokens[:size].reshape(streams, self.steps)[mine]
         self.targets = tokens[1 : size + 1].reshape(streams, self.steps)[mine]
+        self.epoch = len(self)  # segments of an epoch, which Lightning may cut short
         self.position = 0  # segments that the current epoch has yielded
         self.start = 0  # where the next epoch begins
 
@@ -98,7 +99,7 @@ class Segments:
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """The next epoch begins at that position; one that was finished begins anew."""
-        self.start = self.position = state_dict["position"] % len(self)
+        self.start = self.position = state_dict["position"] % max(self.epoch, 1)
 
 
 class Text(pl.LightningDataModule):
@@ -184,7 +185,11 @@ class Text(pl.LightningDataModule):
         return {"vocab_size": len(self.vocabulary), "unit": self.unit}
 
     def train_dataloader(self) -> Segments:
-        return self.segments("train")
+        segments = self.segments("train")
+        if self.trainer is not None:
+            limit = self.trainer.limit_train_batches
+            segments.epoch = min(limit, len(segments)) if isinstance(limit, int) else int(limit * len(segments))
+        return segments
 
     def val_dataloader(self) -> Segments:
         return self.segments("val")

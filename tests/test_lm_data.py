@@ -144,20 +144,22 @@ class Listener(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize("step", [4, 9, 13, 26])  # of 9 in an epoch
-def test_a_trainer_resumes_in_the_middle_of_the_text(tmp_path, step):
+@pytest.mark.parametrize(
+    ("step", "limit"), [(4, None), (9, None), (13, None), (26, None), (4, 6), (6, 6), (12, 6), (6, 0.67), (9, 20)]
+)
+def test_a_trainer_resumes_in_the_middle_of_the_text(tmp_path, step, limit):
     def fit(model, path=None):
         trainer = pl.Trainer(
             max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, limit_val_batches=0,
+            enable_model_summary=False, limit_val_batches=0, limit_train_batches=limit,
         )  # fmt: skip
         trainer.fit(model, datamodule=text_of(tmp_path, bytes(range(62))), ckpt_path=path, weights_only=True)
         return model.heard
 
     path = tmp_path / "middle.ckpt"
     whole = fit(Listener(step, path))
-    assert len(whole) == 27
-    assert [first for _, first in whole] == [i % 9 == 0 for i in range(27)]
+    epoch = 6 if limit in (6, 0.67) else 9
+    assert [first for _, first in whole] == [i % epoch == 0 for i in range(3 * epoch)]
     assert fit(Listener(), path) == whole[step:]
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["Text"] == {"unit": "bytes", "tokens": list(range(62))}
