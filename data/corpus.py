@@ -25,7 +25,7 @@ UNITS = ("bytes", "characters", "words")
 EOS, UNK = "<eos>", "<unk>"  # a line's end, and a word that the vocabulary lacks
 FORMAT = 1  # of the prepared folder; a change of what is written in it counts it up
 VOCABULARY = "vocabulary.json"
-BLOCK = 1 << 18  # bytes read at once: what the memory of preparing depends on
+BLOCK = 1 << 15  # bytes read at once; the heap falls to pieces around larger ones, and grows with the text
 
 Piece = np.ndarray | list[bytes]
 
@@ -204,7 +204,7 @@ def opened(place: Path, keys: Iterable[str]) -> tuple[list[Any], dict[str, np.nd
 def build(place: Path, sources: Mapping[str, Source], unit: str, min_count: int) -> None:
     """Writes vocabulary and numbers: one pass counts, a second writes, so that only the vocabulary is in memory."""
     counts: Counter[bytes] = Counter()
-    seen = np.zeros(256 if unit == "bytes" else sys.maxunicode + 1, bool)
+    seen = np.zeros(sys.maxunicode + 1 if unit == "characters" else 256, bool)
     sizes: dict[str, dict[str, int]] = {}
     for key, source in sources.items():
         sizes[key] = {}

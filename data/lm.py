@@ -43,8 +43,9 @@ class Vocabulary:
         except KeyError as error:
             if self.unit == "words" and UNK in self.index:
                 return [self.index.get(piece, self.index[UNK]) for piece in pieces]
+            unknown = bytes([error.args[0]]) if self.unit == "bytes" else error.args[0]
             raise ValueError(
-                f"{error.args[0]!r} is none of the {len(self)} {self.unit} that the model was trained on: "
+                f"{unknown!r} is none of the {len(self)} {self.unit} that the model was trained on: "
                 "take it out of the text, or train on a text that holds it"
                 + (" (data.min_count=2 makes rare words <unk>)" if self.unit == "words" else "")
             ) from None
@@ -146,8 +147,12 @@ class Text(pl.LightningDataModule):
         if unit not in UNITS:
             raise ValueError(f"data.unit={unit} is not one of {', '.join(UNITS)}")
         for name in ("batch_size", "unroll", "eval_batch_size", "eval_unroll", "min_count"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be 1 or more")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"data.{name}={value} must be a whole number, 1 or more")
+        for name, size in self.held_out.items():
+            if size is not None and (type(size) is not int or size < 2):
+                raise ValueError(f"data.{name}={size} must be a whole number, 2 (a token, and the next) or more")
         if path and (Path(path).is_dir() or find(Path(path).expanduser()) is None):
             raise FileNotFoundError(f"data.path={path} is no file: type data.path=FILE, plain or .gz, .xz or .zip")
         if not self.files:
@@ -187,7 +192,7 @@ class Text(pl.LightningDataModule):
     def train_dataloader(self) -> Segments:
         segments = self.segments("train")
         if self.trainer is not None:
-            limit = self.trainer.limit_train_batches
+            limit = self.trainer.limit_train_batches  # an epoch of so many begins anew after them, also when resumed
             segments.epoch = min(limit, len(segments)) if isinstance(limit, int) else int(limit * len(segments))
         return segments
 
@@ -258,11 +263,7 @@ class PythonManual(Text):
 
 def split_by_size(text: np.ndarray, valid_bytes: int | None, test_bytes: int | None) -> dict[str, np.ndarray]:
     """train, val and test, in this order in the text."""
-    sizes = {"data.valid_bytes": valid_bytes, "data.test_bytes": test_bytes}
-    valid, test = (len(text) // 20 if size is None else size for size in sizes.values())
-    for name, size in sizes.items():
-        if size is not None and size < 2:
-            raise ValueError(f"{name}={size} must be 2 or more: a token, and the next to predict")
+    valid, test = (len(text) // 20 if size is None else size for size in (valid_bytes, test_bytes))
     end = len(text) - test
     if end - valid < 2:
         raise ValueError(

@@ -190,7 +190,7 @@ def test_half_a_character_is_decoded_as_a_replacement():
 @pytest.mark.parametrize(
     ("unit", "tokens", "message"),
     [
-        ("bytes", [97], "98 is none of the 1 bytes"),
+        ("bytes", [97], "b'b' is none of the 1 bytes"),
         ("characters", ["a"], "'b' is none of the 1 characters"),
         ("words", ["a"], r"'b' is none of the 1 words .*\(data\.min_count=2"),
     ],
@@ -461,9 +461,12 @@ for unit, suffix in (("bytes", ".gz"), ("characters", ""), ("words", "")):
 def test_memory_does_not_grow_with_the_text(tmp_path):
     if not Path("/proc/self/status").is_file() or "RssAnon" not in Path("/proc/self/status").read_text():
         pytest.skip("this system does not tell a process's private memory")
-    line = b" the lake is deep and the water of it is cold , so that nobody swims but the fish \n"
+    generator = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz" * 20 + "éō日本"  # a few blocks are wide strings, as of real text
+    words = ["".join(generator.choices(letters, k=generator.randint(1, 9))) for _ in range(20_000)]
+    megabyte = " ".join(generator.choices(words, k=1 << 18)).encode()[: 1 << 20].rpartition(b" ")[0] + b" \n"
     for name, megabytes in (("small", 1), ("large", 64)):
-        content = line * ((megabytes << 20) // len(line))
+        content = megabyte * megabytes
         (tmp_path / name).write_bytes(content)
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content, 1))
     command = [sys.executable, "-c", MEMORY.format(root=str(ROOT), folder=str(tmp_path))]
@@ -481,19 +484,21 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     [
         ({"unit": "letters"}, r"data\.unit=letters is not one of bytes, characters, words"),
         ({"unit": "words"}, r"data\.unit=words needs files for train, val and test"),
-        ({"batch_size": 0}, r"data\.batch_size=0 must be 1 or more"),
-        ({"unroll": -1}, r"data\.unroll=-1 must be 1 or more"),
-        ({"eval_unroll": 0}, r"data\.eval_unroll=0 must be 1 or more"),
-        ({"eval_batch_size": 0}, r"data\.eval_batch_size=0 must be 1 or more"),
-        ({"min_count": 0}, r"data\.min_count=0 must be 1 or more"),
+        ({"batch_size": 0}, r"data\.batch_size=0 must be a whole number, 1 or more"),
+        ({"unroll": -1}, r"data\.unroll=-1 must be a whole number, 1 or more"),
+        ({"eval_unroll": 0}, r"data\.eval_unroll=0 must be a whole number, 1 or more"),
+        ({"eval_batch_size": 0}, r"data\.eval_batch_size=0 must be a whole number, 1 or more"),
+        ({"unroll": 2.5}, r"data\.unroll=2\.5 must be a whole number, 1 or more"),
+        ({"valid_bytes": "5k"}, r"data\.valid_bytes=5k must be a whole number, 2 "),
+        ({"min_count": 0}, r"data\.min_count=0 must be a whole number, 1 or more"),
         ({"path": None}, r"type data\.path=FILE"),
         ({"path": None, "files": {"all": {"name": "a"}, "test": {"name": "b"}}}, r"has the keys \['all', 'test'\]"),
         ({"path": "/nonexistent"}, r"data\.path=/nonexistent is no file: type data\.path=FILE"),
         ({"path": "/"}, r"data\.path=/ is no file"),
         ({"valid_bytes": 60, "test_bytes": 40}, r"data\.valid_bytes=60 and data\.test_bytes=40 leave nothing of 100"),
         ({"valid_bytes": 600}, r"data\.valid_bytes=600 and data\.test_bytes=5 leave nothing of 100"),
-        ({"valid_bytes": 0}, r"data\.valid_bytes=0 must be 2 or more"),
-        ({"test_bytes": -3}, r"data\.test_bytes=-3 must be 2 or more"),
+        ({"valid_bytes": 0}, r"data\.valid_bytes=0 must be a whole number, 2 "),
+        ({"test_bytes": -3}, r"data\.test_bytes=-3 must be a whole number, 2 "),
         ({"batch_size": 90}, r"the train split has 90 bytes: in 90 streams they are 0 steps, .*data\.batch_size=90"),
         ({"unroll": 45}, r"in 2 streams they are 44 steps, too few for data\.batch_size=2 and data\.unroll=45"),
         ({"eval_batch_size": 5}, r"the val split has 5 bytes: .* data\.eval_batch_size=5"),
