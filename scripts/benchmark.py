@@ -1,4 +1,4 @@
-"""Measure speed as ratios within one run: python scripts/benchmark.py [recurrence|layer|epoch|import|all].
+"""Measure speed as ratios within one run: python scripts/benchmark.py [recurrence|layer|epoch|lm|import|all].
 
 With `--device cpu` or `--device cuda`, the SRU beside other networks on that device.
 """
@@ -306,7 +306,14 @@ def imports(_: argparse.Namespace) -> None:
     table(["what", "seconds"], rows)
 
 
-SECTIONS = {"recurrence": recurrence, "layer": layer, "epoch": epoch, "import": imports}
+def lm(options: argparse.Namespace) -> None:
+    """Language models of as many parameters: training and generation."""
+    import benchmark_lm
+
+    benchmark_lm.run(options)
+
+
+SECTIONS = {"recurrence": recurrence, "layer": layer, "epoch": epoch, "lm": lm, "import": imports}
 
 
 def parse() -> argparse.Namespace:
@@ -318,6 +325,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--root", help="where that corpus lies (data.root)")
     parser.add_argument("--turns", type=int, default=3, help="epochs that `epoch` measures for each model (default: 3)")
     parser.add_argument("--official", help="a Python whose environment holds sru 2.6.0, for `layer` to compare with")
+    parser.add_argument("--parameters", type=float, default=1e6, help="of every model of `lm` (default: 1e6)")
+    parser.add_argument("--depth", type=int, default=4, help="layers of every model of `lm` (default: 4)")
     device = parser.add_argument_group("the SRU beside others on one device: accuracy, recurrence, layer, stack, step")
     device.add_argument("--device", choices=("cpu", "cuda"), help="measure these levels, instead of the sections")
     device.add_argument("--shapes", help="A,B,C,D,E or TxBxD, with commas (default: those for the device and level)")
@@ -327,6 +336,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.turns < 1:
         parser.error(f"--turns must be at least 1, not {options.turns}")
+    if options.depth < 1 or not 1e5 <= options.parameters <= 1e8:
+        parser.error(f"--depth {options.depth} must be at least 1, --parameters {options.parameters:g} 1e5 to 1e8")
     if not options.seconds > 0:
         parser.error(f"--seconds must be more than 0, not {options.seconds}")
     levels = "accuracy", "recurrence", "layer", "stack", "step", "all"

@@ -31,6 +31,11 @@ RANGES: dict[str, tuple[float, float, float]] = {
     "data.batch_size": (1, 10**6, 32),
     "data.fold": (0, 9, 0),
     "data.min_count": (1, 10**6, 2),
+    "data.unroll": (1, 10**6, 128),
+    "data.eval_batch_size": (1, 10**6, 1),
+    "data.eval_unroll": (1, 10**6, 128),
+    "trainer.max_steps": (-1, 10**9, 400_000),
+    "trainer.accumulate_grad_batches": (1, 10**6, 1),
     "trainer.max_epochs": (1, 10**6, 100),
     "trainer.devices": (1, 1, 1),
 }
