@@ -72,6 +72,13 @@ def test_streams_lie_side_by_side_and_go_on_from_segment_to_segment():
     assert {side.dtype for batch in batches for side in batch[:2]} == {torch.int64}
 
 
+@pytest.mark.parametrize(("size", "steps"), [(13, 6), (14, 6), (15, 7), (16, 7), (17, 8)])
+def test_two_streams_waste_one_token_at_most(size, steps):
+    inputs, targets = read(Segments(np.arange(size, dtype=np.uint8), batch_size=2, unroll=3))
+    assert inputs == [list(range(steps)), list(range(steps, 2 * steps))]
+    assert targets == [[token + 1 for token in stream] for stream in inputs]
+
+
 @pytest.mark.parametrize("size", [2, 3, 9, 10, 11, 40])
 def test_one_stream_predicts_every_token_but_the_first_once(size):
     tokens = np.random.default_rng(size).integers(0, 200, size).astype(np.uint8)
@@ -526,6 +533,14 @@ def test_a_text_of_another_size_than_published_is_refused(tmp_path):
     data = words_of(tmp_path)
     data.files["val"]["tokens"] = 99
     with pytest.raises(ValueError, match=r"val\.txt holds 22 words, expected 99: not the published file\. .*`rm "):
+        data.setup()
+
+
+@pytest.mark.parametrize(("kind", "length"), [("sha256", 64), ("md5", 32)])
+def test_a_file_of_another_checksum_is_refused(tmp_path, kind, length):
+    data = words_of(tmp_path)
+    data.files["test"][kind] = "0" * length
+    with pytest.raises(ValueError, match=rf"test\.txt is not the right file: its {kind} .* expected {'0' * length}\."):
         data.setup()
 
 
