@@ -19,11 +19,13 @@ class Projection(nn.Module):
         output_size: int,
         proj_size: int,
         *,
+        matrices: int,
         dropout: float = 0.0,
         layer_norm: bool = True,
         **factory: Any,
     ) -> None:
         super().__init__()
+        self.matrices = matrices  # the columns of the last matrix that belong to one column of the layer
         self.linear1 = nn.Linear(input_size, proj_size, bias=False, **factory)
         self.linear2 = nn.Linear(proj_size, output_size, bias=False, **factory)
         self.layer_norm = nn.LayerNorm(proj_size, **factory) if layer_norm else None
@@ -41,9 +43,14 @@ class Projection(nn.Module):
         return self.finish(linear(x, self.linear1.weight), self.linear2)
 
     def finish(self, y: Tensor, last: nn.Linear) -> Tensor:
-        """Layer norm, dropout and the last matrix."""
+        """Layer norm, dropout and the last matrix: (T, B, matrices, columns)."""
         y = y if self.layer_norm is None else self.layer_norm(y)
-        return linear(F.dropout(y, self.dropout, self.training), last.weight)
+        y = F.dropout(y, self.dropout, self.training)
+        weight = last.weight.unflatten(0, (-1, self.matrices)).transpose(0, 1)
+        # Either the rows of the weight are put in the recurrence's order, or the columns of what it gives.
+        if torch.compiler.is_compiling() or y.shape[0] * y.shape[1] >= weight.shape[1]:
+            return linear(y, weight.flatten(0, 1)).unflatten(2, weight.shape[:2])
+        return linear(y, last.weight).unflatten(2, (-1, self.matrices)).transpose(2, 3)
 
 
 class Attention(Projection):
@@ -62,12 +69,11 @@ class Attention(Projection):
         proj_size: int,
         *,
         num_heads: int = 1,
-        dropout: float = 0.0,
         attn_dropout: float = 0.0,
-        layer_norm: bool = True,
-        **factory: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(input_size, 2 * proj_size, proj_size, dropout=dropout, layer_norm=layer_norm, **factory)
+        super().__init__(input_size, 2 * proj_size, proj_size, **options)
+        factory = {key: options[key] for key in ("device", "dtype") if key in options}
         self.linear3 = nn.Linear(proj_size, output_size, bias=False, **factory)
         self.alpha = nn.Parameter(torch.empty(1, **factory))
         self.num_heads = num_heads
@@ -90,13 +96,14 @@ class Attention(Projection):
         causal: bool = False,
         cache: "Cache | None" = None,
     ) -> Tensor:
-        """(T, B, output_size) of x (T, B, n), which also attends to memory (M, B, n) or, in a step, to a cache.
+        """(T, B, matrices, columns) of x (T, B, n), which also attends to memory (M, B, n) or, in a step, to a cache.
 
         mask (B or 1, 1, T, M + T) is added to the scores; without a mask, `causal` hides what comes after a step.
         """
-        q = linear(x if memory is None else torch.cat([memory.to(x.dtype), x]), self.linear1.weight)
-        k, v = linear(q, self.linear2.weight).chunk(2, dim=-1)
-        q = q[q.shape[0] - x.shape[0] :]
+        q = seen = linear(x, self.linear1.weight)
+        if memory is not None:
+            seen = torch.cat([linear(memory.to(x.dtype), self.linear1.weight), q])
+        k, v = linear(seen, self.linear2.weight).chunk(2, dim=-1)
         if cache is not None:
             k, v = cache.extend(k, v)
         return self.finish(q + self.alpha * self.attend(q, k, v, mask, causal), self.linear3)

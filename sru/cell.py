@@ -70,7 +70,8 @@ class SRUCell(nn.Module):
         weight_c_init: v starts uniformly within plus or minus this; None for the published square root of 3/2.
         zoneout: probability that a state keeps its value at a step, drawn in training, the mean in evaluation.
         transform_module: takes the place of the matrices: maps (T, B, input_size) to (T, B, D * k), where the k (4 with
-            a projected highway, else 3) numbers of a column lie together: candidate, forget, reset, highway.
+            a projected highway, else 3) numbers of a column lie together: candidate, forget, reset, highway. Or to
+            (T, B, k, D), as the recurrence takes it.
         backend: auto, cpu, cuda or reference; see sru.kernels.recurrence.
         use_tanh, v1, n_proj, custom_m: the official names of activation="tanh", has_vc_term=False, projection_size and
             transform_module.
@@ -295,6 +296,8 @@ class SRUCell(nn.Module):
             return linear(x, self.weight).unflatten(2, (self.matrices, self.output_size))
         assert self.transform_module is not None
         u = self.transform_module(x, *context)
+        if isinstance(u, Tensor) and u.shape == (*x.shape[:2], self.matrices, self.output_size):
+            return u
         expected = (*x.shape[:2], self.output_size * self.matrices)
         if not isinstance(u, Tensor) or u.shape != expected:
             found = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__

@@ -87,8 +87,9 @@ class SRUpp(SRU):
         modules: list[nn.Module] = []
         for i in range(num_layers):
             features = input_size if i == 0 and not proj_input_to_hidden_first else size
-            columns = size * (4 if has_skip_term and features != size else 3)
+            matrices = 4 if has_skip_term and features != size else 3
             shared: dict[str, Any] = {
+                "matrices": matrices,
                 "dropout": dropout,
                 "layer_norm": bool(attn_layer_norm),
                 "device": device,
@@ -96,7 +97,7 @@ class SRUpp(SRU):
             }
             if i in attending:
                 shared |= {"num_heads": num_heads, "attn_dropout": attn_dropout}
-            modules.append((Attention if i in attending else Projection)(features, columns, proj_size, **shared))
+            modules.append((Attention if i in attending else Projection)(features, size * matrices, proj_size, **shared))
         super().__init__(
             input_size,
             hidden_size,
@@ -296,14 +297,23 @@ class SRUppEncoder(SRUpp):
         inputs, pad = extra["saved_inputs"], mask_pad
         if memory is not None:
             if pad is not None or past_pad is not None:
-                pads = (past_pad, len(memory[0])), (mask_pad, len(x))
-                pad = torch.cat(
-                    [x.new_zeros(n, x.shape[1], dtype=torch.bool) if a is None else a != 0 for a, n in pads]
+                past_pad, pad = (
+                    x.new_zeros(n, x.shape[1], dtype=torch.bool) if a is None else a != 0
+                    for a, n in ((past_pad, len(memory[0])), (mask_pad, len(x)))
                 )
-            inputs = [torch.cat([past.to(now.dtype), now]) for past, now in zip(memory, inputs, strict=True)]
-        first = 0 if self.reach is None else max(0, inputs[0].shape[0] - self.reach)
+                pad = last(past_pad, pad, self.reach)
+            inputs = [last(past, now, self.reach) for past, now in zip(memory, inputs, strict=True)]
+        else:
+            inputs = [last(now[:0], now, self.reach) for now in inputs]
+            pad = None if pad is None else last(pad[:0], pad, self.reach)
         assert isinstance(h, Tensor)
-        return h, (c, [a[first:] for a in inputs], None if pad is None else pad[first:])
+        return h, (c, inputs, pad)
+
+
+def last(past: Tensor, now: Tensor, length: int | None) -> Tensor:
+    """The last `length` steps of both, None for all; without a copy where nothing of the past is among them."""
+    first = 0 if length is None else max(0, len(past) + len(now) - length)
+    return now[first - len(past) :] if first >= len(past) else torch.cat([past[first:].to(now.dtype), now])
 
 
 SRUpp.__signature__ = signature(SRUpp.__init__, SRU, NOT_HERE)  # type: ignore[attr-defined]

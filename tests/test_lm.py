@@ -171,7 +171,7 @@ def test_every_model_learns_the_embedded_text(configure, model):
 def test_accumulated_gradients_are_those_of_a_larger_batch(configure, tmp_path):
     """Two segments a step: the gradient is the mean of both, at weights that do not change in between."""
     words = (*SMALL[:-3], "epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "dropout=0",
-             "trainer.limit_test_batches=1", "task.optimizer._target_=torch.optim.SGD", "~task.optimizer.fused",
+             "trainer.limit_test_batches=1", "task.optimizer._target_=torch.optim.SGD",
              "trainer.gradient_clip_val=null", "trainer.accumulate_grad_batches=2")  # fmt: skip
     cfg = configure(*words)
     train.run(cfg)
