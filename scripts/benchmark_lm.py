@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from benchmark import medians, table
 
 import sru
-from benchmark import medians, table
 from data.lm import Segments
 from tasks.lm import LanguageModelling
 

@@ -97,7 +97,9 @@ class SRUpp(SRU):
             }
             if i in attending:
                 shared |= {"num_heads": num_heads, "attn_dropout": attn_dropout}
-            modules.append((Attention if i in attending else Projection)(features, size * matrices, proj_size, **shared))
+            modules.append(
+                (Attention if i in attending else Projection)(features, size * matrices, proj_size, **shared)
+            )
         super().__init__(
             input_size,
             hidden_size,

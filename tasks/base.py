@@ -114,6 +114,8 @@ class Task(pl.LightningModule, ABC):
             self.sums["train"] = checkpoint["sums"]
 
     def on_train_start(self) -> None:
+        # What a checkpoint brought lies on the CPU.
+        self.sums = self.transfer_batch_to_device(self.sums, self.device, 0)
         if self.random_state is not None:
             torch.set_rng_state(self.random_state["cpu"])
             torch.cuda.set_rng_state_all(self.random_state["cuda"])

@@ -97,6 +97,10 @@ class LanguageModelling(Task):
         super().on_load_checkpoint(checkpoint)
         self.states["train"] = checkpoint["state"]
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.states = self.transfer_batch_to_device(self.states, self.device, 0)
+
     @torch.no_grad()
     def generate(
         self,

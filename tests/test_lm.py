@@ -143,6 +143,26 @@ def test_resumed_within_an_epoch_equals_uninterrupted(configure, tmp_path, model
     assert rows(whole) == rows(parts)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["sru", "srupp", "transformer"])
+def test_a_gpu_trains_in_half_precision_and_goes_on_within_an_epoch(configure, tmp_path, model):
+    words = (*SMALL, f"model={model}", "trainer=gpu", "trainer.precision=16-mixed", "trainer.val_check_interval=4")
+    train.run(configure(*words, "trainer.max_epochs=2", "trainer.max_steps=16"))
+    train.run(configure(*words, "trainer.max_epochs=2", f"resume={tmp_path / 'run'}"))
+    assert state_of(tmp_path / "run")["global_step"] == 18
+
+
+def test_bfloat16_trains_as_float32_does(configure, tmp_path):
+    words = (*SMALL, "width=64", "trainer.limit_train_batches=40", "epochs=1")
+    losses = [
+        train.run(configure(*words, f"run_dir={tmp_path / precision}", f"trainer.precision={precision}"))
+        for precision in ("32-true", "bf16-mixed")
+    ]
+    assert losses[0] < 4
+    assert losses[1] == pytest.approx(losses[0], abs=0.05)
+    assert losses[1] != losses[0]
+
+
 def test_training_stops_when_its_time_is_over_and_goes_on(configure, tmp_path, monkeypatch):
     words = (*SMALL, "trainer.max_epochs=2")
     train.run(configure(*words, "callbacks.clock.max_seconds=0.001"))
