@@ -57,8 +57,8 @@ def check(cfg: DictConfig) -> None:
     every = cfg.trainer.val_check_interval
     if not (type(every) is int and every > 0) and not (type(every) is float and 0 < every <= 1):
         raise ValueError(
-            f"trainer.val_check_interval={every} must be a part of an epoch, above 0.0 and up to 1.0, or a whole number "
-            "of batches; type for example trainer.val_check_interval=0.25"
+            f"trainer.val_check_interval={every} must be a part of an epoch, above 0.0 and up to 1.0, or a whole "
+            "number of batches; type for example trainer.val_check_interval=0.25"
         )
     if not isinstance(cfg.run_dir, str) or not cfg.run_dir:
         raise ValueError(f"run_dir={cfg.run_dir} must name a folder; leave it out for one below runs/")
