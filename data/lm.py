@@ -35,7 +35,7 @@ class Vocabulary:
         """The text's numbers; an unknown word is <unk>. ValueError names what is unknown where there is no <unk>."""
         pieces: Sequence[Token] = text
         if self.unit == "bytes":
-            pieces = text.encode()
+            pieces = text.encode(errors="surrogateescape")  # a file need not be UTF-8
         elif self.unit == "words":
             pieces = [word.decode() for word in corpus.words_of(text.encode())]
         try:

@@ -213,7 +213,7 @@ def epoch(options: argparse.Namespace) -> None:
     from hydra.utils import instantiate
     from torch.nn import functional as F
 
-    from tasks.record import Clock
+    from tasks.clock import Clock
 
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

@@ -1,6 +1,7 @@
 """The levels of `scripts/benchmark.py lm`: language models of as many parameters beside one another."""
 
 import argparse
+import bisect
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -40,11 +41,13 @@ def network(name: str, depth: int, width: int) -> LanguageModelling:
 def of_size(name: str, depth: int, parameters: int) -> tuple[int, LanguageModelling]:
     """The width, a multiple of 8, whose number of parameters comes nearest, and the network."""
 
-    def distance(width: int) -> int:
+    def excess(width: int) -> int:
         with torch.device("meta"):
-            return abs(sum(p.numel() for p in network(name, depth, width).parameters()) - parameters)
+            return sum(p.numel() for p in network(name, depth, width).parameters()) - parameters
 
-    width = min(range(16, 2048, 8), key=distance)
+    widths = range(16, 4096, 8)
+    first = bisect.bisect_left(widths, 0, key=excess)
+    width = min(widths[max(0, first - 1) : first + 1], key=lambda width: abs(excess(width)))
     return width, network(name, depth, width)
 
 
@@ -74,11 +77,11 @@ def generation(task: LanguageModelling) -> Callable[[], None]:
     return step
 
 
-def loading(length: int) -> tuple[float, float]:
-    """Milliseconds a batch of a text of so many bytes in memory takes to load."""
-    loader = Segments(np.random.default_rng(0).integers(0, VOCABULARY, length, np.uint8), BATCH, STEPS)
+def loading() -> float:
+    """Seconds that a batch takes to load."""
+    loader = Segments(np.random.default_rng(0).integers(0, VOCABULARY, 2**22, np.uint8), BATCH, STEPS)
     batches = iter(itertools.chain.from_iterable(itertools.repeat(loader)))
-    return medians({"load": lambda: next(batches)}, seconds=0.5)["load"] * 1e3, length
+    return medians({"load": lambda: next(batches)}, seconds=0.5)["load"]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -88,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
     trained = medians({name: training(task) for name, (_, task) in chosen.items()}, seconds=options.seconds * 4)
     with torch.inference_mode():
         generated = medians({name: generation(task) for name, (_, task) in chosen.items()}, seconds=options.seconds)
-    load, _ = loading(2**22)
+    load = loading()
     print(
         f"Language models of {options.depth} layers and about {size / 1e6:g}M parameters, float32, {VOCABULARY} bytes; "
         f"training: forward and backward of ({STEPS}, {BATCH}); generation: one text, token by token.\n"
@@ -105,8 +108,8 @@ def run(options: argparse.Namespace) -> None:
                 f"{trained['LSTM'] / trained[name]:.2f}x",
                 f"{10 / generated[name]:,.0f}",
                 f"{generated['LSTM'] / generated[name]:.2f}x",
-                f"{load / (trained[name] * 1e3):.2%}",
+                f"{load / trained[name]:.2%}",
             ]
         )
-    head = ["model", "width", "parameters", "training, tokens/s", "of LSTM's", "generation, tokens/s", "of LSTM's"]
-    table([*head, "loading, share of a step"], rows)
+    speeds = ["training, tokens/s", "training / LSTM's", "generation, tokens/s", "generation / LSTM's"]
+    table(["model", "width", "parameters", *speeds, "loading, share of a step"], rows)

@@ -54,9 +54,9 @@ def _projections(size: int, features: list[int]) -> nn.ParameterList:
     return nn.ParameterList([None if e == size else _uniform(size, e, 1 / size) for e in features])
 
 
-def _rows_of_clusters(words: Tensor, cutoffs: tuple[int, ...]) -> tuple[Tensor, ...]:
+def _rows_of_clusters(words: Tensor, cutoffs: Tensor) -> tuple[Tensor, ...]:
     """For each cluster the positions of its words among words (N,)."""
-    clusters = torch.bucketize(words, torch.tensor(cutoffs, device=words.device), right=True)
+    clusters = torch.bucketize(words, cutoffs, right=True)
     return clusters.argsort(stable=True).split(clusters.bincount(minlength=len(cutoffs) + 1).tolist())
 
 
@@ -74,6 +74,8 @@ class AdaptiveEmbedding(nn.Module):
         output_size: features of the vectors returned; None for embedding_size.
     """
 
+    starts: Tensor  # of the clusters but the first
+
     def __init__(
         self,
         vocab_size: int,
@@ -90,6 +92,7 @@ class AdaptiveEmbedding(nn.Module):
         self.bounds, self.features = _cluster_sizes(vocab_size, embedding_size, self.cutoffs, div_value)
         self.weights = _word_weights(self.bounds, self.features)
         self.projections = _projections(self.output_size, self.features)
+        self.register_buffer("starts", torch.tensor(self.cutoffs, dtype=torch.int64), persistent=False)
 
     def _embed(self, tokens: Tensor, cluster: int) -> Tensor:
         x = F.embedding(tokens - self.bounds[cluster], self.weights[cluster])
@@ -100,7 +103,7 @@ class AdaptiveEmbedding(nn.Module):
         if not self.cutoffs:
             return self._embed(tokens, 0)
         words = tokens.reshape(-1)
-        rows = _rows_of_clusters(words, self.cutoffs)
+        rows = _rows_of_clusters(words, self.starts)
         # One cat and one gather back into the given order: autograd would copy a result that is filled in bit by bit.
         x = torch.cat([self._embed(words.index_select(0, r), i) for i, r in enumerate(rows)])
         return x.index_select(0, torch.cat(rows).argsort()).view(*tokens.shape, self.output_size)
@@ -119,6 +122,8 @@ class AdaptiveSoftmax(nn.Module):
         embedding_size: features of cluster 0; None for those of `tied`, or for input_size without it.
         tied: shares its E_i, and its P_i too if tie_projections; its sizes must be the same.
     """
+
+    starts: Tensor  # of the clusters but the first
 
     def __init__(
         self,
@@ -158,6 +163,7 @@ class AdaptiveSoftmax(nn.Module):
             _projections(input_size, features) if tied is None or not tie_projections else tied.projections
         )
         self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.register_buffer("starts", torch.tensor(self.cutoffs, dtype=torch.int64), persistent=False)
         if self.cutoffs:
             self.cluster_weight = _uniform(len(self.cutoffs), embedding_size, 1 / embedding_size)
             self.cluster_bias = nn.Parameter(torch.zeros(len(self.cutoffs)))
@@ -180,7 +186,7 @@ class AdaptiveSoftmax(nn.Module):
         h, words = h.reshape(-1, h.shape[-1]), targets.reshape(-1)
         if not self.cutoffs:
             return F.cross_entropy(self._logits(h, 0), words, reduction="none").view(targets.shape)
-        tails = list(enumerate(_rows_of_clusters(words, self.cutoffs)))[1:]
+        tails = list(enumerate(_rows_of_clusters(words, self.starts)))[1:]
         heads = words
         for i, rows in tails:
             heads = heads.index_fill(0, rows, self.cutoffs[0] + i - 1)

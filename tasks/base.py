@@ -45,7 +45,7 @@ class Task(pl.LightningModule, ABC):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.batch_size = 0  # of the last step, for the clock
-        self.sums: dict[str, dict[str, Tensor]] = {}  # of each stage, since they were last logged
+        self.sums: dict[str, dict[str, Any]] = {}  # of each stage, since they were last logged
         self.random_state: dict[str, Any] | None = None
 
     @abstractmethod
@@ -59,16 +59,17 @@ class Task(pl.LightningModule, ABC):
     def _step(self, batch: Any, stage: str) -> Tensor:
         loss, metrics, size = self.loss(batch)
         self.batch_size = size
-        sums = self.sums.setdefault(stage, {})
+        sums = self.sums.setdefault(stage, {"size": 0})
+        sums["size"] += size
         # The sum of an epoch has more digits than a float32; Apple's GPUs have no float64.
         dtype = torch.float32 if loss.device.type == "mps" else torch.float64
-        for name, value in {"loss": loss, **metrics, "size": torch.ones_like(loss)}.items():
-            summand = size * value.detach().to(dtype)
-            sums[name] = sums[name] + summand if name in sums else summand
+        for name, value in {"loss": loss, **metrics}.items():
+            sums[name] = sums.get(name, 0) + size * value.detach().to(dtype)
         return loss
 
     def _log_means(self, stage: str) -> None:
         if sums := self.sums.pop(stage, None):
+            sums["size"] = torch.tensor(float(sums["size"]), device=self.device)
             sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
             size = sums.pop("size")
             means = {name: value / size for name, value in sums.items()}
@@ -106,16 +107,11 @@ class Task(pl.LightningModule, ABC):
     # Lightning keeps no random state in a checkpoint; without it, a resumed run would draw other dropout masks.
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["random_state"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        checkpoint["sums"] = self.sums.get("train", {})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.random_state = checkpoint["random_state"]
-        if checkpoint.get("sums"):
-            self.sums["train"] = checkpoint["sums"]
 
     def on_train_start(self) -> None:
-        # What a checkpoint brought lies on the CPU.
-        self.sums = self.transfer_batch_to_device(self.sums, self.device, 0)
         if self.random_state is not None:
             torch.set_rng_state(self.random_state["cpu"])
             torch.cuda.set_rng_state_all(self.random_state["cuda"])

@@ -54,11 +54,17 @@ def check(cfg: DictConfig) -> None:
         limit = cfg.trainer[f"limit_{stage}_batches"]
         if stage == "train" and limit is not None and (not isinstance(limit, int | float) or limit <= 0):
             raise ValueError(f"trainer.limit_train_batches={limit} must be above 0, or null for all")
-    every = cfg.trainer.val_check_interval
-    if not (type(every) is int and every > 0) and not (type(every) is float and 0 < every <= 1):
+    every, accumulated = cfg.trainer.val_check_interval, cfg.trainer.accumulate_grad_batches
+    if not (type(every) is int and every > 1) and not (type(every) is float and 0 < every <= 1):
         raise ValueError(
             f"trainer.val_check_interval={every} must be a part of an epoch, above 0.0 and up to 1.0, or a whole "
-            "number of batches; type for example trainer.val_check_interval=0.25"
+            "number of batches, above 1; type for example trainer.val_check_interval=0.25"
+        )
+    if every != 1.0 and accumulated > 1 and every % accumulated:
+        raise ValueError(
+            f"trainer.val_check_interval={every} must be 1.0 or a multiple of trainer.accumulate_grad_batches="
+            f"{accumulated}: a checkpoint, which is written then, holds no gradient; type for example "
+            f"trainer.val_check_interval={100 * accumulated}"
         )
     if not isinstance(cfg.run_dir, str) or not cfg.run_dir:
         raise ValueError(f"run_dir={cfg.run_dir} must name a folder; leave it out for one below runs/")
@@ -171,8 +177,7 @@ def class_and_options(config: dict[str, Any], part: str, base: type) -> tuple[An
     target = str(options.pop("_target_"))
     options.pop("_partial_", None)
     found = get_object(target) if re.fullmatch(r"(sru|tasks|data)(\.\w+)+", target) else None
-    nested = [key for key in leaves(options) if key.endswith("_target_")]
-    if not isinstance(found, type) or not issubclass(found, base) or nested:
+    if not isinstance(found, type) or not issubclass(found, base) or "_target_" in json.dumps(options):
         raise ValueError(f"config.yaml names {target} as {part}, or classes within: not of this project, nothing built")
     return found, options
 

@@ -54,7 +54,7 @@ class LanguageModelling(Task):
     ) -> None:
         super().__init__(optimizer, scheduler)
         self.unit = unit
-        input_size = input_size or embedding_size
+        input_size = embedding_size if input_size is None else input_size
         clusters: dict[str, Any] = {"cutoffs": tuple(cutoffs), "div_value": div_value}
         self.embedding = AdaptiveEmbedding(vocab_size, embedding_size, input_size, **clusters)
         self.encoder = encoder(input_size=input_size)
@@ -89,6 +89,10 @@ class LanguageModelling(Task):
             return {"perplexity": means["loss"].exp()}
         return {"bpc": means["loss"] / math.log(2)}
 
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self.states.pop("evaluation", None)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["state"] = self.states.get("train")
@@ -99,6 +103,7 @@ class LanguageModelling(Task):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        # What a checkpoint brought lies on the CPU.
         self.states = self.transfer_batch_to_device(self.states, self.device, 0)
 
     @torch.no_grad()
@@ -123,7 +128,7 @@ class LanguageModelling(Task):
         """
         if not prompt:
             raise ValueError("the prompt is empty: give at least one token to go on from")
-        if temperature < 0:
+        if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature={temperature} must be 0 (the likeliest) or above; 1 is as trained")
         if top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(f"top_k={top_k} must be 0 (all) or above, top_p={top_p} above 0 and at most 1")
@@ -132,19 +137,24 @@ class LanguageModelling(Task):
             h, state = self.encoder.step(self.embedding(torch.tensor([token], device=self.device)), state)
         while True:
             scores = self.softmax.log_prob(h)[0].cpu()
-            token = int(scores.argmax()) if temperature == 0 else draw(scores / temperature, top_k, top_p, generator)
+            if temperature == 0:
+                token = int(scores.argmax())
+            else:
+                token = draw((scores - scores.max()).double() / temperature, top_k, top_p, generator)
             yield token
             h, state = self.encoder.step(self.embedding(torch.tensor([token], device=self.device)), state)
 
     @torch.no_grad()
     def score(self, tokens: Sequence[int], segment: int = 512) -> Tensor:
         """Bits of each token but the first, given all before it; in eval mode."""
+        if len(tokens) < 2:
+            return torch.zeros(0, device=self.device)
         text = torch.tensor(tokens, device=self.device)[:, None]
         state, bits = None, []
         for x, y in zip(text[:-1].split(segment), text[1:].split(segment), strict=True):
             h, state = self(x, state)
             bits.append(self.softmax(h, y)[:, 0] / math.log(2))
-        return torch.cat(bits) if bits else text.new_zeros(0, dtype=torch.float32)
+        return torch.cat(bits)
 
     def predict(
         self,
@@ -191,13 +201,16 @@ class LanguageModelling(Task):
     def scored_lines(self, vocabulary: Any, path: str) -> Iterator[str]:
         """Each line behind its score, and the score of all; the text is read as if a line had ended before it."""
         try:
-            text = Path(path).expanduser().read_text(encoding="utf-8", errors="surrogateescape")
+            content = Path(path).expanduser().read_bytes()
         except OSError as error:
             raise FileNotFoundError(f"input={path} cannot be read: {error.strerror}") from error
-        lines = text.splitlines()
-        if not lines:
-            raise ValueError(f"input={path} holds no line to score")
-        end = vocabulary.encode("\n")
+        lines = content.decode("utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
+        if not content:
+            raise ValueError(f"input={path} is empty: there is no line to score")
+        try:
+            end = vocabulary.encode("\n")
+        except ValueError:  # text8 has no lines
+            end = vocabulary.encode(" ")
         tokens = [[*vocabulary.encode(line), *end] for line in lines]
         bits = self.score([*end, *itertools.chain.from_iterable(tokens)]).cpu().split([len(line) for line in tokens])
 
@@ -206,7 +219,8 @@ class LanguageModelling(Task):
             return f"{2**mean:10.2f}" if self.unit == "words" else f"{mean:8.3f}"
 
         for line, of_line in zip(lines, bits, strict=True):
-            yield f"{score(of_line)}  {line}\n"
+            printable = line.encode(errors="surrogateescape").decode(errors="replace")
+            yield f"{score(of_line)}  {printable}\n"
         yield f"{score(torch.cat(bits))}  {'perplexity' if self.unit == 'words' else 'bits per character'} of all\n"
 
 
@@ -224,5 +238,7 @@ def draw(scores: Tensor, top_k: int, top_p: float, generator: torch.Generator | 
 def detached(state: Any) -> Any:
     """A state of tensors, in tuples and lists, without its gradient."""
     if isinstance(state, Tensor):
-        return state.detach()
+        # A view of a few steps would keep, and save, all that it is a view of.
+        is_part = state.untyped_storage().nbytes() > state.nbytes
+        return state.detach().clone() if is_part else state.detach()
     return type(state)(map(detached, state)) if isinstance(state, tuple | list) else state

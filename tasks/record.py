@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: checkpoints, its clock, metrics.csv, the wandb run and the closing summary."""
+"""What a run leaves in its folder: checkpoints, metrics.csv, the wandb run and the closing summary."""
 
 import csv
 import io
@@ -9,7 +9,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
+
+from tasks.clock import Clock, peak_memory
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,126 +57,6 @@ class Checkpoint(ModelCheckpoint):
         paths = {key: moved(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
         models = {moved(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | paths | {"best_k_models": models, "dirpath": self.dirpath})
-
-
-class Clock(pl.Callback):
-    """Log, with every validation, what training costs: time, speed, how a step's time is shared, memory.
-
-    `epoch`: how many were trained, in parts too; `seconds` of training, without validation; examples (or tokens) a
-    second; `step_ms/data`, `/forward`, `/backward` and `/optimizer`; `peak_memory_mb` of the process, or on a GPU what
-    torch has allocated there. Time goes on across a resume. Prints a line a validation.
-
-    Args:
-        max_seconds: stop after so much training; None for never.
-    """
-
-    PARTS = ("data", "forward", "backward", "optimizer")
-    SAMPLING = 16  # on a GPU the parts of one step in so many are timed, for that waits until each is done
-
-    def __init__(self, max_seconds: float | None = None) -> None:
-        if max_seconds is not None and max_seconds <= 0:
-            raise ValueError(f"callbacks.clock.max_seconds={max_seconds} must be above 0, or null for no limit")
-        self.max_seconds = max_seconds
-        self.seconds = 0.0
-        self.examples = 0
-        self.epochs = 0.0
-        self.parts = dict.fromkeys(self.PARTS, 0.0)
-        self.sampled = 0
-        self._since = 0.0
-        self._mark: float | None = None  # None while the parts are not timed
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "examples": self.examples, "epochs": self.epochs}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds, self.examples, self.epochs = (state_dict[key] for key in ("seconds", "examples", "epochs"))
-
-    def _wait(self, module: Any) -> float:
-        if module.device.type == "cuda":
-            torch.cuda.synchronize(module.device)
-        return time.perf_counter()
-
-    def _begin(self, trainer: pl.Trainer, module: Any) -> None:
-        sampling = module.device.type != "cuda" or trainer.global_step % self.SAMPLING == 0
-        self._mark = self._wait(module) if sampling else None
-
-    def _lap(self, part: str, module: Any) -> None:
-        if self._mark is not None:
-            now = self._wait(module)
-            self.parts[part] += now - self._mark
-            self._mark = now
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        # Not only with an epoch: a resumed run may start within one.
-        self._begin(trainer, pl_module)
-        self._since = time.perf_counter()
-
-    on_train_epoch_start = on_train_start
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        self._lap("data", pl_module)
-
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        self._lap("forward", pl_module)
-
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._lap("backward", pl_module)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        self._lap("optimizer", pl_module)
-        self.sampled += self._mark is not None
-        self.examples += pl_module.batch_size
-        self.epochs += 1 / trainer.num_training_batches
-        self._begin(trainer, pl_module)
-        now = time.perf_counter()
-        self.seconds += now - self._since
-        self._since = now
-        if self.max_seconds is not None and self.seconds >= self.max_seconds:
-            trainer.should_stop = True
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.state.fn == "fit":
-            self.seconds += self._wait(pl_module) - self._since
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.state.fn == "fit":
-            self._log(pl_module)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.state.fn == "fit":
-            values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-            words = [f"epoch {self.epochs:.4g}", *(f"{name} {value:.4g}" for name, value in values.items())]
-            pl_module.print("  ".join([*words, f"{self.speed:.0f} {pl_module.counted}/s"]))
-        self._begin(trainer, pl_module)
-        self._since = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if not trainer.enable_validation:
-            self._log(pl_module)
-
-    def _log(self, module: Any) -> None:
-        values = {"seconds": self.seconds, f"{module.counted}_per_second": self.speed, **self.step_milliseconds()}
-        module.log_dict(values | {"epoch": self.epochs, "peak_memory_mb": peak_memory(module.device)})
-
-    def step_milliseconds(self) -> dict[str, float]:
-        return {f"step_ms/{part}": 1e3 * sum_ / max(1, self.sampled) for part, sum_ in self.parts.items()}
-
-    @property
-    def speed(self) -> float:
-        """Examples or tokens a second of training."""
-        return self.examples / self.seconds if self.seconds else 0.0
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most megabytes (2**20 bytes) that torch held on a GPU, or that the process held, its memory maps included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":  # which does not tell
-        return float("nan")
-    import resource
-
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 class MetricsFile(Logger):
@@ -293,7 +174,7 @@ def result(trainer: Any, task: Any) -> dict[str, Any]:
         "metrics": metrics,
         "monitor": best.monitor,
         "best_epoch": best_epoch,
-        "epochs": trainer.current_epoch,
+        "epochs": round(clock.epochs, 3),
         "parameters": sum(p.numel() for p in task.parameters()),
         "encoder_parameters": sum(p.numel() for p in task.encoder.parameters()),
         "seconds": clock.seconds,
@@ -337,7 +218,7 @@ def summary_table(outcome: dict[str, Any], folder: Path) -> str:
     rows += [
         ("parameters", f"{outcome['parameters']:,} ({outcome['encoder_parameters']:,} in the encoder)"),
         ("wall time", f"{outcome['wall_seconds']:.1f} s for this call; training {outcome['seconds']:.1f} s in all"),
-        ("epochs", f"{outcome['epochs']}, the best is {outcome['best_epoch']}"),
+        ("epochs", f"{outcome['epochs']:g}, the best is {outcome['best_epoch'] or 0:g}"),
         *((f"{name.removesuffix('_per_second')}/s", f"{outcome[name]:.0f}") for name in outcome if "_per_s" in name),
         ("run folder", str(folder)),
     ]

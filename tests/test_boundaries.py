@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = {"sru", "data", "tasks", "scripts", "tests", "train"}
+OURS = {"sru", "data", "tasks", "scripts", "tests", "train", "predict"}
 ALLOWED = {"sru": {"sru"}, "tasks": {"tasks"}, "data": {"data"}, "scripts": {"sru", "data", "tasks", "train"}}
 FILES = [path for folder in ALLOWED for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -27,6 +27,11 @@ def imported(path: Path) -> set[str]:
 def test_packages_meet_in_the_configuration_only(path):
     package = path.relative_to(ROOT).parts[0]
     assert imported(path) & OURS <= ALLOWED[package]
+
+
+@pytest.mark.parametrize("name", ["train.py", "predict.py"])
+def test_the_commands_know_the_tasks_alone(name):
+    assert imported(ROOT / name) & OURS <= {"tasks"}
 
 
 def test_hydra_stays_at_the_door():

@@ -127,8 +127,8 @@ def test_resumed_within_an_epoch_equals_uninterrupted(configure, tmp_path, model
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     words = (*SMALL, f"model={model}", "dropout=0.2", "trainer.val_check_interval=4", "trainer.max_epochs=3")
     train.run(configure(f"run_dir={whole}", *words))
-    # The checkpoint lies at step 14, the second of three validations in the second epoch but for the steps after it.
-    train.run(configure(f"run_dir={parts}", *words, "trainer.max_steps=16"))
+    # Stopped in the second epoch, after the first of its validations.
+    train.run(configure(f"run_dir={parts}", *words, "trainer.max_steps=14"))
     assert state_of(parts)["global_step"] == 14
     assert state_of(parts)["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [{"position": 4}]
     torch.manual_seed(99)
@@ -147,9 +147,9 @@ def test_resumed_within_an_epoch_equals_uninterrupted(configure, tmp_path, model
 @pytest.mark.parametrize("model", ["sru", "srupp", "transformer"])
 def test_a_gpu_trains_in_half_precision_and_goes_on_within_an_epoch(configure, tmp_path, model):
     words = (*SMALL, f"model={model}", "trainer=gpu", "trainer.precision=16-mixed", "trainer.val_check_interval=4")
-    train.run(configure(*words, "trainer.max_epochs=2", "trainer.max_steps=16"))
+    train.run(configure(*words, "trainer.max_epochs=2", "trainer.max_steps=14"))
     train.run(configure(*words, "trainer.max_epochs=2", f"resume={tmp_path / 'run'}"))
-    assert state_of(tmp_path / "run")["global_step"] == 18
+    assert state_of(tmp_path / "run")["global_step"] == 20
 
 
 def test_bfloat16_trains_as_float32_does(configure, tmp_path):
@@ -161,6 +161,30 @@ def test_bfloat16_trains_as_float32_does(configure, tmp_path):
     assert losses[0] < 4
     assert losses[1] == pytest.approx(losses[0], abs=0.05)
     assert losses[1] != losses[0]
+
+
+def test_the_last_step_is_validated_and_saved_though_no_epoch_ends_there(configure, tmp_path):
+    train.run(configure(*SMALL, "trainer.max_epochs=3", "trainer.max_steps=13"))
+    assert state_of(tmp_path / "run")["global_step"] == 13
+    assert [row["step"] for row in rows(tmp_path / "run") if row["val/loss"]] == ["10", "13"]
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["epochs"] == 1.3
+    train.run(configure(*SMALL, "trainer.max_epochs=3", "trainer.max_steps=-1", f"resume={tmp_path / 'run'}"))
+    assert state_of(tmp_path / "run")["global_step"] == 30
+
+
+def test_resumed_with_accumulated_gradients_and_a_schedule_equals_uninterrupted(configure, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = (*SMALL, "trainer.max_epochs=2", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=4",
+             "task.scheduler={_target_:tasks.schedules.noam,_partial_:true,size:16,warmup:4}")  # fmt: skip
+    train.run(configure(f"run_dir={whole}", *words))
+    train.run(configure(f"run_dir={parts}", *words, "trainer.max_steps=7"))
+    train.run(configure(f"run_dir={parts}", f"resume={parts}", *words))
+    one, two = state_of(whole), state_of(parts)
+    assert one["global_step"] == two["global_step"] == 9
+    assert all(torch.equal(one["state_dict"][key], two["state_dict"][key]) for key in one["state_dict"])
+    assert one["lr_schedulers"][0]["_last_lr"] == two["lr_schedulers"][0]["_last_lr"]
+    with pytest.raises(ValueError, match=r"val_check_interval=5 must be 1\.0 or a multiple of .*batches=2"):
+        train.run(configure(*words, "trainer.val_check_interval=5"))
 
 
 def test_training_stops_when_its_time_is_over_and_goes_on(configure, tmp_path, monkeypatch):
@@ -237,13 +261,14 @@ def test_draws_follow_the_distribution_and_its_cuts():
     assert frequencies(top_p=0.1) == [1, 0, 0, 0]
 
 
-def test_scores_are_bits_of_the_loss():
-    task, tokens = task_of().eval(), torch.randint(11, (30,)).tolist()
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_scores_are_bits_of_the_loss(encoder):
+    task, tokens = task_of(encoder).eval(), torch.randint(11, (30,)).tolist()
     with torch.no_grad():
         text = torch.tensor(tokens)[:, None]
         expected = task.softmax(task(text[:-1])[0], text[1:])[:, 0] / math.log(2)
     torch.testing.assert_close(task.score(tokens, segment=7), expected)
-    assert task.score([3]).numel() == 0
+    assert task.score([3]).numel() == task.score([]).numel() == 0
 
 
 def test_a_network_that_sees_the_future_is_refused():
@@ -264,6 +289,27 @@ def test_detached_keeps_the_form_of_a_state():
     assert found[2] is None
     assert not found[0].requires_grad
     assert not found[1][0].requires_grad
+
+
+def test_a_state_keeps_nothing_but_itself():
+    """A view of the last steps would be saved with all the steps that it is a view of."""
+    encoder = partial(sru.SRUppEncoder, hidden_size=8, num_layers=2, memory_length=4)
+    task = LanguageModelling(encoder=encoder, vocab_size=11, unit="bytes", embedding_size=6, optimizer=torch.optim.SGD)
+    tokens = torch.randint(11, (16, 3))
+    task.loss((tokens, tokens, True))
+    memory = task.states["train"][1]
+    assert [len(a) for a in memory] == [4, 4]
+    assert all(a.untyped_storage().nbytes() == a.nbytes for a in memory)
+
+
+def test_the_state_of_a_checkpoint_goes_where_the_network_is():
+    task, other = task_of(), task_of()
+    task.loss((torch.randint(11, (5, 2)), torch.randint(11, (5, 2)), True))
+    checkpoint = {}
+    task.on_save_checkpoint(checkpoint)
+    other.on_load_checkpoint(checkpoint)
+    other.to("meta").on_train_start()
+    assert other.states["train"].device.type == "meta"
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +343,27 @@ def test_a_text_is_scored_line_by_line(trained, tmp_path, capsys):
     assert lines[-1].endswith("bits per character of all")
 
 
+def test_any_bytes_are_scored_as_they_are(configure, tmp_path, capsys):
+    """No UTF-8, a form feed within a line, a carriage return, and no last line's end."""
+    content = b"abc\xff\x0cd\r\n\xe9a\n" * 400
+    (tmp_path / "text").write_bytes(content)
+    train.run(configure(*SMALL, "data=bytes", f"data.path={tmp_path / 'text'}", "epochs=1"))
+    (tmp_path / "some").write_bytes(content[:13] + b"abc\xff")
+    capsys.readouterr()
+    predict.main([f"checkpoint={tmp_path / 'run'}", f"input={tmp_path / 'some'}"])
+    lines = capsys.readouterr().out.split("\n")
+    assert [line[10:] for line in lines[:3]] == ["abc\ufffd\x0cd\r", "\ufffda", "abc\ufffd"]
+    predict.main([f"checkpoint={tmp_path / 'run'}", "prompt=abc", "length=9", "temperature=1e-40"])
+
+
+def test_a_text_without_lines_is_scored(configure, tmp_path, capsys):
+    (tmp_path / "text").write_bytes(b"abc de f " * 500)
+    train.run(configure(*SMALL, "data=bytes", f"data.path={tmp_path / 'text'}", "epochs=1"))
+    (tmp_path / "some").write_text("ab\ncd\n")
+    predict.main([f"checkpoint={tmp_path / 'run'}", f"input={tmp_path / 'some'}"])
+    assert "  cd\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -309,6 +376,7 @@ def test_a_text_is_scored_line_by_line(trained, tmp_path, capsys):
         (["checkpoint={run}", "prompt=x", "length=many"], "length=many must be an int"),
         (["checkpoint={run}", "prompt=x", "top_p=0"], "top_p=0.0 above 0"),
         (["checkpoint={run}", "prompt=x", "temperature=-1"], "temperature=-1.0 must be 0"),
+        (["checkpoint={run}", "prompt=x", "temperature=nan"], "temperature=nan must be 0"),
         (
             ["checkpoint={run}", "prompt=x", "topk=3"],
             "there is no option 'topk'; there are: checkpoint, device, prompt",

@@ -9,7 +9,7 @@ VOCABULARIES = {
     "enwik8": (205, "bytes"),
     "ptb": (10_000, "words"),
     "wikitext103": (267_735, "words"),
-    "lm1b": (793_471, "words"),
+    "lm1b": (793_470, "words"),
 }
 EXPERIMENTS = [name for name in options("experiment") if name.split("_")[0] in VOCABULARIES]
 ATTENDING = [name for name in EXPERIMENTS if "srupp" in name or "transformer" in name]

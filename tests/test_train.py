@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, options
+from hydra.utils import instantiate
 
 import train
 from tasks import door
@@ -121,6 +122,35 @@ def test_resumed_equals_uninterrupted(configure, tmp_path):
     assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i])
     # The first part's own test lies between its epochs; the file of the resumed run has it replaced.
     assert rows(whole) == rows(parts)
+
+
+def test_patience_lasts_over_a_resume(configure, tmp_path):
+    """With a rate of 0 the first epoch stays the best: both stop after as many epochs."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = ("trainer=patient", "callbacks.stop.patience=3", "task.optimizer.lr=0", *SHORT)
+    train.run(configure(f"run_dir={whole}", *words))
+    train.run(configure(f"run_dir={parts}", *words, "trainer.max_epochs=2"))
+    train.run(configure(f"run_dir={parts}", f"resume={parts}", *words, "trainer.max_epochs=100"))
+    assert [json.loads((folder / "metrics.json").read_text())["epochs"] for folder in (whole, parts)] == [4, 4]
+
+
+def test_a_mean_is_over_examples_not_over_batches(configure, tmp_path, monkeypatch):
+    """The last batch is shorter, and by its loss tells whether it counts for less."""
+    from tasks.classification import Classification
+
+    monkeypatch.setattr(
+        Classification, "loss", lambda self, batch: (self.output.bias.sum() * 0 + len(batch[1]), {}, len(batch[1]))
+    )
+    cfg = configure("epochs=1", "callbacks.best.monitor=val/loss", "callbacks.best.mode=min", "data.batch_size=100")
+    train.run(cfg)
+    splits = instantiate(cfg.data)
+    splits.setup()
+    for stage in ("val", "test"):
+        total = len(splits.splits[stage])
+        full, left = divmod(total, 100)
+        assert left
+        found = json.loads((tmp_path / "run/metrics.json").read_text())["metrics"][f"{stage}/loss"]
+        assert found == pytest.approx((full * 100 * 100 + left * left) / total)
 
 
 def test_a_moved_run_remembers_its_best_epoch(configure, tmp_path):

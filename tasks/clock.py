@@ -1,0 +1,136 @@
+"""What training costs: its time, speed and memory, and when its time is over."""
+
+import sys
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+
+class Clock(pl.Callback):
+    """Log, with every validation, what training costs: time, speed, how a step's time is shared, memory.
+
+    `epoch`: how many were trained, in parts too; `seconds` of training, without validation; examples (or tokens) a
+    second; `step_ms/data`, `/forward`, `/backward` and `/optimizer`; `peak_memory_mb` of the process, or on a GPU what
+    torch has allocated there. Time goes on across a resume. Prints a line a validation.
+
+    Args:
+        max_seconds: stop after so much training; None for never.
+    """
+
+    PARTS = ("data", "forward", "backward", "optimizer")
+    SAMPLING = 16  # on a GPU the parts of one step in so many are timed, for that waits until each is done
+
+    def __init__(self, max_seconds: float | None = None) -> None:
+        if max_seconds is not None and max_seconds <= 0:
+            raise ValueError(f"callbacks.clock.max_seconds={max_seconds} must be above 0, or null for no limit")
+        self.max_seconds = max_seconds
+        self.seconds = 0.0
+        self.examples = 0
+        self.epochs = 0.0
+        self.parts = dict.fromkeys(self.PARTS, 0.0)
+        self.sampled = 0
+        self._batches = 0  # of this process
+        self._since = 0.0
+        self._mark: float | None = None  # None while the parts are not timed
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "examples": self.examples, "epochs": self.epochs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds, self.examples, self.epochs = (state_dict[key] for key in ("seconds", "examples", "epochs"))
+
+    def _wait(self, module: Any) -> float:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)
+        return time.perf_counter()
+
+    def _begin(self, module: Any) -> None:
+        # Not the first step of a process, which compiles.
+        self._batches += 1
+        every = self.SAMPLING if module.device.type == "cuda" else 1
+        self._mark = self._wait(module) if self._batches > 1 and self._batches % every == 0 else None
+
+    def _lap(self, part: str, module: Any) -> None:
+        if self._mark is not None:
+            now = self._wait(module)
+            self.parts[part] += now - self._mark
+            self._mark = now
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # Not only with an epoch: a resumed run may start within one.
+        self._begin(pl_module)
+        self._since = time.perf_counter()
+
+    on_train_epoch_start = on_train_start
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        self._lap("data", pl_module)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        self._lap("forward", pl_module)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._lap("backward", pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        self._lap("optimizer", pl_module)
+        self.sampled += self._mark is not None
+        self.examples += pl_module.batch_size
+        self.epochs += 1 / trainer.num_training_batches
+        self._begin(pl_module)
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
+        # Lightning would end at max_steps without a validation, and so without a checkpoint.
+        out_of_steps = 0 <= trainer.max_steps <= trainer.global_step
+        # What was accumulated towards a step of the optimiser is in no checkpoint.
+        is_step = (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        out_of_time = self.max_seconds is not None and self.seconds >= self.max_seconds and is_step
+        if out_of_steps or out_of_time:
+            trainer.should_stop = True
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "fit":
+            self.seconds += self._wait(pl_module) - self._since
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "fit":
+            self._log(pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "fit":
+            values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            words = [f"epoch {self.epochs:.4g}", *(f"{name} {value:.4g}" for name, value in values.items())]
+            pl_module.print("  ".join([*words, f"{self.speed:.0f} {pl_module.counted}/s"]))
+        self._begin(pl_module)
+        self._since = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not trainer.enable_validation:
+            self._log(pl_module)
+
+    def _log(self, module: Any) -> None:
+        values = {"seconds": self.seconds, f"{module.counted}_per_second": self.speed, **self.step_milliseconds()}
+        module.log_dict(values | {"epoch": self.epochs, "peak_memory_mb": peak_memory(module.device)})
+
+    def step_milliseconds(self) -> dict[str, float]:
+        return {f"step_ms/{part}": 1e3 * sum_ / max(1, self.sampled) for part, sum_ in self.parts.items()}
+
+    @property
+    def speed(self) -> float:
+        """Examples or tokens a second of training."""
+        return self.examples / self.seconds if self.seconds else 0.0
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most megabytes (2**20 bytes) that torch held on a GPU, or that the process held, its memory maps included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":  # which does not tell
+        return float("nan")
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
