@@ -1,18 +1,24 @@
 """Use a trained network: `python predict.py checkpoint=runs/lm/<time> prompt="The "`."""
 
 import inspect
+import re
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import LightningDataModule
 from torch import nn
 
 from tasks import door
 from tasks.base import Task
+
+# What a configuration that is damaged, or belongs to another checkpoint, leads to.
+MISFITS = AttributeError, ImportError, KeyError, TypeError, RuntimeError, yaml.YAMLError, OmegaConfBaseException
 
 USAGE = """Use a trained network: python predict.py checkpoint=FOLDER_OR_FILE KEY=VALUE ...
 
@@ -32,30 +38,39 @@ def load(checkpoint: str, device: str = "auto") -> tuple[Any, Any]:
             f"checkpoint={checkpoint} is neither a run's folder nor a .ckpt in one (there is no "
             f"{path if not path.is_file() else folder / 'config.yaml'}); runs lie below runs/"
         )
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) or (device[:4] == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device={device} must be auto, cpu, or cuda where torch finds a GPU")
     content = door.checkpoint(path)
-    cfg: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
+    try:
+        task, vocabulary = built(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True), content)
+    except MISFITS as error:
+        raise ValueError(
+            f"{folder / 'config.yaml'} is damaged, or not that of {path} ({type(error).__name__}: {error}); "
+            "take both from one run"
+        ) from error
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return task.eval().to(device), vocabulary
+
+
+def built(cfg: Any, content: dict[str, Any]) -> tuple[Any, Any]:
+    """The task with a checkpoint's weights, and its vocabulary."""
     for name in ("optimizer", "scheduler"):
         cfg["task"].pop(name, None)
     data, _ = door.class_and_options(cfg, "data", LightningDataModule)
     model, model_options = door.class_and_options(cfg, "model", nn.Module)
     task_class, task_options = door.class_and_options(cfg, "task", Task)
     if not hasattr(task_class, "predict"):
-        raise ValueError(f"checkpoint={checkpoint}: {cfg['task']['_target_']} has no predictions of single texts")
+        raise ValueError(f"{cfg['task']['_target_']}, which the checkpoint is of, has no predictions of single texts")
     vocabulary = data.vocabulary_of(content[data.__qualname__])
-    task = task_class(
-        encoder=partial(model, **model_options),
-        optimizer=torch.optim.SGD,
-        **task_options,
-        vocab_size=len(vocabulary),
-        unit=vocabulary.unit,
-    )
-    try:
-        task.load_state_dict(content["state_dict"])
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {folder / 'config.yaml'}: {error}") from error
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return task.eval().to(device), vocabulary
+    sizes = {"vocab_size": len(vocabulary), "unit": vocabulary.unit}
+    options = task_options | sizes
+    make = partial(task_class, encoder=partial(model, **model_options), optimizer=torch.optim.SGD, **options)
+    with torch.device("meta"):  # another configuration takes no memory before its sizes are compared
+        make().load_state_dict(content["state_dict"], assign=True)
+    task = make()
+    task.load_state_dict(content["state_dict"])
+    return task, vocabulary
 
 
 def main(words: list[str]) -> None:
@@ -85,7 +100,7 @@ def main(words: list[str]) -> None:
         try:
             values[name] = kind(value)
         except ValueError:
-            raise ValueError(f"{name}={value} must be a{'n' if kind is int else ''} {kind.__name__}") from None
+            raise ValueError(f"{name}={value} must be a {'whole ' if kind is int else ''}number") from None
     for text in task.predict(vocabulary, **values):
         print(text, end="", flush=True)
 

@@ -28,33 +28,38 @@ def run(cfg: DictConfig) -> float | None:
     start = time.perf_counter()
     with door.opened_folder(cfg) as folder:
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
+        last = folder / "checkpoints/last.ckpt" if cfg.resume else None
         data = instantiate(cfg.data)
+        door.check_data(cfg, data, last)
         task = instantiate(cfg.task)(encoder=instantiate(cfg.model), **data.dims)
         # A bar in a file is a wall of lines.
         cfg.trainer.enable_progress_bar &= sys.stdout.isatty()
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        last = folder / "checkpoints/last.ckpt" if cfg.resume else None
-        origin, outcome = record.provenance(), None
+        origin, outcome, has_begun = record.provenance(), None, False
+
+        def begin(*_: object) -> None:
+            nonlocal has_begun
+            has_begun = True
+            record.write_config(config, origin, folder)
+
         try:
             trainer = instantiate(cfg.trainer)
             # Not before the checkpoint of a resumed run was read: a run that cannot go on keeps its record.
-            trainer.callbacks.append(
-                LambdaCallback(on_train_start=lambda *_: record.write_config(config, origin, folder))
-            )
+            trainer.callbacks.append(LambdaCallback(on_train_start=begin))
             for logger in trainer.loggers:
                 logger.log_hyperparams(config)
             trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
             # Before the test, which sets the callbacks back to the best epoch.
             found = record.result(trainer, task) | {"commit": origin["commit"]}
             best = trainer.checkpoint_callback.best_model_path
-            (tested,) = trainer.test(task, datamodule=data, ckpt_path=best or None, verbose=False, weights_only=True)
-            found["metrics"] |= {name: value for name, value in tested.items() if name != "step"}
+            for tested in trainer.test(task, datamodule=data, ckpt_path=best or None, verbose=False, weights_only=True):
+                found["metrics"] |= {name: value for name, value in tested.items() if name != "step"}
             found["wall_seconds"] = time.perf_counter() - start
             record.write_result(found, folder)
             outcome = found
         finally:
             record.finish_wandb(outcome and outcome["metrics"])
-            if outcome is None and (folder / "checkpoints/last.ckpt").exists():
+            if outcome is None and has_begun and (folder / "checkpoints/last.ckpt").exists():
                 print(f"The run stopped early. Go on with: python train.py resume={shlex.quote(str(folder))}")
         print(record.summary_table(outcome, folder))
         return outcome["metrics"].get(outcome["monitor"])

@@ -73,7 +73,8 @@ class Source:
         """What changes when the content does."""
         path, limit = self.locate(check=False)
         files = self.find_members(path) if path.is_dir() else [path]
-        states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        stats = [(file.resolve(), file.stat()) for file in files]
+        states = [(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file, stat in stats]
         return [states, limit, self.members, self.shards, self.tokens]
 
     def find_members(self, folder: Path) -> list[Path]:

@@ -161,7 +161,7 @@ def download(path: Path, packing: str, url: str, checksum: str | None) -> Path:
             reason = f"the server answers {error.response.status_code} {error.response.reason}"
         raise ConnectionError(
             f"cannot download {url} to {path}: {reason}. Run the same command again (it goes on where it stopped), "
-            "or put the file there by hand. data=pydoc needs no network."
+            "or put the file there by hand. data=pydoc and, with task=lm, data=pydoc_text need no network."
         ) from error
     except ValueError as error:
         raise ValueError(

@@ -1,6 +1,7 @@
 """A text as one long sequence of bytes, characters or words, for language models."""
 
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ class Segments:
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """The next epoch begins at that position; one that was finished begins anew."""
-        self.start = self.position = state_dict["position"] % max(self.epoch, 1)
+        position = state_dict["position"]
+        self.start = self.position = position if position < self.epoch else 0
 
 
 class Text(pl.LightningDataModule):
@@ -155,6 +157,18 @@ class Text(pl.LightningDataModule):
                 raise ValueError(f"data.{name}={size} must be a whole number, 2 (a token, and the next) or more")
         if path and (Path(path).is_dir() or find(Path(path).expanduser()) is None):
             raise FileNotFoundError(f"data.path={path} is no file: type data.path=FILE, plain or .gz, .xz or .zip")
+        if path and files:
+            raise ValueError(
+                f"data.path={path} is for data=bytes: this corpus has files of its own; leave out one of them"
+            )
+        for name, given, fits in (
+            ("data.min_count", min_count != 1, unit == "words"),
+            ("data.valid_bytes and data.test_bytes", (valid_bytes, test_bytes) != (None, None), "all" in self.files),
+        ):
+            if given and not fits:
+                raise ValueError(
+                    f"{name} would change nothing here: {unit} in files {sorted(self.files)}; leave it out"
+                )
         if not self.files:
             raise ValueError("the text is a file of yours: type data.path=FILE (and data.valid_bytes, data.test_bytes)")
         if set(self.files) not in ({"all"}, {"train", "val", "test"}):
@@ -174,6 +188,7 @@ class Text(pl.LightningDataModule):
         if "all" in arrays:
             arrays = split_by_size(arrays["all"], **self.held_out)
         self.vocabulary = Vocabulary(self.unit, tokens)
+        self.checksums = {name: zlib.crc32(array.data) for name, array in arrays.items()}
         self.splits = arrays
         for split in arrays:  # what is too short for its streams is told now
             self.segments(split)
@@ -219,13 +234,18 @@ class Text(pl.LightningDataModule):
         return Segments(text, batch_size, unroll, rank=rank, world_size=world_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to read and write text."""
+        """What a checkpoint needs to read and write text, and to know the text that it was trained on."""
         self.setup()
-        return {"unit": self.unit, "tokens": self.vocabulary.tokens}
+        return {"unit": self.unit, "tokens": self.vocabulary.tokens, "checksums": self.checksums}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """ValueError if the checkpoint was trained on another vocabulary."""
+        """ValueError if the checkpoint was trained on another text."""
         now, then = self.state_dict(), state_dict
+        if now["tokens"] == then["tokens"] and now != then:
+            raise ValueError(
+                "the text is not the one that the checkpoint was trained on, though its vocabulary is: a file or the "
+                "sizes of its parts have changed. Put the old file there, or train again."
+            )
         if now != then:
             pairs = enumerate(zip(now["tokens"], then["tokens"], strict=False))
             place = next((i for i, (new, old) in pairs if new != old), None)

@@ -17,10 +17,10 @@ def _cluster_sizes(
 ) -> tuple[list[int], list[int]]:
     """The clusters' bounds [0, c1, ..., V] and their features, checked."""
     bounds = [0, *cutoffs, vocab_size]
-    if not all(isinstance(c, int) for c in cutoffs) or bounds != sorted(set(bounds)):
+    if not all(type(c) is int for c in cutoffs) or bounds != sorted(set(bounds)):
         given, fitting = (
             "[" + ",".join(map(str, values)) + "]"
-            for values in (cutoffs, sorted({int(c) for c in cutoffs if 1 <= int(c) < vocab_size}))
+            for values in (cutoffs, sorted({c for c in cutoffs if type(c) is int and 1 <= c < vocab_size}))
         )
         raise ValueError(
             f"task.cutoffs={given} with a vocabulary of {vocab_size} words: every cutoff must lie between 1 and "

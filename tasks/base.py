@@ -73,6 +73,11 @@ class Task(pl.LightningModule, ABC):
             sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
             size = sums.pop("size")
             means = {name: value / size for name, value in sums.items()}
+            if stage != "test" and not torch.isfinite(means["loss"]):
+                raise ValueError(
+                    f"the {stage} loss is {means['loss']:g} after {self.trainer.global_step} steps; type a lower "
+                    "task.optimizer.lr=, trainer.gradient_clip_val=1, or trainer.precision=32-true"
+                )
             means |= self.derived(means)
             self.log_dict({f"{stage}/{name}": value.float() for name, value in means.items()}, prog_bar=stage == "val")
             # The row of the loggers; Lightning's own count is another one after a resume within an epoch.

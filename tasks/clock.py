@@ -23,7 +23,7 @@ class Clock(pl.Callback):
     SAMPLING = 16  # on a GPU the parts of one step in so many are timed, for that waits until each is done
 
     def __init__(self, max_seconds: float | None = None) -> None:
-        if max_seconds is not None and max_seconds <= 0:
+        if max_seconds is not None and (type(max_seconds) not in (int, float) or not max_seconds > 0):
             raise ValueError(f"callbacks.clock.max_seconds={max_seconds} must be above 0, or null for no limit")
         self.max_seconds = max_seconds
         self.seconds = 0.0
@@ -83,24 +83,26 @@ class Clock(pl.Callback):
         now = time.perf_counter()
         self.seconds += now - self._since
         self._since = now
-        # Lightning would end at max_steps without a validation, and so without a checkpoint.
+        # Lightning would end at max_steps, and an epoch, without a validation, and so without a checkpoint.
         out_of_steps = 0 <= trainer.max_steps <= trainer.global_step
+        is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        is_at_end = is_last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         # What was accumulated towards a step of the optimiser is in no checkpoint.
         is_step = (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
         out_of_time = self.max_seconds is not None and self.seconds >= self.max_seconds and is_step
-        if out_of_steps or out_of_time:
+        if out_of_steps or is_at_end or out_of_time:
             trainer.should_stop = True
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.state.fn == "fit":
+        if is_in_training(trainer):
             self.seconds += self._wait(pl_module) - self._since
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.state.fn == "fit":
+        if is_in_training(trainer):
             self._log(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.state.fn == "fit":
+        if is_in_training(trainer):
             values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
             words = [f"epoch {self.epochs:.4g}", *(f"{name} {value:.4g}" for name, value in values.items())]
             pl_module.print("  ".join([*words, f"{self.speed:.0f} {pl_module.counted}/s"]))
@@ -122,6 +124,11 @@ class Clock(pl.Callback):
     def speed(self) -> float:
         """Examples or tokens a second of training."""
         return self.examples / self.seconds if self.seconds else 0.0
+
+
+def is_in_training(trainer: pl.Trainer) -> bool:
+    """Whether a validation belongs to a training that has begun."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 
 def peak_memory(device: torch.device) -> float:

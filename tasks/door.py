@@ -34,6 +34,10 @@ RANGES: dict[str, tuple[float, float, float]] = {
     "data.unroll": (1, 10**6, 128),
     "data.eval_batch_size": (1, 10**6, 1),
     "data.eval_unroll": (1, 10**6, 128),
+    "task.dropout": (0, 0.999, 0.5),
+    "task.embedding_dropout": (0, 0.999, 0.5),
+    "task.embedding_size": (1, 10**6, 128),
+    "task.optimizer.lr": (0, 1e9, 0.001),
     "trainer.max_steps": (-1, 10**9, 400_000),
     "trainer.accumulate_grad_batches": (1, 10**6, 1),
     "trainer.max_epochs": (1, 10**6, 100),
@@ -52,8 +56,9 @@ def check(cfg: DictConfig) -> None:
             raise ValueError(f"{key}={value} must be {kind}, {span}; type for example {key}={example}")
     for stage in ("train", "val", "test"):
         limit = cfg.trainer[f"limit_{stage}_batches"]
-        if stage == "train" and limit is not None and (not isinstance(limit, int | float) or limit <= 0):
-            raise ValueError(f"trainer.limit_train_batches={limit} must be above 0, or null for all")
+        is_number = type(limit) in (int, float) and limit >= 0
+        if limit is not None and (not is_number or (stage == "train" and not limit)):
+            raise ValueError(f"trainer.limit_{stage}_batches={limit} must be a number above 0, or null for all")
     every, accumulated = cfg.trainer.val_check_interval, cfg.trainer.accumulate_grad_batches
     if not (type(every) is int and every > 1) and not (type(every) is float and 0 < every <= 1):
         raise ValueError(
@@ -65,6 +70,10 @@ def check(cfg: DictConfig) -> None:
             f"trainer.val_check_interval={every} must be 1.0 or a multiple of trainer.accumulate_grad_batches="
             f"{accumulated}: a checkpoint, which is written then, holds no gradient; type for example "
             f"trainer.val_check_interval={100 * accumulated}"
+        )
+    if cfg.trainer.precision == "16-true":
+        raise ValueError(
+            "trainer.precision=16-true loses what a step adds; type trainer.precision=16-mixed or bf16-mixed"
         )
     if not isinstance(cfg.run_dir, str) or not cfg.run_dir:
         raise ValueError(f"run_dir={cfg.run_dir} must name a folder; leave it out for one below runs/")
@@ -142,7 +151,8 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
     for key, old, new in changes(before, cfg):
         # What only names the folder is no change, a list repeats what has keys of its own, the terminal sets the bar.
         moved = str(old).replace(str(before.run_dir), cfg.run_dir) == str(new)
-        if moved or isinstance(new, list) or key in ("resume", "trainer.enable_progress_bar"):
+        repeated = key in ("trainer.callbacks", "trainer.logger", "choices.ablation")
+        if moved or repeated or key in ("resume", "trainer.enable_progress_bar"):
             continue
         if not key.startswith(free):
             raise ValueError(
@@ -152,6 +162,19 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
         print(f"resumed with {key}: {old} -> {new}")
     if wanted == done:
         print(f"All {done} epochs are trained, only the test is left. To train longer: trainer.max_epochs=N.")
+
+
+def check_data(cfg: DictConfig, data: Any, last: Path | None) -> None:
+    """Refuse data of another task, and a resume on data that has changed, before a network is built for it."""
+    known = inspect.signature(get_class(cfg.task._target_)).parameters
+    if other := [name for name in data.dims if name not in known]:
+        raise ValueError(
+            f"data={cfg.choices.data} does not go with task={cfg.choices.task}, which knows no {', '.join(other)}; "
+            "texts (pydoc_text, bytes, ptb, ...) are for task=lm, "
+            "sentences (pydoc, cr, trec, ...) for task=classification"
+        )
+    if last is not None:
+        data.load_state_dict(checkpoint(last)[type(data).__qualname__])
 
 
 def checkpoint(path: Path) -> dict[str, Any]:
@@ -177,7 +200,8 @@ def class_and_options(config: dict[str, Any], part: str, base: type) -> tuple[An
     target = str(options.pop("_target_"))
     options.pop("_partial_", None)
     found = get_object(target) if re.fullmatch(r"(sru|tasks|data)(\.\w+)+", target) else None
-    if not isinstance(found, type) or not issubclass(found, base) or "_target_" in json.dumps(options):
+    own = isinstance(found, type) and issubclass(found, base) and found.__module__.split(".")[0] in target
+    if not own or "_target_" in json.dumps(options):
         raise ValueError(f"config.yaml names {target} as {part}, or classes within: not of this project, nothing built")
     return found, options
 

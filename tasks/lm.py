@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,13 @@ class LanguageModelling(Task):
         div_value: int = 4,
     ) -> None:
         super().__init__(optimizer, scheduler)
+        for name, value in {"tied": tied, "tie_projections": tie_projections}.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"task.{name}={value} must be true or false")
+        if cutoffs and unit != "words":
+            raise ValueError(
+                f"task.cutoffs parts words by how frequent they are, {unit} are in another order: leave it out"
+            )
         self.unit = unit
         input_size = embedding_size if input_size is None else input_size
         clusters: dict[str, Any] = {"cutoffs": tuple(cutoffs), "div_value": div_value}
@@ -60,6 +68,8 @@ class LanguageModelling(Task):
         self.encoder = encoder(input_size=input_size)
         if getattr(self.encoder, "bidirectional", False) or not getattr(self.encoder, "causal", True):
             raise ValueError("a network of both directions sees the words that it is to predict; leave out the option")
+        if getattr(self.encoder, "batch_first", False):
+            raise ValueError("time comes first in a language model: leave out model.batch_first")
         self.softmax = AdaptiveSoftmax(
             self.encoder.output_size,
             vocab_size,
@@ -177,7 +187,8 @@ class LanguageModelling(Task):
             top_k: draw among the so many likeliest tokens; 0 for all.
             top_p: draw among the likeliest tokens that together have this probability; 1 for all.
             seed: of the draws (0).
-            input: instead of a prompt, a text file: bits per character, or perplexity of words, of each of its lines.
+            input: instead of a prompt, a text file, or - for standard input: bits per character, or perplexity of
+                words, of each of its lines.
             device: auto, cpu or cuda.
         """
         if (prompt is None) == (input is None):
@@ -186,8 +197,10 @@ class LanguageModelling(Task):
             yield from self.scored_lines(vocabulary, input)
             return
         assert prompt is not None
-        if length < 0:
-            raise ValueError(f"length={length} must be 0 or above")
+        if not 0 <= length <= 10**9 or not 0 <= seed < 2**63:
+            raise ValueError(
+                f"length={length} must be 0 or above, up to 10**9, and seed={seed} 0 or above, below 2**63"
+            )
         given = vocabulary.encode(prompt)
         tokens = self.generate(
             given,
@@ -201,7 +214,7 @@ class LanguageModelling(Task):
     def scored_lines(self, vocabulary: Any, path: str) -> Iterator[str]:
         """Each line behind its score, and the score of all; the text is read as if a line had ended before it."""
         try:
-            content = Path(path).expanduser().read_bytes()
+            content = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
         except OSError as error:
             raise FileNotFoundError(f"input={path} cannot be read: {error.strerror}") from error
         lines = content.decode("utf-8", errors="surrogateescape").removesuffix("\n").split("\n")

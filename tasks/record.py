@@ -1,5 +1,6 @@
 """What a run leaves in its folder: checkpoints, metrics.csv, the wandb run and the closing summary."""
 
+import contextlib
 import csv
 import io
 import json
@@ -9,6 +10,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,19 @@ from tasks.clock import Clock, peak_memory
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step, so that a break never leaves half of it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with removed_on_failure(temporary):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def removed_on_failure(path: Path) -> Iterator[None]:
+    """Leave no half of a file, on a full disk for example."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -39,8 +52,9 @@ class AtomicCheckpoints(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, path)
+        with removed_on_failure(temporary):
+            torch.save(checkpoint, temporary)
+            os.replace(temporary, path)
 
 
 class Checkpoint(ModelCheckpoint):

@@ -158,7 +158,7 @@ def attends(task):
 @pytest.mark.parametrize(("layer", "published"), [(0, 1.173), (4, 1.061), (9, 1.053)])
 def test_a_sweep_over_the_attention_layer_finds_its_published_number(configure, layer, published):
     cfg = configure("experiment=enwik8_srupp_one_attention", f"model.attention_layers=[{layer}]")
-    assert cfg.paper.value == published
+    assert cfg.paper.value.enwik8 == published
     assert attends(build(cfg)) == [layer]
 
 
