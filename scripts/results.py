@@ -132,7 +132,9 @@ def read_run(folder: Path) -> Run:
     with reading(path):
         record = json.loads(path.read_text(encoding="utf-8"))
         metrics, monitor = record["metrics"], record["monitor"]
-        wanted = paper.get("metric") or "test/" + monitor.partition("/")[2]
+        # A language model is chosen by its loss, and reported by what follows from it.
+        follows = next((name for name in ("test/bpc", "test/perplexity") if name in metrics), None)
+        wanted = paper.get("metric") or follows or "test/" + monitor.partition("/")[2]
         validated = "val/" + wanted.partition("/")[2]
         metric = next((name for name in (wanted, validated, monitor) if name in metrics), None)
         if metric is None:
@@ -212,7 +214,8 @@ def table(groups: list[Group]) -> str:
     lines += [[cells.get(key, "") for key in columns] for cells in rows]
     text = ["| " + " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in line) + " |" for line in lines]
     runs = [run for group in groups for run in group.runs]
-    text += ["", "Accuracy is in per cent; std is the sample's over n runs; parameters are the encoder's."]
+    accuracy = "Accuracy is in per cent; " if any("accuracy" in run.names["metric"] for run in runs) else ""
+    text += ["", f"{accuracy}std is the sample's over n runs; parameters are the encoder's."]
     sources = sorted({run.source for run in runs if run.published is not None and run.source})
     if sources:
         text.append(f"Published: {'; '.join(sources)}.")
