@@ -169,7 +169,9 @@ def test_a_trainer_resumes_in_the_middle_of_the_text(tmp_path, step, limit):
     assert [first for _, first in whole] == [i % epoch == 0 for i in range(3 * epoch)]
     assert fit(Listener(), path) == whole[step:]
     checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint["Text"] == {"unit": "bytes", "tokens": list(range(62))}
+    kept = checkpoint["Text"]
+    assert (kept["unit"], kept["tokens"]) == ("bytes", list(range(62)))
+    assert kept["checksums"].keys() == {"train", "val", "test"}
 
 
 # Vocabulary
