@@ -65,7 +65,7 @@ def run(cfg: DictConfig) -> float | None:
         return outcome["metrics"].get(outcome["monitor"])
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(door.ROOT / "conf"), config_name="config")
 def main(cfg: DictConfig) -> float | None:
     try:
         return run(cfg)

@@ -307,10 +307,30 @@ def test_a_sweep_gives_a_folder_and_a_wandb_run_a_job(tmp_path):
         (["ablation=[no_vc,", "no_highway]"], "'ablation=[no_vc,no_highway]'"),
     ],
 )
-def test_bad_input_gets_one_message(tmp_path, words, expected):
-    done = start(f"hydra.run.dir={tmp_path}/hydra", "logger=csv", *words)
-    assert done.returncode != 0
-    assert expected in done.stderr
+def test_bad_input_gets_one_message(tmp_path, monkeypatch, capsys, words, expected):
+    """In this process: each one of its own would take seconds to start."""
+    from hydra.core.hydra_config import HydraConfig
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # so that what the command sets is undone
+    monkeypatch.delenv("HYDRA_FULL_ERROR")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py", f"hydra.run.dir={tmp_path}/hydra", "logger=csv", *words])
+    try:
+        with pytest.raises(SystemExit) as caught:
+            door.guard(train.command)
+    finally:
+        HydraConfig.instance().cfg = None
+    told = f"{capsys.readouterr().err}{caught.value.code}"
+    assert caught.value.code != 0
+    assert expected in told
+    assert "Traceback" not in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_command_ends_with_its_message_and_status_1(tmp_path):
+    done = start(f"hydra.run.dir={tmp_path}/hydra", "logger=csv", "model=sruu")
+    assert done.returncode == 1
+    assert "Did you mean: sru" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
