@@ -336,9 +336,7 @@ def test_what_cannot_be_trained_is_refused_at_once(configure, tmp_path, words, e
 
 
 def test_a_loss_that_is_no_number_ends_the_run(configure, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"the train loss is (nan|inf) after 10 steps; type a lower"
-    ):
+    with pytest.raises(ValueError, match=r"the train loss is (nan|inf) after 10 steps; type a lower"):
         train.run(configure(*SMALL, "epochs=1", "task.optimizer.lr=1e9", "trainer.gradient_clip_val=null"))
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
