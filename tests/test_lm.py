@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import options
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch.nn import functional as F
@@ -204,8 +203,8 @@ def test_a_run_says_where_its_time_and_memory_went(configure, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [name for name in options("model") if name != "cnn"])
-def test_every_model_learns_the_embedded_text(configure, model):
+@pytest.mark.parametrize("model", ["sru", "srupp", "gru"])
+def test_three_epochs_teach_much_of_the_embedded_text(configure, model):
     assert train.run(configure("task=lm", f"model={model}", "width=128", "epochs=3")) < 2.2
 
 
