@@ -1,4 +1,4 @@
-"""The levels of `scripts/benchmark.py lm`: language models of as many parameters beside one another."""
+"""What `scripts/benchmark.py lm` measures: language models of as many parameters beside one another."""
 
 import argparse
 import bisect
