@@ -1,4 +1,4 @@
-"""Use a trained network: `python predict.py checkpoint=runs/lm/<time> prompt="The "`."""
+"""Use a trained network: `python predict.py checkpoint=runs/lm/<time> prompt="The "`; without words, what there is."""
 
 import inspect
 import re
@@ -22,7 +22,7 @@ MISFITS = AttributeError, ImportError, KeyError, TypeError, RuntimeError, yaml.Y
 
 USAGE = """Use a trained network: python predict.py checkpoint=FOLDER_OR_FILE KEY=VALUE ...
 
-Everything after the first = is the value, as it is. What a language model takes:"""
+Everything after the first = is the value, as it is."""
 
 
 def load(checkpoint: str, device: str = "auto") -> tuple[Any, Any]:
@@ -63,8 +63,7 @@ def built(cfg: Any, content: dict[str, Any]) -> tuple[Any, Any]:
     if not hasattr(task_class, "predict"):
         raise ValueError(f"{cfg['task']['_target_']}, which the checkpoint is of, has no predictions of single texts")
     vocabulary = data.vocabulary_of(content[data.__qualname__])
-    sizes = {"vocab_size": len(vocabulary), "unit": vocabulary.unit}
-    options = task_options | sizes
+    options = task_options | vocabulary.dims
     make = partial(task_class, encoder=partial(model, **model_options), optimizer=torch.optim.SGD, **options)
     with torch.device("meta"):  # another configuration takes no memory before its sizes are compared
         make().load_state_dict(content["state_dict"], assign=True)
@@ -74,11 +73,15 @@ def built(cfg: Any, content: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def main(words: list[str]) -> None:
-    from tasks.lm import LanguageModelling
-
     if not words or {"-h", "--help", "help"} & set(words):
+        from tasks.lm import LanguageModelling
+        from tasks.squad import QuestionAnswering
+
         print(USAGE)
-        print(inspect.cleandoc(LanguageModelling.predict.__doc__ or "").partition("Args:")[2].rstrip())
+        networks: dict[str, Any] = {"a language model": LanguageModelling, "a reader (task=squad)": QuestionAnswering}
+        for network, task in networks.items():
+            options_of = inspect.cleandoc(task.predict.__doc__ or "").partition("Args:")[2].rstrip()
+            print(f"\nWhat {network} takes:{options_of}")
         return
     options: dict[str, str] = {}
     for word in words:

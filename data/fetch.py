@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +31,9 @@ def open_member(path: Path, mode: str) -> IO[bytes]:
         return archive.open(chosen[0])
 
 
+NO_NETWORK = (
+    "No network is needed by data=pydoc, with task=lm by data=pydoc_text, and with task=squad by data=squad_sample."
+)
 OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".zip": open_member}
 
 
@@ -161,7 +164,7 @@ def download(path: Path, packing: str, url: str, checksum: str | None) -> Path:
             reason = f"the server answers {error.response.status_code} {error.response.reason}"
         raise ConnectionError(
             f"cannot download {url} to {path}: {reason}. Run the same command again (it goes on where it stopped), "
-            "or put the file there by hand. data=pydoc and, with task=lm, data=pydoc_text need no network."
+            f"or put the file there by hand. {NO_NETWORK}"
         ) from error
     except ValueError as error:
         raise ValueError(
@@ -203,15 +206,21 @@ def transfer(url: str, part: Path) -> None:
                 raise
 
 
-def fetch_from_hub(path: Path, rows: Mapping[str, Any]) -> None:
-    """Writes the `text` of a dataset's rows to `path`; `rows` are keywords of `datasets.load_dataset`.
+def lines_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
+    """As WikiText lies on the hub: a row is a line with its mark, but a line of one space is a row without text."""
+    return ((row["text"] or " \n").encode() for row in rows)
 
-    As WikiText lies on the hub: a row is a line with its mark, but a line of one space is a row without text.
-    """
+
+def fetch_from_hub(
+    path: Path,
+    rows: Mapping[str, Any],
+    content: Callable[[Iterable[Mapping[str, Any]]], Iterator[bytes]] = lines_of,
+) -> Path:
+    """Writes to `path` what `content` makes of a dataset's rows; `rows` are keywords of `datasets.load_dataset`."""
     require_writable(path.parent)
     with FileLock(path.with_name(f".{path.name}.lock")):
         if find(path) is not None:
-            return
+            return path
         from datasets import load_dataset
 
         try:
@@ -220,10 +229,10 @@ def fetch_from_hub(path: Path, rows: Mapping[str, Any]) -> None:
             reason = str(error).partition("\n")[0]
             raise ConnectionError(
                 f"cannot get {' '.join(map(str, rows.values()))} from the hub for {path}: {reason}. "
-                "Run the same command again, or put the file there by hand. data=pydoc_text needs no network."
+                f"Run the same command again, or put the file there by hand. {NO_NETWORK}"
             ) from error
         part = path.with_name(path.name + ".part")
         with open(part, "wb") as file:
-            for batch in dataset.iter(batch_size=1000):
-                file.writelines((text or " \n").encode() for text in batch["text"])
+            file.writelines(content(dataset))
         os.replace(part, path)
+    return path

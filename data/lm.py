@@ -32,6 +32,11 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def dims(self) -> dict[str, Any]:
+        """What a network must know."""
+        return {"vocab_size": len(self), "unit": self.unit}
+
     def encode(self, text: str) -> list[int]:
         """The text's numbers; an unknown word is <unk>. ValueError names what is unknown where there is no <unk>."""
         pieces: Sequence[Token] = text
@@ -202,7 +207,7 @@ class Text(pl.LightningDataModule):
     def dims(self) -> dict[str, Any]:
         """What a network must know: vocab_size and unit. Prepares the data first."""
         self.setup()
-        return {"vocab_size": len(self.vocabulary), "unit": self.unit}
+        return self.vocabulary.dims
 
     def train_dataloader(self) -> Segments:
         segments = self.segments("train")

@@ -64,8 +64,8 @@ def build_vocabulary(sentences: Iterable[list[str]], min_count: int) -> list[str
     return [PAD, UNK, *(word for word, count in ranked if count >= min_count)]
 
 
-def load_vectors(words: list[str], source: str, folder: Path, cache: Path) -> Tensor:
-    """Fixed vectors (V, n) of unit length for a vocabulary that begins with <pad> and <unk> (SRU 2018, section 4.1).
+def load_vectors(words: list[str], source: str, folder: Path, cache: Path, *, unit_length: bool = True) -> Tensor:
+    """Vectors (V, n) for a vocabulary that begins with <pad> and <unk>, of unit length as in SRU 2018, section 4.1.
 
     source: a name in GLOVE, downloaded to `folder`; `word2vec`, found in `folder`; or a path: text of one
     `word x1 ... xn` a line, with or without word2vec's header, plain, .gz, .xz or .zip; or word2vec's .bin or .bin.gz.
@@ -91,7 +91,7 @@ def load_vectors(words: list[str], source: str, folder: Path, cache: Path) -> Te
     rows = [i for i, word in enumerate(words) if word in known.stoi]
     vectors[rows] = known.vectors[[known.stoi[words[i]] for i in rows]]
     log.info("%d of %d words have a vector in %s", len(rows), len(words) - 2, path)
-    return torch.nn.functional.normalize(vectors, dim=1)
+    return torch.nn.functional.normalize(vectors, dim=1) if unit_length else vectors
 
 
 def locate(source: str, folder: Path) -> tuple[Path, str]:

@@ -52,9 +52,14 @@ class Task(pl.LightningModule, ABC):
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], int]:
         """The loss to minimise, further metrics, and the number of examples that both are means over."""
 
-    def derived(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Metrics that follow from the means of a stage, where the mean of what follows from a batch would be wrong."""
+    def derived(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
+        """Metrics that follow from the whole of a stage, where the mean of what follows from a batch would be wrong."""
         return {}
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """The networks whose time and parameters are told apart."""
+        return [self.encoder]  # type: ignore[list-item]
 
     def _step(self, batch: Any, stage: str) -> Tensor:
         loss, metrics, size = self.loss(batch)
@@ -78,7 +83,7 @@ class Task(pl.LightningModule, ABC):
                     f"the {stage} loss is {means['loss']:g} after {self.trainer.global_step} steps; type a lower "
                     "task.optimizer.lr=, trainer.gradient_clip_val=1, or trainer.precision=32-true"
                 )
-            means |= self.derived(means)
+            means |= self.derived(means, stage)
             self.log_dict({f"{stage}/{name}": value.float() for name, value in means.items()}, prog_bar=stage == "val")
             # The row of the loggers; Lightning's own count is another one after a resume within an epoch.
             self.log("step", float(self.trainer.global_step))

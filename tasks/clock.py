@@ -6,14 +6,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import nn
 
 
 class Clock(pl.Callback):
     """Log, with every validation, what training costs: time, speed, how a step's time is shared, memory.
 
     `epoch`: how many were trained, in parts too; `seconds` of training, without validation; examples (or tokens) a
-    second; `step_ms/data`, `/forward`, `/backward` and `/optimizer`; `peak_memory_mb` of the process, or on a GPU what
-    torch has allocated there. Time goes on across a resume. Prints a line a validation.
+    second; `step_ms/data`, `/forward`, `/backward` and `/optimizer`, and `/encoder`, which is the encoders' share of
+    forward and backward; `peak_memory_mb` of the process, or on a GPU what torch has allocated there. Time goes on
+    across a resume. Prints a line a validation.
 
     Args:
         max_seconds: stop after so much training; None for never.
@@ -29,11 +31,12 @@ class Clock(pl.Callback):
         self.seconds = 0.0
         self.examples = 0
         self.epochs = 0.0
-        self.parts = dict.fromkeys(self.PARTS, 0.0)
+        self.parts = dict.fromkeys((*self.PARTS, "encoder"), 0.0)
         self.sampled = 0
         self._batches = 0  # of this process
         self._since = 0.0
         self._mark: float | None = None  # None while the parts are not timed
+        self._hooks: list[Any] = []
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "examples": self.examples, "epochs": self.epochs}
@@ -57,6 +60,37 @@ class Clock(pl.Callback):
             now = self._wait(module)
             self.parts[part] += now - self._mark
             self._mark = now
+
+    def _watch(self, encoder: nn.Module, module: Any) -> None:
+        """Time an encoder: its calls, and backward from the gradient of its output to that of its last parameter."""
+        since: float | None = None
+
+        def begin(*_: Any) -> None:
+            nonlocal since
+            since = self._wait(module) if self._mark is not None and module.training else None
+
+        def add(*_: Any) -> None:
+            nonlocal since
+            if since is not None:
+                now = self._wait(module)
+                self.parts["encoder"] += now - since
+                since = now
+
+        def called(_encoder: nn.Module, _inputs: Any, outputs: Any) -> None:
+            add()
+            if outputs[0].requires_grad:
+                outputs[0].register_hook(begin)
+
+        self._hooks += [encoder.register_forward_pre_hook(begin), encoder.register_forward_hook(called)]
+        self._hooks += [p.register_post_accumulate_grad_hook(add) for p in encoder.parameters() if p.requires_grad]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        for encoder in pl_module.encoders:
+            self._watch(encoder, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # Not only with an epoch: a resumed run may start within one.
@@ -119,6 +153,12 @@ class Clock(pl.Callback):
 
     def step_milliseconds(self) -> dict[str, float]:
         return {f"step_ms/{part}": 1e3 * sum_ / max(1, self.sampled) for part, sum_ in self.parts.items()}
+
+    @property
+    def encoder_share(self) -> float:
+        """The encoders' part of the time of a step."""
+        total = sum(self.parts[part] for part in self.PARTS)
+        return self.parts["encoder"] / total if total else 0.0
 
     @property
     def speed(self) -> float:

@@ -170,8 +170,8 @@ def check_data(cfg: DictConfig, data: Any, last: Path | None) -> None:
     if other := [name for name in data.dims if name not in known]:
         raise ValueError(
             f"data={cfg.choices.data} does not go with task={cfg.choices.task}, which knows no {', '.join(other)}; "
-            "texts (pydoc_text, bytes, ptb, ...) are for task=lm, "
-            "sentences (pydoc, cr, trec, ...) for task=classification"
+            "texts (pydoc_text, bytes, ptb, ...) are for task=lm, sentences (pydoc, cr, trec, ...) for "
+            "task=classification, questions (squad, squad_sample) for task=squad"
         )
     if last is not None:
         data.load_state_dict(checkpoint(last)[type(data).__qualname__])

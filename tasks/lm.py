@@ -94,7 +94,7 @@ class LanguageModelling(Task):
         self.states[stage] = detached(state)
         return self.softmax(h, y).mean(), {}, y.numel()
 
-    def derived(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+    def derived(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         if self.unit == "words":
             return {"perplexity": means["loss"].exp()}
         return {"bpc": means["loss"] / math.log(2)}

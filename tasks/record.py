@@ -190,9 +190,10 @@ def result(trainer: Any, task: Any) -> dict[str, Any]:
         "best_epoch": best_epoch,
         "epochs": round(clock.epochs, 3),
         "parameters": sum(p.numel() for p in task.parameters()),
-        "encoder_parameters": sum(p.numel() for p in task.encoder.parameters()),
+        "encoder_parameters": sum(p.numel() for encoder in task.encoders for p in encoder.parameters()),
         "seconds": clock.seconds,
-        "seconds_per_epoch": clock.seconds / clock.epochs if clock.epochs else 0.0,
+        "seconds_per_epoch": (seconds_per_epoch := clock.seconds / clock.epochs if clock.epochs else 0.0),
+        "encoder_seconds_per_epoch": clock.encoder_share * seconds_per_epoch,
         f"{task.counted}_per_second": clock.speed,
         **clock.step_milliseconds(),
         "peak_memory_mb": peak_memory(task.device),
@@ -233,6 +234,10 @@ def summary_table(outcome: dict[str, Any], folder: Path) -> str:
         ("parameters", f"{outcome['parameters']:,} ({outcome['encoder_parameters']:,} in the encoder)"),
         ("wall time", f"{outcome['wall_seconds']:.1f} s for this call; training {outcome['seconds']:.1f} s in all"),
         ("epochs", f"{outcome['epochs']:g}, the best is {outcome['best_epoch'] or 0:g}"),
+        (
+            "an epoch",
+            f"{outcome['seconds_per_epoch']:.1f} s, {outcome['encoder_seconds_per_epoch']:.1f} s in the encoder",
+        ),
         *((f"{name.removesuffix('_per_second')}/s", f"{outcome[name]:.0f}") for name in outcome if "_per_s" in name),
         ("run folder", str(folder)),
     ]
