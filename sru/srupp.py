@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from sru.attention import Attention, Cache, Projection
 from sru.door import check_flags, check_mask, check_probabilities, check_sizes, refuse
 from sru.layer import SRU, signature
+from sru.padding import cleared, joined, padding_first
 
 NOT_HERE = {"transform_module", "custom_m", "projection_size", "n_proj"}  # of SRU's arguments
 
@@ -246,13 +247,15 @@ class SRUpp(SRU):
 
 
 class SRUppEncoder(SRUpp):
-    """SRU++ by the call of the other encoders: `h, state = encoder(x, state)`, where the state is (c, memory, padding).
+    """SRU++ by the call of the other encoders: `h, state = encoder(x, state, mask_pad)`.
 
     A step sees itself, what came before it, and the memory: the inputs of each layer at the last `memory_length` steps
-    before the segment, but for those that were padding. Feeding the state back goes on with the sequence.
+    before the segment, but for those that were padding. When bidirectional it sees all of the segment. The state is (c,
+    memory, padding); feeding it back goes on with the sequence.
 
     Args:
         proj_size: as in SRUpp; None for a quarter of hidden_size, the published ratio.
+        causal: as in SRUpp; None for all networks but bidirectional ones.
         memory_length: steps of memory; None for all there were.
         eval_memory_length: the same in evaluation, where the published models look back further; None for as many.
         options: those of SRUpp.
@@ -265,15 +268,15 @@ class SRUppEncoder(SRUpp):
         proj_size: int | None = None,
         num_layers: int = 2,
         *,
-        causal: bool = True,
+        causal: bool | None = None,
+        bidirectional: bool = False,
         memory_length: int | None = None,
         eval_memory_length: int | None = None,
         **options: Any,
     ) -> None:
         proj_size = max(1, hidden_size // 4) if proj_size is None else proj_size
-        super().__init__(
-            input_size, hidden_size, proj_size, num_layers, causal=causal, memory_length=memory_length, **options
-        )
+        options |= {"causal": not bidirectional if causal is None else causal, "bidirectional": bidirectional}
+        super().__init__(input_size, hidden_size, proj_size, num_layers, memory_length=memory_length, **options)
         if eval_memory_length is not None:
             check_sizes(0, eval_memory_length=eval_memory_length)
         self.eval_memory_length = memory_length if eval_memory_length is None else eval_memory_length
@@ -295,21 +298,19 @@ class SRUppEncoder(SRUpp):
         if state is not None and not (isinstance(state, tuple) and len(state) == 3):
             raise TypeError("the state of SRUppEncoder is what its call returned: (c, memory, padding)")
         c0, memory, past_pad = (None, None, None) if state is None else state
+        if mask_pad is not None:
+            x, mask_pad = cleared(x, mask_pad)
         h, c, extra = super().forward(x, c0, mask_pad, memory=memory, memory_mask_pad=past_pad)
-        inputs, pad = extra["saved_inputs"], mask_pad
-        if memory is not None:
-            if pad is not None or past_pad is not None:
-                past_pad, pad = (
-                    x.new_zeros(n, x.shape[1], dtype=torch.bool) if a is None else a != 0
-                    for a, n in ((past_pad, len(memory[0])), (mask_pad, len(x)))
-                )
-                pad = last(past_pad, pad, self.reach)
-            inputs = [last(past, now, self.reach) for past, now in zip(memory, inputs, strict=True)]
-        else:
-            inputs = [last(now[:0], now, self.reach) for now in inputs]
-            pad = None if pad is None else last(pad[:0], pad, self.reach)
         assert isinstance(h, Tensor)
-        return h, (c, inputs, pad)
+        inputs = extra["saved_inputs"]
+        memory = [now[:0] for now in inputs] if memory is None else memory
+        pad = joined(past_pad, mask_pad, len(memory[0]), x)
+        if mask_pad is not None and pad is not None:
+            inputs = [torch.cat([past.to(now.dtype), now]) for past, now in zip(memory, inputs, strict=True)]
+            inputs, pad = padding_first(inputs, pad)
+            memory = [now[:0] for now in inputs]
+        inputs = [last(past, now, self.reach) for past, now in zip(memory, inputs, strict=True)]
+        return h, (c, inputs, None if pad is None else last(pad[:0], pad, self.reach))
 
 
 def last(past: Tensor, now: Tensor, length: int | None) -> Tensor:

@@ -46,7 +46,7 @@ RANGES: dict[str, tuple[float, float, float]] = {
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a number out of range, and an option that the class named by data, model or task does not take."""
+    """Refuse a value out of range, and an option that the class named by data, model or task does not take."""
     for key, (low, high, example) in RANGES.items():
         value = OmegaConf.select(cfg, key, default=example)
         kinds = (int, float) if isinstance(example, float) else (int,)
@@ -54,6 +54,9 @@ def check(cfg: DictConfig) -> None:
             kind = "a number" if isinstance(example, float) else "a whole number"
             span = f"{low} to {high}" if low < high else f"{low}, for now"
             raise ValueError(f"{key}={value} must be {kind}, {span}; type for example {key}={example}")
+    both = OmegaConf.select(cfg, "bidirectional", default=False)
+    if type(both) is not bool:
+        raise ValueError(f"bidirectional={both} must be true or false")
     for stage in ("train", "val", "test"):
         limit = cfg.trainer[f"limit_{stage}_batches"]
         is_number = type(limit) in (int, float) and limit >= 0

@@ -67,7 +67,10 @@ class LanguageModelling(Task):
         self.embedding = AdaptiveEmbedding(vocab_size, embedding_size, input_size, **clusters)
         self.encoder = encoder(input_size=input_size)
         if getattr(self.encoder, "bidirectional", False) or not getattr(self.encoder, "causal", True):
-            raise ValueError("a network of both directions sees the words that it is to predict; leave out the option")
+            raise ValueError(
+                "a network of both directions sees the words that it is to predict; type bidirectional=false, and "
+                "leave out model.bidirectional and model.causal"
+            )
         if getattr(self.encoder, "batch_first", False):
             raise ValueError("time comes first in a language model: leave out model.batch_first")
         self.softmax = AdaptiveSoftmax(

@@ -60,11 +60,16 @@ def test_ablations_combine_as_a_list(configure):
     assert not cfg.model.rescale
 
 
+@pytest.mark.parametrize("both", [False, True], ids=["one way", "both ways"])
 @pytest.mark.parametrize("name", options("model"))
-def test_a_model_keeps_the_contract_of_an_encoder(configure, name):
-    encoder = instantiate(configure(f"model={name}").model)(input_size=6).eval()
-    h, state = encoder(torch.randn(5, 2, 6))
+def test_a_model_keeps_the_contract_of_an_encoder(configure, name, both):
+    encoder = instantiate(configure(f"model={name}", f"bidirectional={both}").model)(input_size=6).eval()
+    assert bool(encoder.bidirectional) == both
+    x, pad = torch.randn(5, 2, 6), torch.arange(5)[:, None] >= torch.tensor([5, 2])
+    h, state = encoder(x, None, pad)
     assert h.shape == (5, 2, encoder.output_size)
+    assert not h[pad].any()
+    torch.testing.assert_close(encoder(x[:2, 1:])[0], h[:2, 1:], rtol=1e-4, atol=1e-5)
     h, _ = encoder(torch.randn(3, 2, 6), state)
     assert h.shape == (3, 2, encoder.output_size)
 

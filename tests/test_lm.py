@@ -271,6 +271,8 @@ def test_a_network_that_sees_the_future_is_refused():
     for encoder in (
         partial(sru.SRU, hidden_size=8, bidirectional=True),
         partial(sru.LSTM, hidden_size=8, bidirectional=True),
+        partial(sru.CNN, bidirectional=True),
+        partial(sru.TransformerXL, hidden_size=8, bidirectional=True),
         partial(sru.SRUppEncoder, hidden_size=8, causal=False),
     ):
         with pytest.raises(ValueError, match="sees the words that it is to predict"):
@@ -321,7 +323,9 @@ def test_the_state_of_a_checkpoint_goes_where_the_network_is():
         (["task.embedding_size=0"], "task.embedding_size=0 must be a whole number"),
         (["callbacks.clock.max_seconds=nan"], "must be above 0"),
         (["data.unroll=20000"], "data.unroll=20000"),
-        (["model.bidirectional=true"], "sees the words that it is to predict"),
+        (["model.bidirectional=true"], "sees the words that it is to predict; type bidirectional=false"),
+        (["bidirectional=true", "model=srupp"], "sees the words that it is to predict; type bidirectional=false"),
+        (["bidirectional=both"], "bidirectional=both must be true or false"),
         (["callbacks.clock.max_seconds=0"], "callbacks.clock.max_seconds=0 must be above 0"),
     ],
 )

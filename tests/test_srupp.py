@@ -98,6 +98,16 @@ def test_segments_with_memory_are_one_sequence(options):
     torch.testing.assert_close(state[0], c)
 
 
+def test_both_directions_see_all_steps_unless_told_otherwise():
+    assert pp(SRUppEncoder).causal
+    network, x = pp(SRUppEncoder, bidirectional=True), torch.randn(5, 2, 6, dtype=torch.float64)
+    assert not network.causal
+    assert network(x)[0].shape == (5, 2, network.output_size) == (5, 2, 16)
+    torch.testing.assert_close(network(x)[0], network(x, None, torch.zeros(5, 2, dtype=torch.bool))[0])
+    with pytest.raises(ValueError, match="contradict"):
+        pp(SRUppEncoder, bidirectional=True, causal=True)
+
+
 def test_memory_is_bounded():
     network, x = pp(SRUppEncoder, memory_length=4), torch.randn(3, 2, 6, dtype=torch.float64)
     state, lengths = None, []
@@ -116,7 +126,7 @@ def test_padding_is_not_remembered():
         h, state = network(second, network(first, None, pad)[1], mask)
         torch.testing.assert_close(h, expected)
         assert [len(a) for a in state[1]] == [10] * 3
-        assert state[2].flatten().tolist() == [False] * 3 + [True] * 2 + [False] * 5
+        assert state[2].flatten().tolist() == [True] * 2 + [False] * 8
 
 
 def test_the_initialisation_is_drawn_again():

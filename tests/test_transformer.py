@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sru import TransformerXL
-from sru.transformer import attend, positions
+from sru.transformer import attend, mask, positions
 
 
 def xl(**options):
@@ -23,7 +23,7 @@ def sequence(steps, batch=2, size=6):
     return torch.randn(steps, batch, size, dtype=torch.float64)
 
 
-def definition(q, k, v, weight, bias_u, bias_v):
+def definition(q, k, v, weight, bias_u, bias_v, bidirectional=False):
     """Section 3.3 of the paper, one score at a time; q, k, v (T or S, B, H, d), weight (H, d, n)."""
     n, d, past = weight.shape[2], q.shape[3], len(k) - len(q)
     frequencies = [10000 ** (-2 * m / n) for m in range(n // 2)]
@@ -32,7 +32,7 @@ def definition(q, k, v, weight, bias_u, bias_v):
         for b in range(q.shape[1]):
             for head in range(q.shape[2]):
                 scores = []
-                for j in range(past + i + 1):
+                for j in range(len(k) if bidirectional else past + i + 1):
                     angles = [(past + i - j) * frequency for frequency in frequencies]
                     r = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)], dtype=q.dtype)
                     content = (q[i, b, head] + bias_u[head]) @ k[j, b, head]
@@ -43,8 +43,9 @@ def definition(q, k, v, weight, bias_u, bias_v):
     return torch.stack(rows).view(q.shape)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(("steps", "past"), [(1, 0), (1, 5), (4, 0), (4, 3), (3, 7)])
-def test_attention_and_its_gradients_are_the_definitions(steps, past):
+def test_attention_and_its_gradients_are_the_definitions(steps, past, bidirectional):
     def draw(*shape):
         return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
@@ -52,8 +53,9 @@ def test_attention_and_its_gradients_are_the_definitions(steps, past):
     q, k, v = draw(steps, 2, 3, 4), draw(total, 2, 3, 4), draw(total, 2, 3, 4)
     shared = draw(3, 4, 6), draw(3, 4), draw(3, 4)
     inputs = (q, k, v, *shared)
-    r = positions(total, torch.empty(1, 1, 6, dtype=torch.float64))
-    found, expected = attend(q, k, v, r, *shared), definition(*inputs)
+    r = positions(total, torch.empty(1, 1, 6, dtype=torch.float64), steps if bidirectional else 1)
+    hidden = mask(steps, past, None, q, causal=not bidirectional)
+    found, expected = attend(q, k, v, r, *shared, hidden), definition(*inputs, bidirectional)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     weight = torch.randn_like(found)
     grads = (torch.autograd.grad(a, inputs, weight) for a in (found, expected))
@@ -86,6 +88,18 @@ def test_a_step_sees_nothing_that_comes_later():
         full, changed = network(x, before)[0], network(later, before)[0]
         assert torch.equal(changed[:5], full[:5])
         assert (changed[5:] != full[5:]).any(dim=-1).all()
+
+
+def test_a_bidirectional_step_sees_all_of_its_segment_and_the_memory():
+    network, x = xl(num_layers=1, bidirectional=True), sequence(5)
+    _, memory = network(sequence(3))
+    full = network(x, memory)[0]
+    for i in range(5):
+        other = x.clone()
+        other[i] += 1
+        assert (network(other, memory)[0] != full).any(dim=-1).all()
+    memory[0][0] += 1
+    assert (network(x, memory)[0] != full).any(dim=-1).all()
 
 
 @pytest.mark.parametrize("cuts", [[5, 1, 6], [1] * 12, [0, 11, 1]], ids=str)
@@ -149,6 +163,17 @@ def test_steps_go_on_from_a_call():
     for i in range(5, 9):
         h, state = network.step(x[i], state)
         torch.testing.assert_close(h, expected[i], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_steps_go_on_from_a_padded_batch(limit):
+    network, x = xl(memory_length=limit), sequence(9)
+    _, state = network(x[:5], None, torch.arange(5)[:, None] >= torch.tensor([5, 2]))
+    _, alone = network(x[:2, 1:])
+    for x_t in x[5:]:
+        h, state = network.step(x_t, state)
+        expected, alone = network.step(x_t[1:], alone)
+        torch.testing.assert_close(h[1:], expected, rtol=0, atol=1e-10)
 
 
 def test_gradients_flow_through_memory_and_agree_with_finite_differences():
@@ -217,16 +242,18 @@ def test_bfloat16_counts_beyond_256_steps():
     torch.testing.assert_close(r, positions(1000, torch.empty(1, 1, 8)).bfloat16(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("shape", [(0, 2, 6), (3, 0, 6), (1, 1, 6)])
-def test_no_steps_and_no_sequences(shape):
-    network = TransformerXL(6, 8, num_heads=2)
+def test_no_steps_and_no_sequences(shape, bidirectional):
+    network = TransformerXL(6, 8, num_heads=2, bidirectional=bidirectional)
     h, state = network(torch.randn(shape))
     h, state = network(torch.randn(shape), state)
     h.sum().backward()
     assert h.shape == (*shape[:2], 8)
     assert [a.shape for a in state] == [(2 * shape[0], shape[1], 8)] * 2
-    h, _ = network.step(torch.randn(shape[1:]), state)
-    assert h.shape == (shape[1], 8)
+    if not bidirectional:
+        h, _ = network.step(torch.randn(shape[1:]), state)
+        assert h.shape == (shape[1], 8)
 
 
 def test_it_compiles_in_one_graph():
@@ -234,6 +261,8 @@ def test_it_compiles_in_one_graph():
     torch._dynamo.reset()
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x)[0], network(x)[0])
+    pad = torch.arange(5)[:, None] >= torch.tensor([5, 2])
+    torch.testing.assert_close(compiled(x, None, pad)[0], network(x, None, pad)[0])
 
 
 BAD = {
@@ -246,6 +275,7 @@ BAD = {
     "size": ({"hidden_size": 8.0}, "hidden_size must be a whole number of at least 1, not 8.0"),
     "dropout": ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), not 1.0"),
     "attn_dropout": ({"attn_dropout": -0.1}, r"attn_dropout must lie in \[0, 1\), not -0.1"),
+    "direction": ({"bidirectional": "no"}, "bidirectional must be True or False, not 'no'"),
     "memory": ({"memory_length": -1}, "memory_length must be a whole number of at least 0, not -1"),
 }
 
@@ -269,6 +299,14 @@ def test_a_bad_argument_is_named():
         (lambda: network(x, [memory[0], x]), r"state of layer 1 must be \(5, 2, 8\) beside x, not \(5, 2, 6\)"),
         (lambda: network(x, [memory[0], memory[1][1:]]), r"layer 1 must be \(5, 2, 8\) beside x, not \(4, 2, 8\)"),
         (lambda: network(x, [memory[0], memory[1][0]]), r"layer 1 must be \(5, 2, 8\) beside x, not \(2, 8\)"),
+        (
+            lambda: network(x, [*memory, x[:2, :, 0] > 0]),
+            r"the state's padding must be \(5, 2\) beside x, not \(2, 2\)",
+        ),
+        (
+            lambda: xl(bidirectional=True).step(x[0]),
+            "a bidirectional TransformerXL needs the whole sequence: it has no",
+        ),
         (lambda: network.step(x[0, :1], pairs), r"state of layer 0 must be \(M, 1, 8\) beside x, not \(1, 2, 8\)"),
     ]:
         with pytest.raises(ValueError, match=message):
