@@ -102,6 +102,16 @@ def test_a_bidirectional_step_sees_all_of_its_segment_and_the_memory():
     assert (network(x, memory)[0] != full).any(dim=-1).all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_softmax_is_never_over_nothing(causal):
+    """What it gives then, 0 or no number, depends on torch's version and the device."""
+    pad = torch.arange(5)[:, None] >= torch.tensor([5, 2, 0])
+    hidden = mask(3, 2, pad, sequence(3, 3), causal=causal).expand(3, 1, 3, 5)
+    assert not hidden.all(-1).any()
+    assert hidden[1, 0, 0].tolist() == [False, False, True, True, True]
+    assert not hidden[2].any()
+
+
 @pytest.mark.parametrize("cuts", [[5, 1, 6], [1] * 12, [0, 11, 1]], ids=str)
 @pytest.mark.parametrize("limit", [None, 12])
 def test_segments_with_memory_are_one_sequence(cuts, limit):
