@@ -96,10 +96,12 @@ class QuestionAnswering(Task):
         h_p, _ = self.passage_encoder(x, None, p_pad if p_pad.any() else None)
         h_q, _ = self.question_encoder(q, None, q_pad if q_pad.any() else None)
         h_p, h_q = self.dropout(h_p), self.dropout(h_q)
-        weights = self.weight(h_q).squeeze(2).float().masked_fill(q_pad, -math.inf).softmax(dim=0)
+        weights = at_least_float32(self.weight(h_q)).squeeze(2).masked_fill(q_pad, -math.inf).softmax(dim=0)
         summary = (weights[..., None] * h_q).sum(dim=0)
         first, last = (
-            torch.einsum("tbn,bn->bt", h_p, form(summary).to(h_p.dtype)).float().masked_fill(p_pad.T, -math.inf)
+            at_least_float32(torch.einsum("tbn,bn->bt", h_p, form(summary).to(h_p.dtype))).masked_fill(
+                p_pad.T, -math.inf
+            )
             for form in (self.first, self.last)
         )
         return first, last
@@ -107,7 +109,7 @@ class QuestionAnswering(Task):
     def aligned(self, p: Tensor, q: Tensor, q_pad: Tensor) -> Tensor:
         """For each step of p (T, B, n) the mean of q (Q, B, n), weighed by the likeness of the two."""
         p_keys, q_keys = (F.relu(self.likeness(a)).transpose(0, 1) for a in (p, q))
-        scores = torch.bmm(p_keys, q_keys.transpose(1, 2)).float()
+        scores = at_least_float32(torch.bmm(p_keys, q_keys.transpose(1, 2)))
         weights = scores.masked_fill(q_pad.T[:, None], -math.inf).softmax(dim=2).to(q.dtype)
         return torch.bmm(weights, q.transpose(0, 1)).transpose(0, 1)
 
@@ -197,6 +199,11 @@ class QuestionAnswering(Task):
         total = float(torch.stack(totals).logsumexp(0).sum())
         for (start, end), value in sorted(best.items(), key=lambda pair: -pair[1])[:n_best]:
             yield f"{math.exp(value - total):.4f}  {start}-{end}  {' '.join(passage[start:end].split())}\n"
+
+
+def at_least_float32(scores: Tensor) -> Tensor:
+    """For a softmax under mixed precision."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 class Embedding(nn.Module):

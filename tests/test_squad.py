@@ -153,10 +153,9 @@ def test_a_run_on_the_sample_writes_official_predictions(configure, tmp_path):
 
 def test_the_reader_learns_the_sample(configure, tmp_path):
     """What it was trained on it can answer, which it cannot by chance: about one span in 1500 is right."""
-    train.run(
-        configure(*SMALL, "width=24", "dropout=0", "task.embedding_dropout=0", "task.embedding_size=24",
-                  "task.optimizer.lr=0.01", "trainer.max_epochs=15", f"data.val={SAMPLE}", f"data.test={SAMPLE}")
-    )  # fmt: skip
+    files = ("data=squad", "data.min_count=1", *(f"data.{split}={SAMPLE}" for split in ("train", "val", "test")))
+    large = ("width=24", "task.embedding_size=24", "task.optimizer.lr=0.01", "trainer.max_epochs=15")
+    train.run(configure(*SMALL, *files, *large, "dropout=0", "task.embedding_dropout=0"))
     assert json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]["test/em"] > 50
 
 
