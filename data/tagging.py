@@ -40,14 +40,16 @@ class Tagger:
         docs = (Doc(self.pipeline.vocab, words=words) for words in texts)
         processes = (os.cpu_count() or 1) if len(texts) > FEW else 1
         tagged: Any = self.pipeline.pipe(docs, batch_size=64, n_process=processes)
+        is_checked = False
         for doc in tqdm(tagged, total=len(texts), desc=f"tagging by {self.name}", delay=1):
-            missing = [name for name in ("LEMMA", "TAG", "ENT_IOB") if len(doc) and not doc.has_annotation(name)]
-            if missing:
+            missing = [name for name in ("LEMMA", "TAG", "ENT_IOB") if not doc.has_annotation(name)]
+            if len(doc) and not is_checked and missing:
                 raise ValueError(
                     f"data.spacy_model={self.name} gives no {', '.join(missing)} (it has {self.pipeline.pipe_names}): "
                     "take one with a lemmatizer, a tagger and a recogniser of names, such as en_core_web_sm, "
                     "or data.tagger=none"
                 )
+            is_checked |= len(doc) > 0
             yield {
                 "lemmas": [token.lemma_ for token in doc],
                 "tags": [token.tag_ for token in doc],

@@ -110,8 +110,8 @@ def locate(source: str, folder: Path) -> tuple[Path, str]:
                 "(it cannot be downloaded by a program) and put it there, or type data.vectors=glove.840B.300d"
             )
         return path, ""
-    path = Path(source).expanduser()
-    if not path.is_file():
+    path = find(Path(source).expanduser())
+    if path is None:
         raise FileNotFoundError(f"data.vectors={source} is neither a file nor one of {', '.join([*GLOVE, 'word2vec'])}")
     if path.suffix != ".zip":
         return path, ""
