@@ -1,4 +1,4 @@
-"""Measure speed as ratios within one run: python scripts/benchmark.py [recurrence|layer|epoch|lm|import|all].
+"""Measure speed as ratios within one run: python scripts/benchmark.py [recurrence|layer|epoch|lm|squad|import|all].
 
 With `--device cpu` or `--device cuda`, the SRU beside other networks on that device.
 """
@@ -313,7 +313,14 @@ def lm(options: argparse.Namespace) -> None:
     benchmark_lm.run(options)
 
 
-SECTIONS = {"recurrence": recurrence, "layer": layer, "epoch": epoch, "lm": lm, "import": imports}
+def squad(options: argparse.Namespace) -> None:
+    """The readers of the 2018 paper's Table 2: training, and the encoders' share of it."""
+    import benchmark_squad
+
+    benchmark_squad.run(options)
+
+
+SECTIONS = {"recurrence": recurrence, "layer": layer, "epoch": epoch, "lm": lm, "squad": squad, "import": imports}
 
 
 def parse() -> argparse.Namespace:

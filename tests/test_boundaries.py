@@ -46,8 +46,9 @@ def test_the_library_needs_torch_numpy_and_numba_only():
             assert imported(path) - sys.stdlib_module_names <= {"sru", "torch", "numpy", "numba"} | extra, path
 
 
-def test_torchtext_is_imported_in_one_file():
-    assert [path.name for path in FILES if "torchtext" in imported(path)] == ["text.py"]
+@pytest.mark.parametrize(("package", "file"), [("torchtext", "text.py"), ("spacy", "tagging.py")])
+def test_what_may_be_missing_or_die_out_is_imported_in_one_file(package, file):
+    assert [path.name for path in FILES if package in imported(path)] == [file]
 
 
 def test_importing_sru_compiles_nothing_and_touches_no_gpu():
