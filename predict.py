@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import LightningDataModule
@@ -74,14 +75,13 @@ def built(cfg: Any, content: dict[str, Any]) -> tuple[Any, Any]:
 
 def main(words: list[str]) -> None:
     if not words or {"-h", "--help", "help"} & set(words):
-        from tasks.lm import LanguageModelling
-        from tasks.squad import QuestionAnswering
-
         print(USAGE)
-        networks: dict[str, Any] = {"a language model": LanguageModelling, "a reader (task=squad)": QuestionAnswering}
-        for network, task in networks.items():
-            options_of = inspect.cleandoc(task.predict.__doc__ or "").partition("Args:")[2].rstrip()
-            print(f"\nWhat {network} takes:{options_of}")
+        for path in sorted((door.ROOT / "conf/task").glob("*.yaml")):
+            task = get_class(OmegaConf.load(path).task._target_)
+            if hasattr(task, "predict"):
+                options_of = inspect.cleandoc(task.predict.__doc__ or "").partition("Args:")[2].rstrip()
+                print(f"\nWith task={path.stem}:{options_of}")
+        print("\nWith any: device: auto, cpu or cuda.")
         return
     options: dict[str, str] = {}
     for word in words:

@@ -39,6 +39,8 @@ class SentenceClassification(pl.LightningDataModule):
     lowercase, clean: how the text is normalised; see `text.clean`.
     """
 
+    DIMS = ("vocab_size", "num_classes", "vectors", "pad")  # the names in `dims`
+
     def __init__(
         self,
         *,

@@ -232,7 +232,11 @@ def fetch_from_hub(
                 f"Run the same command again, or put the file there by hand. {NO_NETWORK}"
             ) from error
         part = path.with_name(path.name + ".part")
-        with open(part, "wb") as file:
-            file.writelines(content(dataset))
+        try:
+            with open(part, "wb") as file:
+                file.writelines(content(dataset))
+        except KeyError as error:
+            part.unlink()
+            raise ValueError(f"the rows of {' '.join(map(str, rows.values()))} on the hub have no {error}") from error
         os.replace(part, path)
     return path

@@ -125,6 +125,8 @@ class Text(pl.LightningDataModule):
     eval_batch_size, eval_unroll: the same for validation and test. One stream predicts every token but the first.
     """
 
+    DIMS = ("vocab_size", "unit")  # the names in `dims`
+
     def __init__(
         self,
         *,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data import reading
-from data.reading import Reading
+from data.reading import Reading, check_text
 from data.tagging import Tagger
 from data.text import UNK
 
@@ -16,14 +16,17 @@ POOL = 20  # batches whose examples are sorted by length together
 Window = tuple[int, int, int]  # a question's number, and the tokens of its passage from the first to before the second
 
 
-class Item:
+class Item(NamedTuple):
     """What evaluation needs to know of a question: its id, its passage, and the answers to compare with.
 
     starts, ends: characters of the window's tokens in the passage's text.
     """
 
-    def __init__(self, id: str, text: str, starts: np.ndarray, ends: np.ndarray, answers: list[str]) -> None:
-        self.id, self.text, self.starts, self.ends, self.answers = id, text, starts, ends, answers
+    id: str
+    text: str
+    starts: np.ndarray
+    ends: np.ndarray
+    answers: list[str]
 
 
 class Batch(NamedTuple):
@@ -47,7 +50,8 @@ class Reader:
     words: the vocabulary, which begins with <pad> and <unk>; lowercase: they are of lower case.
     tags, entities: the parts of speech and kinds of names that are features.
     spacy_model, identity: the pipeline that gives them, and which one it was; None without.
-    window: tokens that the network reads at once; a longer passage is read in windows that overlap by half.
+    window: tokens that the network reads at once; a longer passage is read in windows that overlap by half, so that an
+        answer of up to half a window lies whole in one.
     """
 
     def __init__(
@@ -72,6 +76,8 @@ class Reader:
             "window": window,
             "vector_size": vector_size,
         }
+        if type(window) is not int or window < 1:
+            raise ValueError(f"the window of a reader must be a whole number, 1 or more, not {window!r}")
         self.index = {word: i for i, word in enumerate(words)}
         self.lowercase, self.window = lowercase, window
         self.tags, self.entities = list(tags), list(entities)
@@ -86,12 +92,10 @@ class Reader:
             "vectors": None if width is None else torch.zeros(len(self.index), width),
         }
 
-    def view(self, reading: Reading) -> "View":
-        return View(self, reading)
-
     def batches(self, passage: str, question: str, batch_size: int = 32) -> Iterator[Batch]:
         """One question on one passage, in windows."""
         for name, value in {"passage": passage, "question": question}.items():
+            check_text(value, name)
             if not value.strip():
                 raise ValueError(f"the {name} is empty: type {name}='some text'")
         tagger = None
@@ -104,7 +108,7 @@ class Reader:
                 )
         node = {"context": passage, "qas": [{"id": "0", "question": question, "answers": []}]}
         tables, meta = reading.build([node], tagger)
-        view = self.view(Reading(*tables, meta))
+        view = View(self, Reading(*tables, meta))
         windows = view.windows(0)
         for i in range(0, len(windows), batch_size):
             yield view.batch(windows[i : i + batch_size])
@@ -118,10 +122,10 @@ class View:
         lower = [form.lower() for form in reading.forms]
         numbers: dict[str, int] = {}
         words = lower if reader.lowercase else reading.forms
-        unknown = reader.index[UNK]
+        self.unknown = reader.index[UNK]
         # The last two are what -1 and -2 lead to, which fill up passages and questions: no word of either is the
         # other's, and both are padding.
-        self.numbers = np.array([*(reader.index.get(word, unknown) for word in words), 0, 0])
+        self.numbers = np.array([*(reader.index.get(word, self.unknown) for word in words), 0, 0])
         self.lower = np.array([*(numbers.setdefault(word, len(numbers)) for word in lower), -2, -1])
         self.one_hot = {
             name: one_hot(getattr(reading, name), getattr(reader, name))
@@ -175,12 +179,13 @@ class View:
             features.append(occurs(padded("lemmas", -1), padded_questions("lemmas")))
             features += [vectors[padded(name, -1)] for name, vectors in self.one_hot.items()]
         question = self.numbers[q]
-        question[0, question[0] == 0] = 1  # an empty question is an unknown word
+        question[0, question[0] == 0] = self.unknown  # an empty question is an unknown word
         first, last = (
             np.array([relative(int(questions[name][number]), window) for number, *window in windows])
             for name in ("first", "last")
         )
-        first[last < 0], last[first < 0] = -1, -1
+        missing = (first < 0) | (last < 0)  # or cut off by the window
+        first[missing] = last[missing] = -1
         items = [
             Item(
                 questions["id"][number].as_py(),

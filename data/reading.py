@@ -15,21 +15,23 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
+from data.corpus import checksum
 from data.fetch import read_bytes, require_writable
 from data.tagging import Tagger
 
 FORMAT = 1  # of the prepared folder; a change of what is written in it counts it up
 SHOWN = 5  # examples of each fault
 TABLES = ("passages", "questions")
+FILES = (*(f"{name}.arrow" for name in TABLES), "meta.json")
 
 # A Chinese or Japanese text has no spaces: each of its signs is a token.
 SIGNS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 TOKEN = re.compile(
-    rf"""\w+?(?=n't\b) | n't\b | '(?:s|ve|re|d|ll|m)\b  # did n't, it 's
-    | (?:[^\W\d_]\.){{2,}}                              # U.S.
-    | \d+(?:[.,]\d+)*(?!\w)                             # 1,250 or 3.5
+    rf"""[^\W{SIGNS}]+?(?=n't\b) | n't\b | '(?:s|ve|re|d|ll|m)\b  # did n't, it 's
+    | (?:[^\W\d_]\.){{2,}}                                       # U.S.
+    | \d+(?:[.,]\d+)*(?!\w)                                      # 1,250 or 3.5
     | [{SIGNS}] | [^\W{SIGNS}]+ | [^\w\s]""",
-    re.VERBOSE,
+    re.VERBOSE | re.IGNORECASE,
 )
 
 
@@ -105,6 +107,7 @@ def prepared(path: Path, cache: Path, tagger: Tagger | None) -> Reading:
                 scratch = place.with_name(place.name + ".part")
                 for leftover in (scratch, place):  # of a process that was killed, or damaged since
                     shutil.rmtree(leftover, ignore_errors=True)
+                    leftover.unlink(missing_ok=True)
                 scratch.mkdir()
                 for name, table in zip(TABLES, tables, strict=True):
                     # As datasets keeps its own: datasets.Dataset.from_file opens it too.
@@ -114,6 +117,7 @@ def prepared(path: Path, cache: Path, tagger: Tagger | None) -> Reading:
                     ):
                         writer.write_table(table)
                 (scratch / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+                (scratch / "checksums.json").write_text(json.dumps({name: checksum(scratch / name) for name in FILES}))
                 os.rename(scratch, place)
                 found = opened(place)
     assert found is not None
@@ -123,21 +127,22 @@ def prepared(path: Path, cache: Path, tagger: Tagger | None) -> Reading:
 def opened(place: Path) -> Reading | None:
     """What a prepared folder holds; None if there is none, or it is damaged."""
     try:
+        if {name: checksum(place / name) for name in FILES} != json.loads((place / "checksums.json").read_bytes()):
+            return None
         meta = json.loads((place / "meta.json").read_bytes())
         passages, questions = (
             pa.ipc.open_stream(pa.memory_map(str(place / f"{name}.arrow"))).read_all() for name in TABLES
         )
-        found = Reading(passages, questions, meta, place.name)
-    except (OSError, ValueError, KeyError):  # pyarrow's errors are ValueErrors
+        return Reading(passages, questions, meta, place.name)
+    except (OSError, ValueError):  # a file is missing, or no JSON
         return None
-    return found if [len(found.passages["text"]), len(found)] == meta["sizes"] else None
 
 
 def paragraphs_of(content: bytes, name: str) -> Iterator[dict[str, Any]]:
     """The paragraphs of a file in SQuAD's format; ValueError with the place of the first thing that is not so."""
     try:
         node = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is no JSON ({error}); expected a file like SQuAD's train-v1.1.json") from error
     for i, article in enumerate(need(node, "data", list, name)):
         for j, paragraph in enumerate(need(article, "paragraphs", list, f"{name}: data[{i}]")):
@@ -160,7 +165,17 @@ def need(node: Any, key: str, kind: type, place: str) -> Any:
         keys = f" among {sorted(node)}" if isinstance(node, dict) else f", and no object but {node!r:.60}"
         kind_name = {str: "text", int: "whole number", list: "list"}[kind]
         raise ValueError(f"{place}: {key!r} must be a {kind_name}, found {found}{keys}")
+    if kind is str:
+        check_text(node[key], f"{place}: {key!r}")
     return node[key]
+
+
+def check_text(text: str, name: str) -> None:
+    """ValueError for what no file in UTF-8 can hold: JSON and a command line can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has half a character, {text[error.start]!r} at {error.start}: take it out") from error
 
 
 class Columns:
@@ -236,7 +251,7 @@ def build(
             for answer in question["answers"]:
                 start, wanted = answer["answer_start"], answer["text"]
                 if start < 0 or text[start : start + len(wanted)] != wanted:
-                    there = text[start : start + len(wanted)] if 0 <= start < len(text) else "the end of the passage"
+                    there = text[start : start + len(wanted)] if 0 <= start < len(text) else "no passage"
                     misplaced.append(f"{id_}: {wanted!r:.40} at {start}, where {there!r:.40} stands")
                     continue
                 start += len(wanted) - len(wanted.lstrip())
@@ -256,7 +271,7 @@ def build(
     if tagger is not None:
         written = list(forms)
         for lists, wanted in zip(columns, (("lemmas", "tags", "entities"), ("lemmas",)), strict=True):
-            more = Columns(**{key: "i" if key == "lemmas" else "B" for key in wanted})
+            more = Columns(**dict.fromkeys(wanted, "i"))
             numberings = {"lemmas": forms, "tags": tags, "entities": entities}
             words_of_texts = [[written[number] for number in row.as_py()] for row in lists["words"]]
             for annotation in tagger.annotate(words_of_texts):
@@ -267,7 +282,6 @@ def build(
         "forms": list(forms),
         "tags": list(tags),
         "entities": list(entities),
-        "sizes": [len(texts), len(rows["id"])],
         "report": {
             "passages": len(texts),
             "questions": len(rows["id"]),

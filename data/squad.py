@@ -27,7 +27,7 @@ class QuestionAnswering(pl.LightningDataModule):
     root: folder of the corpora, which may be read-only; the files lie in root/squad.
     cache: folder for what is prepared from them, once for all runs.
     train, val, test: names of files in root/squad, or paths; plain, .gz, .xz or .zip.
-    files: {url, sha256 or md5} or {hub} of the names that are downloaded when absent.
+    files: {url, sha256 or md5} or {hub, questions: the published count} of the names that are downloaded when absent.
     tagger: spacy, or none, which leaves out the features that it would give: lemmas, parts of speech, kinds of names.
     spacy_model: the pipeline's name, or its folder.
     vectors: None (words are learnt), or word vectors: see `text.load_vectors`. Their length is left as it is.
@@ -35,6 +35,8 @@ class QuestionAnswering(pl.LightningDataModule):
     min_count: without vectors, training words seen less often become <unk>, which so gets trained.
     window: see Reader. SQuAD 1.1 has no passage of 1000 tokens.
     """
+
+    DIMS = ("vocab_size", "num_features", "vectors")  # the names in `dims`
 
     def __init__(
         self,
@@ -63,6 +65,10 @@ class QuestionAnswering(pl.LightningDataModule):
             raise ValueError(f"data.tagger={tagger} must be spacy or none")
         if not isinstance(lowercase, bool):
             raise ValueError(f"data.lowercase={lowercase} must be true or false")
+        if tagger == "spacy" and (not isinstance(spacy_model, str) or not spacy_model):
+            raise ValueError(
+                f"data.spacy_model={spacy_model} must name a pipeline, such as en_core_web_sm, or its folder"
+            )
         for name, value in {"window": window, "batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"data.{name}={value} must be a whole number, 1 or more")
@@ -103,9 +109,17 @@ class QuestionAnswering(pl.LightningDataModule):
             window=self.window,
             vector_size=None if self.embedding is None else self.embedding.shape[1],
         )
-        views = {path: self.reader.view(found) for path, found in readings.items()}
+        views = {path: View(self.reader, found) for path, found in readings.items()}
         self.keys = {split: readings[path].key for split, path in paths.items()}
         self.views = {split: views[path] for split, path in paths.items()}
+        for split, path in paths.items():
+            expected = self.files.get(self.names[split], {}).get("questions")
+            count = len(readings[path])
+            if not count or count != (expected or count):
+                raise ValueError(
+                    f"data.{split}={self.names[split]} ({path}) has {count:,} questions, expected "
+                    f"{f'{expected:,}' if expected else 'some'}"
+                )
         if not self.training_windows():
             raise ValueError(f"data.train={self.names['train']} has no question with an answer to learn from")
 
@@ -119,8 +133,7 @@ class QuestionAnswering(pl.LightningDataModule):
                 return fetch.find(path) or fetch.fetch_from_hub(path, source["hub"], squad_of)
             return fetch.fetch(path, source["url"], source.get("sha256") or source.get("md5"))
         for candidate in (path, Path(name).expanduser()):
-            found = candidate if candidate.is_file() else fetch.find(candidate)
-            if found is not None:
+            if (found := fetch.find(candidate)) is not None:
                 return found
         raise FileNotFoundError(
             f"data.{split}={name} is no file, neither in {self.root / 'squad'} nor here; type the path of a file in "
@@ -167,8 +180,8 @@ class QuestionAnswering(pl.LightningDataModule):
             raise ValueError(
                 f"the checkpoint was trained on other data: {', '.join(changed)} differ"
                 f" ({len(state_dict.get('words', []))} words then, {len(now['words'])} now). Use the files and options "
-                "of the checkpoint's run (data.train, data.tagger, data.vectors, data.lowercase, data.min_count), or "
-                "train again."
+                "of the checkpoint's run (data.train, .val, .test, .tagger, .spacy_model, .vectors, .lowercase, "
+                ".min_count, .window), or train again."
             )
 
     @staticmethod
@@ -190,8 +203,8 @@ def vocabulary(train: Reading, known: Sequence[Reading], lowercase: bool, min_co
     in_questions: Counter[str] = Counter()
     everywhere: Counter[str] = Counter()
     for found in dict.fromkeys([train, *known]):
-        for table, column in ((found.passages, "words"), (found.questions, "words")):
-            counts = np.bincount(table[column].values, minlength=len(found.forms))
+        for table in (found.passages, found.questions):
+            counts = np.bincount(table["words"].values, minlength=len(found.forms))
             for number in np.flatnonzero(counts):
                 word = found.forms[number].lower() if lowercase else found.forms[number]
                 everywhere[word] += int(counts[number])

@@ -9,11 +9,12 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `data` is not installed, it lies beside this folder
 
-from tasks.door import guard
+from tasks import door
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: DictConfig) -> None:
+    door.check(cfg)
     data = hydra.utils.instantiate(cfg.data)
     data.prepare_data()
     data.setup()  # reads it all, so that what is wrong with it shows now
@@ -22,4 +23,4 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv.append("hydra.run.dir=.")  # nothing of this is a run
-    guard(main)
+    door.guard(main)

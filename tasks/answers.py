@@ -1,8 +1,10 @@
 """Exact match and F1 of answers, as SQuAD's official evaluation counts them (Rajpurkar et al., 2016; section 6.1)."""
 
+import gzip
 import json
 import re
 import string
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,28 +51,35 @@ def evaluate(references: Mapping[str, Sequence[str]], predictions: Mapping[str, 
 
 
 def read_json(path: str) -> Any:
+    """What a JSON file holds, which may be a .gz."""
     try:
-        return json.loads(Path(path).expanduser().read_bytes())
+        with (gzip.open if path.endswith(".gz") else open)(Path(path).expanduser(), "rb") as file:
+            return json.loads(file.read().decode("utf-8-sig"))
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON, plain or .gz ({error})") from error
     except OSError as error:
         raise FileNotFoundError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
 
 
 def references_of(path: str) -> dict[str, list[str]]:
-    """The answers of each question of a file in SQuAD's format."""
+    """The answers of each question of a file in SQuAD's format; ValueError for another format, or an id that recurs."""
+    references: dict[str, list[str]] = {}
     try:
-        return {
-            question["id"]: [answer["text"] for answer in question["answers"]]
-            for article in read_json(path)["data"]
-            for paragraph in article["paragraphs"]
-            for question in paragraph["qas"]
-        }
+        for article in read_json(path)["data"]:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    id, texts = question["id"], [answer["text"] for answer in question["answers"]]
+                    if not all(isinstance(value, str) for value in (id, *texts)):
+                        raise TypeError(f"the id {id!r} and its answers {texts!r:.60} must be texts")
+                    if id in references:
+                        raise TypeError(f"two questions have the id {id!r}")
+                    references[id] = texts
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not in SQuAD's format ({type(error).__name__}: {error}); expected "
-            '{"data": [{"paragraphs": [{"qas": [{"id": ..., "answers": [{"text": ...}]}]}]}]}'
+            '{"data": [{"paragraphs": [{"qas": [{"id": "...", "answers": [{"text": "..."}]}]}]}]}'
         ) from error
+    return references
 
 
 def command(words: Sequence[str]) -> None:
@@ -80,8 +89,11 @@ def command(words: Sequence[str]) -> None:
             "type python -m tasks.squad DEV.json PREDICTIONS.json; predictions are {question's id: answer's text}"
         )
     references, predictions = references_of(words[0]), read_json(words[1])
-    if not isinstance(predictions, dict) or not all(isinstance(text, str) for text in predictions.values()):
-        raise ValueError(f'{words[1]} must be {{"question\'s id": "answer\'s text", ...}}')
+    pairs = predictions.items() if isinstance(predictions, dict) else [(None, predictions)]
+    for id, text in pairs:
+        if not isinstance(id, str) or not isinstance(text, str):
+            where = f"of {id!r} it has" if id else "it is"
+            raise ValueError(f'{words[1]} must be {{"question\'s id": "answer\'s text", ...}}; {where} {text!r:.60}')
     if not references:
         raise ValueError(f"{words[0]} has no questions")
     found = evaluate(references, predictions)

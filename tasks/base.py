@@ -77,8 +77,9 @@ class Task(pl.LightningModule, ABC):
             sums["size"] = torch.tensor(float(sums["size"]), device=self.device)
             sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
             size = sums.pop("size")
-            means = {name: value / size for name, value in sums.items()}
-            if stage != "test" and not torch.isfinite(means["loss"]):
+            # Nothing that counts for the loss is no loss, rather than one of 0.
+            means = {name: value / size for name, value in sums.items() if size > 0}
+            if stage != "test" and means and not torch.isfinite(means["loss"]):
                 raise ValueError(
                     f"the {stage} loss is {means['loss']:g} after {self.trainer.global_step} steps; type a lower "
                     "task.optimizer.lr=, trainer.gradient_clip_val=1, or trainer.precision=32-true"

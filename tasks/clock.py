@@ -22,6 +22,7 @@ class Clock(pl.Callback):
     """
 
     PARTS = ("data", "forward", "backward", "optimizer")
+    KEPT = ("seconds", "examples", "epochs", "parts", "sampled")
     SAMPLING = 16  # on a GPU the parts of one step in so many are timed, for that waits until each is done
 
     def __init__(self, max_seconds: float | None = None) -> None:
@@ -36,13 +37,15 @@ class Clock(pl.Callback):
         self._batches = 0  # of this process
         self._since = 0.0
         self._mark: float | None = None  # None while the parts are not timed
+        self._interval: Any = None  # batches between validations
         self._hooks: list[Any] = []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "examples": self.examples, "epochs": self.epochs}
+        return {name: getattr(self, name) for name in self.KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds, self.examples, self.epochs = (state_dict[key] for key in ("seconds", "examples", "epochs"))
+        for name in self.KEPT:
+            setattr(self, name, state_dict[name])
 
     def _wait(self, module: Any) -> float:
         if module.device.type == "cuda":
@@ -94,10 +97,16 @@ class Clock(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # Not only with an epoch: a resumed run may start within one.
+        self.on_train_epoch_start(trainer, pl_module)
+        # Lightning takes the end of an epoch for the end only where a validation was due. One was made (see
+        # on_train_batch_end); without this a run that goes on from there would train a step that is no epoch's.
+        self._interval = trainer.val_check_batch
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready >= trainer.num_training_batches:
+            trainer.val_check_batch = trainer.num_training_batches
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._begin(pl_module)
         self._since = time.perf_counter()
-
-    on_train_epoch_start = on_train_start
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         self._lap("data", pl_module)
@@ -144,6 +153,7 @@ class Clock(pl.Callback):
         self._since = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        trainer.val_check_batch = self._interval
         if not trainer.enable_validation:
             self._log(pl_module)
 

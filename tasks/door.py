@@ -38,11 +38,17 @@ RANGES: dict[str, tuple[float, float, float]] = {
     "task.embedding_dropout": (0, 0.999, 0.5),
     "task.embedding_size": (1, 10**6, 128),
     "task.optimizer.lr": (0, 1e9, 0.001),
+    "task.max_answer": (1, 10**6, 15),
+    "task.tuned_words": (0, 10**9, 1000),
+    "data.window": (1, 10**6, 1000),
+    "data.seed": (0, 2**32 - 1, 1234),
     "trainer.max_steps": (-1, 10**9, 400_000),
     "trainer.accumulate_grad_batches": (1, 10**6, 1),
     "trainer.max_epochs": (1, 10**6, 100),
     "trainer.devices": (1, 1, 1),
 }
+# Options that name files or folders.
+TEXTS = ("data.root", "data.cache", "data.path", "data.train", "data.val", "data.test", "data.vectors")
 
 
 def check(cfg: DictConfig) -> None:
@@ -80,6 +86,13 @@ def check(cfg: DictConfig) -> None:
         )
     if not isinstance(cfg.run_dir, str) or not cfg.run_dir:
         raise ValueError(f"run_dir={cfg.run_dir} must name a folder; leave it out for one below runs/")
+    for key in TEXTS:
+        value = OmegaConf.select(cfg, key, default="")
+        may_be_null = key in ("data.vectors", "data.path")
+        if key.removeprefix("data.") in cfg.data and not (
+            (isinstance(value, str) and value) or (value is None and may_be_null)
+        ):
+            raise ValueError(f"{key}={value} must be a text{', or null for none' if may_be_null else ''}")
     for part in ("data", "model", "task"):
         target = get_class(cfg[part]._target_)
         ours = [
@@ -170,7 +183,7 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
 def check_data(cfg: DictConfig, data: Any, last: Path | None) -> None:
     """Refuse data of another task, and a resume on data that has changed, before a network is built for it."""
     known = inspect.signature(get_class(cfg.task._target_)).parameters
-    if other := [name for name in data.dims if name not in known]:
+    if other := [name for name in data.DIMS if name not in known]:  # not dims, for which a corpus is downloaded
         raise ValueError(
             f"data={cfg.choices.data} does not go with task={cfg.choices.task}, which knows no {', '.join(other)}; "
             "texts (pydoc_text, bytes, ptb, ...) are for task=lm, sentences (pydoc, cr, trec, ...) for "

@@ -192,7 +192,6 @@ class LanguageModelling(Task):
             seed: of the draws (0).
             input: instead of a prompt, a text file, or - for standard input: bits per character, or perplexity of
                 words, of each of its lines.
-            device: auto, cpu or cuda.
         """
         if (prompt is None) == (input is None):
             raise ValueError("give prompt='some text' to go on from, or input=FILE to score its lines")

@@ -3,6 +3,7 @@
 `python -m tasks.squad DEV.json PREDICTIONS.json` prints EM and F1 of any predictions.
 """
 
+import inspect
 import json
 import math
 import sys
@@ -11,12 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tasks import answers, door
 from tasks.base import Dropout, Task
+from tasks.record import write_text
 
 
 class QuestionAnswering(Task):
@@ -36,9 +39,9 @@ class QuestionAnswering(Task):
         vectors: word vectors (vocab_size, n), or None for embeddings of `embedding_size` that are learnt.
         tuned_words: how many of the vectors, from the start of the vocabulary, are trained; the others are fixed.
         dropout: on what the encoders return (they have their own, between layers). embedding_dropout: on embeddings.
-        concatenated_layers: the number of layers whose outputs are concatenated, as in DrQA; `dropout` lies between
-            them. 0: what the encoder returns, as in the SRU's table.
-        max_answer: tokens of the longest answer.
+        num_layers, concatenate_layers: with True, what each of so many layers returns is put side by side, as in DrQA,
+            and `dropout` lies between the layers. False: what the encoder returns, as in the SRU's rows.
+        max_answer: tokens of the longest answer, 15 as in the released code.
     """
 
     def __init__(
@@ -54,29 +57,36 @@ class QuestionAnswering(Task):
         tuned_words: int = 1000,
         dropout: float = 0.0,
         embedding_dropout: float = 0.0,
-        concatenated_layers: int = 0,
+        num_layers: int = 0,
+        concatenate_layers: bool = False,
         max_answer: int = 15,
     ) -> None:
         super().__init__(optimizer, scheduler)
         for name, value, low in (
+            ("embedding_size", embedding_size, 1),
             ("tuned_words", tuned_words, 0),
-            ("concatenated_layers", concatenated_layers, 0),
             ("max_answer", max_answer, 1),
         ):
             if type(value) is not int or value < low:
                 raise ValueError(f"task.{name}={value} must be a whole number, {low} or more")
+        if not isinstance(concatenate_layers, bool):
+            raise ValueError(f"task.concatenate_layers={concatenate_layers} must be true or false")
         self.embedding = Embedding(vocab_size, embedding_size, vectors, tuned_words)
         size = self.embedding.size
         self.likeness = nn.Linear(size, size)
         passage_size = 2 * size + num_features
-        if concatenated_layers:
-            encoder = partial(Layers, encoder, num_layers=concatenated_layers, dropout=dropout)
+        if concatenate_layers:
+            if "num_layers" not in inspect.signature(encoder).parameters:
+                raise ValueError(
+                    "task.concatenate_layers=true needs a model of several layers; leave it out for this one"
+                )
+            encoder = partial(Layers, encoder, num_layers=num_layers, dropout=dropout)
         self.passage_encoder = encoder(input_size=passage_size)
         self.question_encoder = encoder(input_size=size)
         width = self.passage_encoder.output_size
-        self.weight = nn.Linear(width, 1)
-        self.first = nn.Linear(width, width)
-        self.last = nn.Linear(width, width)
+        self.weight = nn.Linear(width, 1, bias=False)
+        self.first = nn.Linear(width, width, bias=False)
+        self.last = nn.Linear(width, width, bias=False)
         self.embedding_dropout = Dropout(embedding_dropout)
         self.dropout = Dropout(dropout)
         self.max_answer = max_answer
@@ -97,7 +107,7 @@ class QuestionAnswering(Task):
         h_q, _ = self.question_encoder(q, None, q_pad if q_pad.any() else None)
         h_p, h_q = self.dropout(h_p), self.dropout(h_q)
         weights = at_least_float32(self.weight(h_q)).squeeze(2).masked_fill(q_pad, -math.inf).softmax(dim=0)
-        summary = (weights[..., None] * h_q).sum(dim=0)
+        summary = (weights.to(h_q.dtype)[..., None] * h_q).sum(dim=0)
         first, last = (
             at_least_float32(torch.einsum("tbn,bn->bt", h_p, form(summary).to(h_p.dtype))).masked_fill(
                 p_pad.T, -math.inf
@@ -149,10 +159,10 @@ class QuestionAnswering(Task):
         predictions = {id: text for id, (_, text) in self.found.items()}
         found = answers.evaluate(self.references, predictions)
         if stage == "test":
-            path = Path(self.trainer.default_root_dir) / "predictions.json"
-            path.write_text(json.dumps(predictions, ensure_ascii=False) + "\n", encoding="utf-8")
+            folder = Path(self.trainer.default_root_dir)
+            write_text(folder / "predictions.json", json.dumps(predictions, ensure_ascii=False) + "\n")
         self.found, self.references = {}, {}
-        return {name: means["loss"].new_tensor(found[name]) for name in ("em", "f1")}
+        return {name: torch.tensor(found[name], device=self.device) for name in ("em", "f1")}
 
     @torch.no_grad()
     def predict(
@@ -171,7 +181,6 @@ class QuestionAnswering(Task):
             passage: the text that answers it.
             input: instead of a passage, a text file, or - for standard input.
             n_best: how many answers, the likeliest first (1).
-            device: auto, cpu or cuda.
         """
         if question is None or (passage is None) == (input is None):
             raise ValueError("give question='some text?' and passage='some text', or input=FILE for the passage")
@@ -180,25 +189,30 @@ class QuestionAnswering(Task):
         if input is not None:
             try:
                 content = sys.stdin.buffer.read() if input == "-" else Path(input).expanduser().read_bytes()
-                passage = content.decode()
+                passage = content.decode("utf-8-sig")
             except OSError as error:
                 raise FileNotFoundError(f"input={input} cannot be read: {error.strerror}") from error
             except UnicodeDecodeError as error:
                 raise ValueError(f"input={input} is no text in UTF-8: {error}") from error
         assert passage is not None
         best: dict[tuple[int, int], float] = {}  # characters: sum of scores
-        totals: list[Tensor] = []
+        # The best score of a token in all windows that hold it, by its first and by its last character.
+        totals = np.full((2, len(passage) + 1), -math.inf)
         for batch in vocabulary.batches(passage, question):
             first, last = self(*(a.to(self.device) for a in (batch.passage, batch.features, batch.question)))
-            totals.append(torch.stack([first.logsumexp((0, 1)), last.logsumexp((0, 1))]).double())
-            for item, *rows in zip(batch.items, *(a.tolist() for a in self.spans(first, last, n_best)), strict=True):
+            spans = (a.tolist() for a in self.spans(first, last, n_best))
+            for item, first_row, last_row, *rows in zip(batch.items, first.cpu(), last.cpu(), *spans, strict=True):
+                for total, places, row in ((totals[0], item.starts, first_row), (totals[1], item.ends, last_row)):
+                    total[places] = np.maximum(total[places], row[: len(places)].double().numpy())
                 for value, start, end in zip(*rows, strict=True):
                     if value > -math.inf:
                         span = int(item.starts[start]), int(item.ends[end])
                         best[span] = max(value, best.get(span, -math.inf))
-        total = float(torch.stack(totals).logsumexp(0).sum())
+        total = float(torch.from_numpy(totals).logsumexp(1).sum())
+        if not best or not math.isfinite(total):
+            raise ValueError("the network gives no finite score: its checkpoint is damaged, or its training was")
         for (start, end), value in sorted(best.items(), key=lambda pair: -pair[1])[:n_best]:
-            yield f"{math.exp(value - total):.4f}  {start}-{end}  {' '.join(passage[start:end].split())}\n"
+            yield f"{math.exp(value - total):<8.4g}  {start}-{end}  {' '.join(passage[start:end].split())}\n"
 
 
 def at_least_float32(scores: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """EM and F1 by hand-worked cases, by an independent implementation, and from the command line."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -90,7 +91,8 @@ def test_any_predictions_are_scored_on_the_command_line(tmp_path):
     references = answers.references_of(str(DEV))
     kept = dict(list(references.items())[:11])
     (tmp_path / "predictions.json").write_text(json.dumps({id: texts[0] for id, texts in kept.items()} | {"x": "y"}))
-    command = [sys.executable, "-m", "tasks.squad", str(DEV), str(tmp_path / "predictions.json")]
+    (tmp_path / "dev.json.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + DEV.read_bytes()))
+    command = [sys.executable, "-m", "tasks.squad", str(tmp_path / "dev.json.gz"), str(tmp_path / "predictions.json")]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "EM 25.00  F1 25.00  of 44 questions" in told
     assert "33 questions have no prediction, and score 0" in told
@@ -103,6 +105,13 @@ def test_any_predictions_are_scored_on_the_command_line(tmp_path):
         ('{"data": 3}', "{}", "is not in SQuAD's format"),
         ('{"data": []}', "{}", "has no questions"),
         ("{", "{}", "is no JSON"),
+        ('{"data": [{"paragraphs": [{"qas": [{"id": 3, "answers": []}]}]}]}', "{}", "the id 3 and its answers"),
+        ('{"data": [{"paragraphs": [{"qas": [{"id": "3", "answers": [{"text": null}]}]}]}]}', "{}", "must be texts"),
+        (
+            '{"data": [{"paragraphs": [{"qas": [{"id": "3", "answers": []}, {"id": "3", "answers": []}]}]}]}',
+            "{}",
+            "two questions have the id '3'",
+        ),
         (None, "[1]", 'must be {"question\'s id"'),
         (None, '{"1": 2}', 'must be {"question\'s id"'),
         (None, "", "is no JSON"),

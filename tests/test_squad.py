@@ -5,6 +5,7 @@ import json
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, options
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 import predict
 import sru
 import train
+from data.reader import Item
 from tasks import answers
 from tasks.squad import Embedding, QuestionAnswering
 
@@ -74,12 +76,13 @@ def test_a_passage_shorter_than_the_longest_answer_has_spans(steps, count):
 # The network
 
 
-@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize("concatenate", [False, True])
 @pytest.mark.parametrize("encoder", ["SRU", "LSTM", "GRU", "QRNN", "SRUppEncoder"])
-def test_a_question_alone_is_a_question_in_a_batch(encoder, layers):
+def test_a_question_alone_is_a_question_in_a_batch(encoder, concatenate):
     make = partial(getattr(sru, encoder), hidden_size=4, num_layers=2, bidirectional=True)
-    sizes = {"vocab_size": 30, "num_features": 2, "vectors": None, "embedding_size": 6, "concatenated_layers": layers}
-    task = QuestionAnswering(encoder=make, optimizer=torch.optim.Adamax, **sizes).double().eval()
+    sizes = {"vocab_size": 30, "num_features": 2, "vectors": None, "embedding_size": 6}
+    layers = {"num_layers": 2, "concatenate_layers": concatenate}
+    task = QuestionAnswering(encoder=make, optimizer=torch.optim.Adamax, **sizes, **layers).double().eval()
     passages, features, questions = texts([7, 1, 4], [2, 5, 1])
     together = task(padded(passages), padded(features, torch.float64), padded(questions))
     for i, (p, f, q) in enumerate(zip(passages, features, questions, strict=True)):
@@ -98,7 +101,7 @@ def test_the_network_is_the_published_one():
     x = torch.cat([E[p], alpha.softmax(1) @ E[q], f], dim=1)
     h_p, h_q = (encoder(a[:, None])[0][:, 0] for encoder, a in zip(task.encoders, (x, E[q]), strict=True))
     summary = (task.weight(h_q).softmax(0) * h_q).sum(0)
-    expected = [h_p @ (form.weight @ summary + form.bias) for form in (task.first, task.last)]
+    expected = [h_p @ (form.weight @ summary) for form in (task.first, task.last)]
     for found, one in zip(task(p[:, None], f[:, None], q[:, None]), expected, strict=True):
         torch.testing.assert_close(found[0], one)
     first, last = torch.tensor([2]), torch.tensor([3])
@@ -112,10 +115,9 @@ def test_what_has_no_target_counts_for_no_loss():
     task = reader()
     passages, features, questions = texts([6, 4], [2, 3])
     batch = padded(passages), padded(features, torch.float64), padded(questions)
-    items = [None, None]
-    task.keep = lambda *_: None
+    items = [Item(str(i), "", np.array([]), np.array([]), []) for i in range(2)]
     both = task.loss((*batch, torch.tensor([1, -1]), torch.tensor([2, -1]), items))
-    alone = task.loss((*(a[:, :1] for a in batch), torch.tensor([1]), torch.tensor([2]), items))
+    alone = task.loss((*(a[:, :1] for a in batch), torch.tensor([1]), torch.tensor([2]), items[:1]))
     torch.testing.assert_close(both[0], alone[0])
     assert both[2] == 1
     assert task.loss((*batch, torch.tensor([-1, -1]), torch.tensor([-1, -1]), items))[0] == 0
@@ -159,9 +161,12 @@ def test_the_reader_learns_the_sample(configure, tmp_path):
     assert json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]["test/em"] > 50
 
 
-def test_resumed_within_an_epoch_equals_uninterrupted(configure, tmp_path):
+@pytest.mark.parametrize("more", [(), ("model=lstm", "task.concatenate_layers=true", "data.window=60", "{vectors}")])
+def test_resumed_within_an_epoch_equals_uninterrupted(configure, tmp_path, more):
+    (tmp_path / "vectors.txt").write_text("".join(f"{word} 0.1 0.2 0.3 0.4\n" for word in ("the", "of", "What")))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    often = (*SMALL, "data.batch_size=16", "trainer.val_check_interval=4", "trainer.limit_val_batches=1")
+    often = (*SMALL, "data.batch_size=16", "trainer.val_check_interval=4", "trainer.limit_val_batches=1",
+             *(word.format(vectors=f"data.vectors={tmp_path / 'vectors.txt'}") for word in more))  # fmt: skip
     train.run(configure(*often, f"run_dir={whole}", "trainer.max_epochs=3"))
     train.run(configure(*often, f"run_dir={parts}", "trainer.max_epochs=3", "trainer.max_steps=15"))
     train.run(configure(*often, f"run_dir={parts}", f"resume={parts}", "trainer.max_epochs=3", "trainer.max_steps=-1"))
@@ -193,7 +198,7 @@ def test_a_question_is_answered_from_a_passage_or_a_file(trained, tmp_path, caps
     probabilities = [float(each.split()[0]) for each in lines]
     assert probabilities == sorted(probabilities, reverse=True)
     assert len({each.split()[1] for each in lines}) == len(lines)
-    assert sum(probabilities) <= 1 + 1e-2
+    assert 0.2 < sum(probabilities) <= 1 + 1e-6
     assert float(probability) > 0
 
 
@@ -230,11 +235,30 @@ def test_any_script_is_answered(trained, capsys):
         assert passage[start:end] == line.split(maxsplit=2)[2]
 
 
-def test_windows_of_a_passage_give_one_answer(configure, tmp_path):
+def test_of_several_windows_the_best_score_answers():
+    task = reader(max_answer=2)
+    items = [Item("1", "a b c", np.array([0, 2]), np.array([1, 3]), ["b"]) for _ in range(2)]
+    items[1] = items[1]._replace(starts=np.array([2, 4]), ends=np.array([3, 5]))
+    task.keep(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]]), items)
+    assert task.found == {"1": (4.0, "c")}
+    task.keep(torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, -1.0]]), items[:1])
+    assert task.found == {"1": (5.0, "a")}
+
+
+def test_windows_do_not_change_the_number_of_predictions(configure, tmp_path):
     train.run(configure(*SMALL, "data.window=40"))
-    predictions = json.loads((tmp_path / "run/predictions.json").read_text(encoding="utf-8"))
-    assert len(predictions) == 44
-    assert json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]["test/em"] >= 0
+    assert len(json.loads((tmp_path / "run/predictions.json").read_text(encoding="utf-8"))) == 44
+
+
+@pytest.mark.parametrize("answers", [[], [{"text": "served", "answer_start": 0}]])
+def test_a_validation_without_a_target_still_has_metrics(configure, tmp_path, answers):
+    content = squad((PASSAGE, [{"id": "1", "question": "What?", "answers": answers}]))
+    (tmp_path / "val.json").write_text(content)
+    files = (f"data.train={SAMPLE}", f"data.val={tmp_path / 'val.json'}", f"data.test={tmp_path / 'val.json'}")
+    train.run(configure(*SMALL, "data=squad", *files, "trainer=debug"))
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]
+    assert 0 <= metrics["val/f1"] <= 100
+    assert "test/loss" not in metrics
 
 
 def test_an_empty_passage_is_answered_with_nothing(tmp_path):
@@ -275,3 +299,27 @@ def test_both_tables_are_there_and_components_go_one_after_another(configure):
         assert [set(more) - set(less) for less, more in itertools.pairwise(removed)] == [
             {"no_vc"}, {"no_scaling"}, {"no_highway"}
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data=pydoc"], "data=pydoc does not go with task=squad, which knows no num_classes"),
+        (["data=squad", "task=lm"], "data=squad does not go with task=lm, which knows no num_features"),
+        (["data.tagger=nltk"], r"data\.tagger=nltk must be spacy or none"),
+        (["data.tagger=spacy", "data.spacy_model=null"], r"data\.spacy_model=None must name a pipeline"),
+        (["data.window=0"], r"data\.window=0 must be a whole number"),
+        (["data.lowercase=3"], r"data\.lowercase=3 must be true or false"),
+        (["data.vectors=[a]"], r"data\.vectors=\['a'\] must be a text, or null for none"),
+        (["data=squad", "data.train=5"], r"data\.train=5 must be a text"),
+        (["data.cache=null"], r"data\.cache=None must be a text"),
+        (["data.seed=-1"], r"data\.seed=-1 must be a whole number, 0 to"),
+        (["task.max_answer=0"], r"task\.max_answer=0 must be a whole number, 1 to"),
+        (["task.concatenate_layers=2"], r"task\.concatenate_layers=2 must be true or false"),
+        (["task.concatenate_layers=true", "model=cnn"], r"needs a model of several layers"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_is_downloaded(configure, words, message):
+    with pytest.raises(Exception, match=message) as refused:
+        train.run(configure("task=squad", "data=squad_sample", *words))
+    assert isinstance(refused.value.__cause__ or refused.value, ValueError)

@@ -51,6 +51,7 @@ def tokens(text):
     [
         ("It didn't cost the U.S. $1,250.50.", ["It", "did", "n't", "cost", "the", "U.S.", "$", "1,250.50", "."]),
         ("Griffin’s 1912–1914 re-entry", ["Griffin", "’s", "1912", "–", "1914", "re", "-", "entry"]),
+        ("IT'S WHAT THEY DIDN'T", ["IT", "'S", "WHAT", "THEY", "DID", "N'T"]),
         ("the 1980s, 42-line", ["the", "1980s", ",", "42", "-", "line"]),
         ("東京タワー is 333m", ["東", "京", "タ", "ワ", "ー", "is", "333m"]),
         ("Москва́ — это", ["Москва", "́", "—", "это"]),
@@ -118,7 +119,7 @@ def test_faults_are_counted_and_told_and_kept_for_evaluation(tmp_path, caplog):
     assert "1 passages without a word" in told
     assert "4 answers do not stand where answer_start says" in told
     assert "elsewhere: 'Tea' at 1, where 'ea ' stands" in told
-    assert "past the end: 'pounds' at 500, where 'the end of the passage' stands" in told
+    assert "past the end: 'pounds' at 500, where 'no passage' stands" in told
     assert [item.id for batch in data.train_dataloader() for item in batch.items] == ["good"]
     tested = [item.id for batch in data.test_dataloader() for item in batch.items]
     assert Counter(tested) == Counter([*(row["id"] for row in asked), "on nothing"])
@@ -128,7 +129,8 @@ def test_the_first_answer_of_whole_tokens_is_trained_on(tmp_path):
     one = question(answer="erved", start=9)
     one["answers"] += [{"text": "served", "answer_start": 8}, {"text": "Tea", "answer_start": 0}]
     data = data_of(tmp_path, squad((PASSAGE, [one])))
-    batch = next(iter((data.setup(), data.train_dataloader())[1]))
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
     assert (batch.first.tolist(), batch.last.tolist()) == ([2], [2])
     assert batch.items[0].answers == ["erved", "served", "Tea"]
 
@@ -148,7 +150,9 @@ def test_the_first_answer_of_whole_tokens_is_trained_on(tmp_path):
         (squad((PASSAGE, [question(id=7)])), r"qas\[0\]: 'id' must be a text, found 7"),
         (squad((PASSAGE, [question(start="0")])), r"answers\[0\]: 'answer_start' must be a whole number, found '0'"),
         (squad((PASSAGE, [question(), question()])), r"two questions have the id '1'"),
-        (squad((PASSAGE, [])), r"no question with an answer to learn from"),
+        (squad((PASSAGE, [])), r"data\.train=.* has 0 questions, expected some"),
+        (squad((PASSAGE, [question(start=1)])), r"no question with an answer to learn from"),
+        (squad((PASSAGE, [question("\\ud83d?")])).replace("\\\\", "\\"), r"qas\[0\]: 'question' has half a character"),
     ],
 )
 def test_what_is_not_in_the_format_is_refused_with_its_place(tmp_path, content, message):
@@ -178,9 +182,12 @@ def test_a_file_is_prepared_once_and_again_when_it_changes(tmp_path, monkeypatch
     changed.setup()
     assert changed.views["train"].reading.questions["text"].to_pylist() == ["What?"]
     (place,) = (p for p in (tmp_path / "cache/squad").iterdir() if p.is_dir() and p.name == changed.keys["train"])
-    for name in ("questions.arrow", "meta.json"):
-        (place / name).write_bytes((place / name).read_bytes()[:-40])
-        data_of(tmp_path, squad((PASSAGE, [question("What?")]))).setup()
+    for name in ("passages.arrow", "questions.arrow", "meta.json", "checksums.json"):
+        whole = (place / name).read_bytes()
+        for damaged in (whole[:-40], whole[:-9] + b"x" * 9, b"[]"):
+            (place / name).write_bytes(damaged)
+            data_of(tmp_path, squad((PASSAGE, [question("What?")]))).setup()
+            assert (place / name).read_bytes() == whole
 
 
 def test_datasets_opens_what_is_prepared(tmp_path):
@@ -245,7 +252,8 @@ def test_vectors_are_looked_up_and_keep_their_length(tmp_path):
     (tmp_path / "vectors.txt").write_text("tea 3 0 0 4\nThe 1 1 1 1\nhot 0 0 0 2\n")
     content = squad(("The tea is hot", [question("The Tea?", "tea", 4)]))
     data = data_of(tmp_path, content, vectors=str(tmp_path / "vectors.txt"), lowercase=False)
-    vectors, index = data.dims["vectors"], (data.setup(), data.reader.index)[1]
+    vectors = data.dims["vectors"]
+    index = data.reader.index
     assert vectors.shape == (len(index), 4)
     assert vectors[index["tea"]].tolist() == [3, 0, 0, 4]
     assert vectors[index["The"]].tolist() == [1, 1, 1, 1]

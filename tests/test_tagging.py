@@ -1,10 +1,14 @@
 """Features by spaCy; a pipeline of rules, made here, takes the place of a trained one, which would be a download."""
 
+import re
 import sys
 
 import pytest
+from test_squad import SMALL
 from test_squad_data import data_of, question, squad
 
+import predict
+import train
 from data import tagging
 from data.squad import QuestionAnswering
 from data.tagging import Tagger
@@ -63,6 +67,16 @@ def test_tags_are_kept_and_several_processes_give_the_same(tmp_path, model, monk
     assert data_of(tmp_path, CONTENT).dims["num_features"] == 3  # another entry of the cache
 
 
+def test_a_tagged_run_is_tested_resumed_and_asked(configure, tmp_path, model, capsys):
+    (tmp_path / "file.json").write_text(CONTENT)
+    files = [f"data.{split}={tmp_path / 'file.json'}" for split in ("train", "val", "test")]
+    words = (*SMALL, "data=squad", *files, "data.min_count=1", "data.tagger=spacy", f"data.spacy_model={model}")
+    train.run(configure(*words))
+    train.run(configure(*words, f"resume={tmp_path / 'run'}", "trainer.max_epochs=3"))
+    predict.main([f"checkpoint={tmp_path / 'run'}", "question=Who wrote?", "passage=Ada Lovelace wrote."])
+    assert re.search(r"\d-\d+  \S", capsys.readouterr().out)
+
+
 def test_a_single_text_is_tagged_as_the_corpus_was(tmp_path, model):
     data = data_of(tmp_path, CONTENT, tagger="spacy", spacy_model=model)
     reader = QuestionAnswering.vocabulary_of(data.state_dict())
@@ -90,3 +104,22 @@ def test_a_pipeline_or_spacy_that_is_missing_says_what_to_type(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(ImportError, match=r"type pip install '\.\[spacy\]', or data\.tagger=none"):
         data_of(tmp_path, CONTENT, tagger="spacy").setup()
+
+
+def test_a_pipeline_that_merges_tokens_or_is_damaged_is_refused(tmp_path, model):
+    pipeline = spacy.load(model)
+    pipeline.add_pipe("merge_entities")
+    pipeline.to_disk(tmp_path / "merging")
+    with pytest.raises(ValueError, match=r"makes 6 tokens of 7: take a pipeline without"):
+        data_of(tmp_path, CONTENT, tagger="spacy", spacy_model=str(tmp_path / "merging")).setup()
+    (tmp_path / "rules/meta.json").write_text("{")
+    with pytest.raises(ValueError, match=r"spacy_model=.*rules is damaged"):
+        Tagger(model)
+
+
+def test_a_pipeline_of_other_rules_is_another_one(tmp_path, model):
+    before = Tagger(model).identity
+    pipeline = spacy.load(model)
+    pipeline.get_pipe("attribute_ruler").add([[{"LOWER": "in"}]], {"TAG": "ADP", "LEMMA": "in"})
+    pipeline.to_disk(model)
+    assert Tagger(model).identity != before
