@@ -1,6 +1,6 @@
 """How passages and questions become batches: words to numbers, features, windows of long passages."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,6 @@ from data.reading import Reading, check_text
 from data.tagging import Tagger
 from data.text import UNK
 
-POOL = 20  # batches whose examples are sorted by length together
 Window = tuple[int, int, int]  # a question's number, and the tokens of its passage from the first to before the second
 
 
@@ -218,58 +217,3 @@ def relative(token: int, window: Sequence[int]) -> int:
     """A passage's token in a window of it; -1 if it is none, or elsewhere."""
     begin, end = window
     return token - begin if begin <= token < end else -1
-
-
-class Batches:
-    """Batches of examples of about the same length.
-
-    In training the examples are shuffled, sorted by length in pools of `POOL` batches, and the batches shuffled again,
-    by seed and epoch alone. In evaluation (seed None) they come by length, and always in the same order.
-    `state_dict` and `load_state_dict` go on within an epoch; Lightning calls them.
-    """
-
-    def __init__(
-        self,
-        make: Callable[[Sequence[Window]], Batch],
-        windows: Sequence[Window],
-        batch_size: int,
-        seed: int | None = None,
-    ) -> None:
-        self.make, self.windows, self.batch_size, self.seed = make, windows, batch_size, seed
-        self.sizes = np.array([end - begin for _, begin, end in windows])
-        self.length = len(self)  # batches of an epoch, which Lightning may cut short
-        self.epoch = -1
-        self.position = 0  # batches that the current epoch has yielded
-        self.start = 0  # where the next epoch begins
-
-    def __len__(self) -> int:
-        return -(-len(self.windows) // self.batch_size)
-
-    def order(self) -> list[np.ndarray]:
-        """The examples of each batch of the epoch."""
-        if self.seed is None:
-            return np.split(
-                np.argsort(self.sizes, kind="stable"), range(self.batch_size, len(self.sizes), self.batch_size)
-            )
-        generator = np.random.default_rng([self.seed, self.epoch])
-        shuffled, pool = generator.permutation(len(self.sizes)), POOL * self.batch_size
-        batches = []
-        for group in np.split(shuffled, range(pool, len(shuffled), pool)):
-            group = group[np.argsort(self.sizes[group], kind="stable")]
-            batches += np.split(group, range(self.batch_size, len(group), self.batch_size))
-        return [batches[i] for i in generator.permutation(len(batches))]
-
-    def __iter__(self) -> Iterator[Batch]:
-        begin, self.start = self.start, 0
-        self.epoch += begin == 0
-        for position, batch in enumerate(self.order()[begin:], start=begin):
-            self.position = position + 1
-            yield self.make([self.windows[i] for i in batch])
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """The next epoch goes on at that position, or is the one after it where that was finished."""
-        self.epoch, self.position = state_dict["epoch"], state_dict["position"]
-        self.start = self.position if self.position < self.length else 0

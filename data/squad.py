@@ -12,7 +12,8 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from data import fetch, reading, text
-from data.reader import Batches, Reader, View, Window
+from data.batches import Batches
+from data.reader import Batch, Reader, View, Window
 from data.reading import Reading
 from data.tagging import Tagger
 
@@ -150,23 +151,26 @@ class QuestionAnswering(pl.LightningDataModule):
         view = self.views["train"]
         return [window for i in range(len(view.reading)) if (window := view.training_window(i)) is not None]
 
-    def train_dataloader(self) -> Batches:
-        batches = Batches(self.views["train"].batch, self.training_windows(), self.batch_size, self.seed)
+    def train_dataloader(self) -> Batches[Batch]:
+        batches = self.batches(self.views["train"], self.training_windows(), self.batch_size, self.seed)
         if self.trainer is not None:
-            limit = self.trainer.limit_train_batches  # an epoch of so many is over after them, also when resumed
-            batches.length = min(limit, len(batches)) if isinstance(limit, int) else int(limit * len(batches))
+            batches.limit(self.trainer.limit_train_batches)
         return batches
 
-    def val_dataloader(self) -> Batches:
+    def val_dataloader(self) -> Batches[Batch]:
         return self.evaluation("val")
 
-    def test_dataloader(self) -> Batches:
+    def test_dataloader(self) -> Batches[Batch]:
         return self.evaluation("test")
 
-    def evaluation(self, split: str) -> Batches:
+    def evaluation(self, split: str) -> Batches[Batch]:
         view = self.views[split]
         windows = [window for i in range(len(view.reading)) for window in view.windows(i)]
-        return Batches(view.batch, windows, self.eval_batch_size)
+        return self.batches(view, windows, self.eval_batch_size)
+
+    def batches(self, view: View, windows: list[Window], batch_size: int, seed: int | None = None) -> Batches[Batch]:
+        sizes = [end - begin for _, begin, end in windows]
+        return Batches(view.batch, windows, sizes, batch_size=batch_size, seed=seed)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to read texts, and to know the files that it was trained on."""

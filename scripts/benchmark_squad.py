@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
     load = medians({"load": lambda: next(again)}, seconds=0.5)["load"]
     steps = ", ".join(str(len(batch.passage)) for batch in batches)
     print(
-        f"Readers of Table 2, float32: training steps of {len(batches)} batches of {loader.batch_size} passages of "
+        f"Readers of Table 2, float32: training steps of {len(batches)} batches of {data.batch_size} passages of "
         f"{steps} tokens, vectors fixed but for 1000 words.\n"
     )
     rows = []
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
             [
                 name,
                 f"{count / 1e6:.1f}M",
-                f"{loader.batch_size / step:,.1f}",
+                f"{data.batch_size / step:,.1f}",
                 f"{trained['LSTM, 3 layers'] / trained[name]:.2f}x",
                 f"{1e3 * encoded[name] / len(batches):,.0f} ms",
                 f"{encoded['LSTM, 3 layers'] / encoded[name]:.2f}x",

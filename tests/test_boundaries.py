@@ -46,7 +46,9 @@ def test_the_library_needs_torch_numpy_and_numba_only():
             assert imported(path) - sys.stdlib_module_names <= {"sru", "torch", "numpy", "numba"} | extra, path
 
 
-@pytest.mark.parametrize(("package", "file"), [("torchtext", "text.py"), ("spacy", "tagging.py")])
+@pytest.mark.parametrize(
+    ("package", "file"), [("torchtext", "text.py"), ("spacy", "tagging.py"), ("sentencepiece", "subwords.py")]
+)
 def test_what_may_be_missing_or_die_out_is_imported_in_one_file(package, file):
     assert [path.name for path in FILES if package in imported(path)] == [file]
 

@@ -1,4 +1,4 @@
-"""Files in SQuAD's format: tokens and their characters, faults, features, windows, batches, what a checkpoint keeps."""
+"""Files in SQuAD's format: tokens and their characters, faults, features, windows, what a checkpoint keeps."""
 
 import gzip
 import json
@@ -6,12 +6,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from data import reading
-from data.reader import Batches
 from data.reading import spans_of
 from data.squad import QuestionAnswering, Sample, squad_of
 
@@ -260,7 +258,7 @@ def test_vectors_are_looked_up_and_keep_their_length(tmp_path):
     assert vectors[index["Tea"]].abs().max() <= 0.25
 
 
-# Windows and batches
+# Windows
 
 
 def test_a_long_passage_is_read_in_windows_that_overlap(tmp_path):
@@ -277,37 +275,6 @@ def test_a_long_passage_is_read_in_windows_that_overlap(tmp_path):
     training = next(iter(data.train_dataloader()))
     assert training.passage.shape == (10, 1)
     assert training.items[0].text[training.items[0].starts[training.first[0]] :].startswith("w17")
-
-
-def batches(count=1000, batch_size=8, seed=3):
-    sizes = np.random.default_rng(0).integers(1, 300, count)
-    return Batches(list, [(i, 0, int(size)) for i, size in enumerate(sizes)], batch_size, seed)
-
-
-def test_every_example_comes_once_an_epoch_in_an_order_of_seed_and_epoch():
-    one, two, other = batches(), batches(), batches(seed=4)
-    first, second = list(one), list(one)
-    assert sorted(window for batch in first for window in batch) == one.windows
-    assert len(first) == len(one) == 125
-    assert first != second
-    assert (list(two), list(two)) == (first, second)
-    assert list(other) != first
-    waste = sum(max(end for *_, end in batch) * len(batch) - sum(end for *_, end in batch) for batch in first)
-    assert waste < 0.06 * sum(end for batch in first for *_, end in batch)
-
-
-def test_an_epoch_goes_on_where_it_was_left():
-    whole, cut = batches(), batches()
-    expected = [list(whole), list(whole)]
-    iterator = iter(cut)
-    seen = [next(iterator) for _ in range(50)]
-    resumed = batches()
-    resumed.load_state_dict(cut.state_dict())
-    assert seen + list(resumed) == expected[0]
-    assert list(resumed) == expected[1]
-    finished = batches()
-    finished.load_state_dict(resumed.state_dict())
-    assert list(finished) == list(whole)  # the third epoch
 
 
 # Checkpoints

@@ -1,0 +1,93 @@
+"""Batches of examples of about the same length, in an order of seed and epoch, from where an epoch was left."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+POOL = 20  # batches of a fixed number whose examples are sorted by length together
+
+Batch = TypeVar("Batch")
+
+
+class Batches(Generic[Batch]):
+    """`make` of the examples of each batch, which are of about the same size.
+
+    batch_size: so many examples are a batch; or
+    budget: so many that their number times the largest size is at most this. One that is larger comes alone.
+    seed: in training the examples are shuffled, sorted by size, and the batches shuffled again, by seed and epoch
+        alone. With `batch_size` they are sorted in pools of `POOL` batches; with `budget` all together, so that each
+        epoch has as many batches as any other. None, in evaluation: they come by size, and always in the same order.
+
+    `state_dict` and `load_state_dict` go on within an epoch; Lightning calls them.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[list[Any]], Batch],
+        examples: Sequence[Any] | np.ndarray,
+        sizes: Sequence[int] | np.ndarray,
+        *,
+        batch_size: int | None = None,
+        budget: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if (batch_size is None) == (budget is None):
+            raise TypeError(f"either batch_size={batch_size} or budget={budget} cuts the examples into batches")
+        self.make, self.examples, self.sizes = make, examples, np.asarray(sizes, np.int64)
+        self.batch_size, self.budget, self.seed = batch_size, budget, seed
+        self.count = len(self.cuts(np.sort(self.sizes))) + 1 if len(self.sizes) else 0
+        self.length = len(self)  # batches of an epoch, which Lightning may cut short
+        self.epoch = -1
+        self.position = 0  # batches that the current epoch has yielded
+        self.start = 0  # where the next epoch begins
+
+    def __len__(self) -> int:
+        return self.count
+
+    def limit(self, limit: int | float) -> None:
+        """Lightning's `limit_train_batches`: an epoch of so many is over after them, also when resumed."""
+        self.length = min(limit, len(self)) if isinstance(limit, int) else int(limit * len(self))
+
+    def cuts(self, sizes: np.ndarray) -> Sequence[int]:
+        """Where sizes in rising order are cut into those of batches."""
+        if self.batch_size is not None:
+            return range(self.batch_size, len(sizes), self.batch_size)
+        budget, cuts, begin = self.budget or 0, [], 0
+        while begin < len(sizes):
+            most = budget // max(int(sizes[begin]), 1)  # if all were as short as the first
+            window = sizes[begin : begin + most]
+            begin += max(1, int((window * np.arange(1, len(window) + 1) <= budget).sum()))
+            cuts.append(begin)
+        return cuts[:-1]
+
+    def order(self) -> list[np.ndarray]:
+        """The examples of each batch of the epoch."""
+        if not self.count:
+            return []
+        if self.seed is None:
+            ranked = np.argsort(self.sizes, kind="stable")
+            return np.split(ranked, self.cuts(self.sizes[ranked]))
+        generator = np.random.default_rng([self.seed, self.epoch])
+        shuffled = generator.permutation(len(self.sizes))
+        pool = len(shuffled) if self.batch_size is None else POOL * self.batch_size
+        batches: list[np.ndarray] = []
+        for group in np.split(shuffled, range(pool, len(shuffled), pool)):
+            group = group[np.argsort(self.sizes[group], kind="stable")]
+            batches += np.split(group, self.cuts(self.sizes[group]))
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+    def __iter__(self) -> Iterator[Batch]:
+        begin, self.start = self.start, 0
+        self.epoch += begin == 0
+        for position, batch in enumerate(self.order()[begin:], start=begin):
+            self.position = position + 1
+            yield self.make([self.examples[i] for i in batch])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """The next epoch goes on at that position, or is the one after it where that was finished."""
+        self.epoch, self.position = state_dict["epoch"], state_dict["position"]
+        self.start = self.position if self.position < self.length else 0
