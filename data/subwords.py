@@ -56,8 +56,8 @@ class Subwords:
 
     @property
     def dims(self) -> dict[str, Any]:
-        """What a network must know: vocab_size, and the numbers bos of <s> and eos of </s>; padding is 0."""
-        return {"vocab_size": len(self), "bos": BOS, "eos": EOS}
+        """What a network must know: vocab_size, the numbers bos of <s> and eos of </s>, and how to `decode`."""
+        return {"vocab_size": len(self), "bos": BOS, "eos": EOS, "decode": self.decode}
 
     def encode(self, text: str) -> list[int]:
         """The text's subwords, without <s> and </s>."""

@@ -37,7 +37,7 @@ class ParallelText(pl.LightningDataModule):
     eval_tokens_per_batch: the same in validation and test, where a pair that is longer comes alone.
     """
 
-    DIMS = ("vocab_size", "bos", "eos")  # the names in `dims`
+    DIMS = ("vocab_size", "bos", "eos", "decode")  # the names in `dims`
 
     def __init__(
         self,

@@ -224,7 +224,7 @@ class CNN(_Encoder):
 
     The maximum is a running one: h_t holds the strongest response of every filter to x_1 .. x_t, so h_T is Kim's
     feature vector and the network keeps the contract of a recurrent one. The state is the last inputs (max(widths) - 1,
-    B, input_size) and the running maximum (B, output_size). When bidirectional, as many other filters read from the
+    B, input_size) and the running maximum (1, B, output_size). When bidirectional, as many other filters read from the
     end, and the state has the last inputs of both ways, one beside the other.
 
     Args:
@@ -264,13 +264,13 @@ class CNN(_Encoder):
         if state is None:
             # A rectified response is never below 0, so 0 starts the maximum.
             tail = x.new_zeros(self.history, batch, self.directions * self.input_size)
-            state = tail, x.new_zeros(batch, self.output_size)
-        tails, peaks = state[0].chunk(self.directions, dim=2), state[1].chunk(self.directions, dim=1)
+            state = tail, x.new_zeros(1, batch, self.output_size)
+        tails, peaks = state[0].chunk(self.directions, dim=2), state[1].chunk(self.directions, dim=2)
         h, tail, peak = self.read(0, x, tails[0], peaks[0], pad, lengths)
         if self.bidirectional:
             back, *last = self.read(1, backwards(x, lengths), tails[1], peaks[1], pad, lengths)
             h = torch.cat([h, backwards(back, lengths)], dim=2)
-            tail, peak = torch.cat([tail, last[0]], dim=2), torch.cat([peak, last[1]], dim=1)
+            tail, peak = torch.cat([tail, last[0]], dim=2), torch.cat([peak, last[1]], dim=2)
         return h, (tail, peak)
 
     def read(
@@ -285,8 +285,8 @@ class CNN(_Encoder):
         h = F.relu(torch.cat(responses, dim=2))
         if pad is not None:
             h = h.masked_fill(pad[:, :, None], 0.0)  # which moves no maximum
-        h = torch.cat([peak[None], h]).cummax(dim=0).values[1:]
-        peak = h[-1] if steps else peak
+        h = torch.cat([peak, h]).cummax(dim=0).values[1:]
+        peak = h[-1:] if steps else peak
         if pad is None or lengths is None:
             return h, x[steps:], peak
         last = torch.arange(self.history, device=x.device)[:, None] + lengths
