@@ -45,7 +45,7 @@ def sources(*lengths):
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_score_of_step_by_step_is_that_of_one_call(encoder, both):
-    task = translator(encoder, bidirectional=both)
+    task = translator(encoder, bidirectional=both).requires_grad_(False)
     source = sources(4)
     for score, sentence in task.search(source, beam=3, length_penalty=0.7, n_best=3)[0]:
         whole = task(source, torch.tensor([BOS, *sentence])[:, None])[:, 0].log_softmax(1)
@@ -70,7 +70,7 @@ def test_a_beam_of_one_is_greedy():
 
 def test_a_wide_beam_finds_the_best_of_all_sentences():
     """Of at most three words: all of them are compared."""
-    task, source = translator(), sources(2)
+    task, source = translator().requires_grad_(False), sources(2)
     with torch.no_grad():
         task.softmax.weight[EOS] += 1.5 * task.softmax.weight[EOS].sign()
     scored = {}
