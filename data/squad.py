@@ -62,6 +62,9 @@ class QuestionAnswering(pl.LightningDataModule):
         self.root, self.cache = Path(root).expanduser(), Path(cache).expanduser()
         self.names = {"train": train, "val": val, "test": test}
         self.files = dict(files or {})
+        for split, name in self.names.items():
+            if not name:
+                raise ValueError(f"data.{split}={name} must name a file in SQuAD's format")
         if tagger not in ("spacy", "none"):
             raise ValueError(f"data.tagger={tagger} must be spacy or none")
         if not isinstance(lowercase, bool):

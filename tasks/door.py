@@ -88,7 +88,7 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"run_dir={cfg.run_dir} must name a folder; leave it out for one below runs/")
     for key in TEXTS:
         value = OmegaConf.select(cfg, key, default="")
-        may_be_null = key in ("data.vectors", "data.path")
+        may_be_null = key not in ("data.root", "data.cache")
         if key.removeprefix("data.") in cfg.data and not (
             (isinstance(value, str) and value) or (value is None and may_be_null)
         ):

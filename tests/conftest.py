@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+
+# The tests' tensors are small: a second thread mostly waits. Before torch, which reads it once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 os.environ["WANDB_MODE"] = "offline"

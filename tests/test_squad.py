@@ -312,6 +312,7 @@ def test_both_tables_are_there_and_components_go_one_after_another(configure):
         (["data.lowercase=3"], r"data\.lowercase=3 must be true or false"),
         (["data.vectors=[a]"], r"data\.vectors=\['a'\] must be a text, or null for none"),
         (["data=squad", "data.train=5"], r"data\.train=5 must be a text"),
+        (["data=squad", "data.val=null"], r"data\.val=None must name a file"),
         (["data.cache=null"], r"data\.cache=None must be a text"),
         (["data.seed=-1"], r"data\.seed=-1 must be a whole number, 0 to"),
         (["task.max_answer=0"], r"task\.max_answer=0 must be a whole number, 1 to"),
