@@ -7,7 +7,7 @@ import pytest
 
 # The tests' tensors are small: a second thread mostly waits. Before torch, which reads it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-import torch  # noqa: E402
+import torch
 
 ROOT = Path(__file__).parent.parent
 os.environ["WANDB_MODE"] = "offline"
