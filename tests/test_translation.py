@@ -196,7 +196,7 @@ def test_a_wrong_option_of_translating_is_refused(trained, words, message):
     ("words", "message"),
     [
         (["task.beam=0"], r"task\.beam=0 must be a whole number"),
-        (["task.label_smoothing=1"], r"task\.label_smoothing=1 must be 0 or above"),
+        (["task.label_smoothing=1"], r"task\.label_smoothing=1 must be a number, 0 to 0\.999"),
         (["task.tied=yes please"], r"task\.tied=yes please must be true or false"),
         (["data=pydoc"], "data=pydoc does not go with task=translation"),
     ],
