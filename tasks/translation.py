@@ -133,6 +133,8 @@ class Translation(Task):
         return re.sub(r"[\r\n]", " ", self.decode(words))
 
     def derived(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
+        if stage == "train":  # whose loss is smoothed, and no perplexity follows from it
+            return {}
         values = {"perplexity": means["loss"].exp()}
         if stage == "test":
             from sacrebleu.metrics import BLEU, CHRF
