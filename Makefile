@@ -20,7 +20,7 @@ train: setup
 	$(BIN)/python train.py $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
