@@ -126,6 +126,19 @@ def test_resumed_equals_uninterrupted(configure, tmp_path):
     assert rows(whole) == rows(parts)
 
 
+def test_a_resume_at_an_epochs_end_trains_no_step_too_many(configure, tmp_path):
+    """Where no validation was due at the end: four batches do not divide the epoch of six."""
+    often = (*SHORT, "trainer.val_check_interval=4")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.run(configure(*often, f"run_dir={whole}", "trainer.max_epochs=3"))
+    for epochs in (2, 2, 3):
+        more = [f"resume={parts}"] if parts.exists() else []
+        train.run(configure(*often, f"run_dir={parts}", *more, f"trainer.max_epochs={epochs}"))
+        assert checkpoint(parts)["global_step"] == 6 * epochs
+    one, two = checkpoint(whole)["state_dict"], checkpoint(parts)["state_dict"]
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_patience_lasts_over_a_resume(configure, tmp_path):
     """With a rate of 0 the first epoch stays the best: both stop after as many epochs."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
