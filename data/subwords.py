@@ -73,12 +73,16 @@ class Subwords:
         """The text of subwords; <pad>, <unk>, <s> and </s> are left out. Bytes that are no UTF-8 become U+FFFD."""
         return self.processor.decode([int(number) for number in numbers if number > EOS]).removeprefix(" ")
 
-    def batch(self, sentences: Sequence[str]) -> Batch:
-        """Sentences to translate, of which no translation is known."""
-        for sentence in sentences:
+    def batch(self, sentences: Sequence[str], max_length: int) -> tuple[Batch, list[int]]:
+        """Sentences to translate, those of more than max_length subwords in parts; and whose part each is."""
+        parts: list[tuple[Item, list[int], list[int]]] = []
+        for i, sentence in enumerate(sentences):
             if re.search("[\ud800-\udfff]", sentence):
                 raise ValueError(f"{sentence!r} has half a character: type it in UTF-8")
-        return batch_of([(Item(i, sentence, ""), self.encode(sentence), []) for i, sentence in enumerate(sentences)])
+            numbers = self.encode(sentence)
+            for begin in range(0, max(1, len(numbers)), max_length):
+                parts.append((Item(i, sentence, ""), numbers[begin : begin + max_length], []))
+        return batch_of(parts), [item.number for item, _, _ in parts]
 
 
 def batch_of(pairs: Sequence[tuple[Item, Numbers, Numbers]]) -> Batch:

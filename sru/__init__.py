@@ -4,7 +4,21 @@ from sru.baselines import CNN, GRU, LSTM, QRNN
 from sru.cell import SRUCell
 from sru.layer import SRU, presets
 from sru.srupp import SRUpp, SRUppEncoder
-from sru.transformer import TransformerXL
+from sru.transformer import Transformer, TransformerSRU
+from sru.transformer_xl import TransformerXL
 
 __version__ = "0.1.0"
-__all__ = ["CNN", "GRU", "LSTM", "QRNN", "SRU", "SRUCell", "SRUpp", "SRUppEncoder", "TransformerXL", "presets"]
+__all__ = [
+    "CNN",
+    "GRU",
+    "LSTM",
+    "QRNN",
+    "SRU",
+    "SRUCell",
+    "SRUpp",
+    "SRUppEncoder",
+    "Transformer",
+    "TransformerSRU",
+    "TransformerXL",
+    "presets",
+]

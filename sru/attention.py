@@ -7,11 +7,85 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sru.dropout import dropout as dropped
 from sru.kernels.linear import linear
+
+# What a stack looks up in a source: its padding (S, B), if any, and keys and values (S, B, n) of each layer.
+Source = tuple[Tensor | None, list[tuple[Tensor, Tensor]]]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None, p: float = 0.0, *, causal: bool = False
+) -> Tensor:
+    """softmax(q k' / sqrt(d)) v (T, B, n) of q (T, B, n), k and v (S, B, n), shared among heads of d features.
+
+    mask (B or 1, 1, T or 1, S): True where a step is seen, or numbers that are added to the scores.
+    """
+    q, k, v = (a.unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3) for a in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=causal).permute(2, 0, 1, 3).flatten(2)
+
+
+def attend_source(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None, num_heads: int, p: float = 0.0) -> Tensor:
+    """softmax(q k' / sqrt(d)) v (T, B, n) of q (T, B, n) and a source's k and v (S, N, n); 0 where a source is empty.
+
+    Each N-th part of the B sequences, the hypotheses of a sentence say, looks into one source: nothing is repeated.
+    """
+    batch, sources = q.shape[1], k.shape[1]
+    if batch % max(1, sources) or (pad is not None and pad.shape != k.shape[:2]):
+        raise ValueError(f"a source of {sources} sequences does not go with {batch} of x")
+    nothing = None if pad is None else pad.all(0)
+    # A softmax over nothing is NaN: such a source is seen, and then forgotten.
+    seen = None if pad is None or nothing is None else (~pad | nothing).t()[:, None, None]
+    group = batch // max(1, sources)
+    q = (
+        q.unflatten(1, (sources, group)).transpose(1, 2).flatten(0, 1)
+    )  # all that look into a source, one behind the other
+    a = attend(q, k, v, num_heads, seen, p)
+    a = a if nothing is None else a.masked_fill(nothing[:, None], 0.0)
+    return a.unflatten(0, (-1, max(1, group))).transpose(1, 2).flatten(1, 2)
+
+
+class SourceAttention(nn.Module):
+    """What a layer of a decoder sees of a source, to be added to what it normalises. With s a step of the source:
+
+        p = W_p s,   k = W_k p,   v = W_v p,   b = beta * softmax(q k' / sqrt(d)) v
+
+    It is factorised as the attention to the layer's own steps is, whose q it shares; beta is learnt and starts at 1.
+    The paper does not say how its translator sees the source; so its published sizes come out (conf/experiment).
+    """
+
+    def __init__(
+        self, source_size: int, proj_size: int, *, num_heads: int = 1, attn_dropout: float = 0.0, **factory: Any
+    ) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(source_size, proj_size, bias=False, **factory)
+        self.linear2 = nn.Linear(proj_size, 2 * proj_size, bias=False, **factory)
+        self.beta = nn.Parameter(torch.empty(1, **factory))
+        self.num_heads = num_heads
+        self.attn_dropout = attn_dropout
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw Xavier's initialisation; beta is 1."""
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight)
+        nn.init.ones_(self.beta)
+
+    def read(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (S, B, proj_size) of a source."""
+        k, v = linear(linear(source, self.linear1.weight), self.linear2.weight).chunk(2, dim=-1)
+        return k, v
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
+        p = self.attn_dropout if self.training else 0.0
+        return self.beta * attend_source(q, k, v, pad, self.num_heads, p)
 
 
 class Projection(nn.Module):
-    """The matrices of a layer that does not attend: x to proj_size features, layer norm, and to all columns."""
+    """The matrices of a layer that does not attend: x to proj_size features, layer norm, and to all columns.
+
+    source: what sees a source, if the layer does.
+    """
 
     def __init__(
         self,
@@ -22,9 +96,11 @@ class Projection(nn.Module):
         matrices: int,
         dropout: float = 0.0,
         layer_norm: bool = True,
+        source: "SourceAttention | None" = None,
         **factory: Any,
     ) -> None:
         super().__init__()
+        self.source = source
         self.matrices = matrices  # the columns of the last matrix that belong to one column of the layer
         self.linear1 = nn.Linear(input_size, proj_size, bias=False, **factory)
         self.linear2 = nn.Linear(proj_size, output_size, bias=False, **factory)
@@ -36,16 +112,32 @@ class Projection(nn.Module):
         """Draw the released code's initialisation: Xavier's, smaller where dropout makes what is kept larger."""
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight, gain=math.sqrt(1 - self.dropout))
-        if self.layer_norm is not None:
-            self.layer_norm.reset_parameters()
+        for module in (self.layer_norm, self.source):
+            if module is not None:
+                module.reset_parameters()
 
-    def forward(self, x: Tensor, *_: Any) -> Tensor:
-        return self.finish(linear(x, self.linear1.weight), self.linear2)
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        cache: "Cache | None" = None,
+        source: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
+        """(T, B, matrices, columns) of x (T, B, n).
 
-    def finish(self, y: Tensor, last: nn.Linear) -> Tensor:
-        """Layer norm, dropout and the last matrix: (T, B, matrices, columns)."""
+        What attends also sees memory (M, B, n) or, in a step, a cache; mask (B or 1, 1, T, M + T) is added to the
+        scores; without a mask, `causal` hides what comes after a step. source: keys, values and padding of a source.
+        """
+        q = linear(x, self.linear1.weight)
+        return self.finish(q, q, source, self.linear2)
+
+    def finish(self, q: Tensor, y: Tensor, source: Any, last: nn.Linear) -> Tensor:
+        """A source, layer norm, dropout and the last matrix: (T, B, matrices, columns)."""
+        y = y if self.source is None else y + self.source(q, *source)
         y = y if self.layer_norm is None else self.layer_norm(y)
-        y = F.dropout(y, self.dropout, self.training)
+        y = dropped(y, self.dropout, self.training)
         weight = last.weight.unflatten(0, (-1, self.matrices)).transpose(0, 1)
         # Either the rows of the weight are put in the recurrence's order, or the columns of what it gives.
         if torch.compiler.is_compiling() or y.shape[0] * y.shape[1] >= weight.shape[1]:
@@ -95,35 +187,26 @@ class Attention(Projection):
         mask: Tensor | None = None,
         causal: bool = False,
         cache: "Cache | None" = None,
+        source: tuple[Tensor, Tensor, Tensor | None] | None = None,
     ) -> Tensor:
-        """(T, B, matrices, columns) of x (T, B, n), which also attends to memory (M, B, n) or, in a step, to a cache.
-
-        mask (B or 1, 1, T, M + T) is added to the scores; without a mask, `causal` hides what comes after a step.
-        """
         q = seen = linear(x, self.linear1.weight)
         if memory is not None:
             seen = torch.cat([linear(memory.to(x.dtype), self.linear1.weight), q])
         k, v = linear(seen, self.linear2.weight).chunk(2, dim=-1)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.finish(q + self.alpha * self.attend(q, k, v, mask, causal), self.linear3)
+        return self.finish(q, q + self.alpha * self.attend(q, k, v, mask, causal), source, self.linear3)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """softmax(q k' / sqrt(d)) v of q (T, B, proj_size), k and v (S, B, proj_size); 0 where a step sees nothing."""
-
-        def heads(a: Tensor) -> Tensor:
-            return a.unflatten(2, (self.num_heads, -1)).permute(1, 2, 0, 3)  # (B, heads, steps, d)
-
+        """What steps q (T, B, proj_size) see of k and v (S, B, proj_size); 0 where that is nothing."""
         p = self.attn_dropout if self.training else 0.0
         nothing = None
         if mask is not None:
             # A softmax over nothing is NaN: such a step sees all, and then forgets it.
             nothing = (mask == -math.inf).all(-1, keepdim=True)
             mask = mask.masked_fill(nothing, 0.0).to(q.dtype)
-        a = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), mask, p, is_causal=causal and mask is None)
-        if nothing is not None:
-            a = a.masked_fill(nothing, 0.0)
-        return a.permute(2, 0, 1, 3).flatten(2)
+        a = attend(q, k, v, self.num_heads, mask, p, causal=causal and mask is None)
+        return a if nothing is None else a.masked_fill(nothing.permute(2, 0, 1, 3).flatten(2), 0.0)
 
 
 class Cache:

@@ -40,6 +40,16 @@ def is_real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def check_heads(hidden_size: int, num_heads: int) -> None:
+    """ValueError for features that cannot be shared among heads."""
+    if hidden_size % num_heads:
+        fitting = [n for n in range(1, min(hidden_size, 32) + 1) if hidden_size % n == 0]
+        raise ValueError(
+            f"hidden_size = {hidden_size} cannot be shared among num_heads = {num_heads}: "
+            f"choose num_heads from {', '.join(map(str, fitting))}"
+        )
+
+
 def check_probabilities(**probabilities: Any) -> None:
     """ValueError for what is no probability below 1."""
     for name, value in probabilities.items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from sru.attention import Attention, Cache, Projection
+from sru.attention import Attention, Cache, Projection, Source, SourceAttention
 from sru.door import check_flags, check_mask, check_probabilities, check_sizes, refuse
 from sru.layer import SRU, signature
 from sru.padding import cleared, joined, padding_first
@@ -33,6 +33,7 @@ class SRUpp(SRU):
         attention_layers: the layers that attend, counted from 0, in the place of the two above.
         causal: without an attn_mask, a step sees itself, what came before it, and memory; False: all steps.
         memory_length: how many steps before it a step of `step` sees; None for all.
+        source_size: features of a source's steps, which every layer then attends to; None for a stack without one.
         input_size, hidden_size, num_layers, options: as in SRU.
     """
 
@@ -52,6 +53,7 @@ class SRUpp(SRU):
         attention_layers: Sequence[int] | None = None,
         causal: bool = False,
         memory_length: int | None = None,
+        source_size: int | None = None,
         bidirectional: bool = False,
         proj_input_to_hidden_first: bool = False,
         has_skip_term: bool = True,
@@ -69,6 +71,8 @@ class SRUpp(SRU):
         check_flags(attn_layer_norm=attn_layer_norm, causal=causal, bidirectional=bidirectional)
         if memory_length is not None:
             check_sizes(0, memory_length=memory_length)
+        if source_size is not None:
+            check_sizes(1, source_size=source_size)
         if proj_size % num_heads:
             raise ValueError(f"proj_size = {proj_size} cannot be shared among num_heads = {num_heads}")
         for name in NOT_HERE & options.keys():
@@ -96,8 +100,11 @@ class SRUpp(SRU):
                 "device": device,
                 "dtype": dtype,
             }
+            heads: dict[str, Any] = {"num_heads": num_heads, "attn_dropout": attn_dropout}
+            if source_size is not None:
+                shared["source"] = SourceAttention(source_size, proj_size, **heads, device=device, dtype=dtype)
             if i in attending:
-                shared |= {"num_heads": num_heads, "attn_dropout": attn_dropout}
+                shared |= heads
             modules.append(
                 (Attention if i in attending else Projection)(features, size * matrices, proj_size, **shared)
             )
@@ -120,6 +127,7 @@ class SRUpp(SRU):
         self.proj_size = proj_size
         self.causal = causal
         self.memory_length = memory_length
+        self.source_size = source_size
 
     @property
     def reach(self) -> int | None:
@@ -135,13 +143,15 @@ class SRUpp(SRU):
         memory: Sequence[Tensor] | None = None,
         memory_mask_pad: Tensor | None = None,
         lengths: Tensor | Sequence[int] | int | None = None,
+        source: Source | None = None,
         **unknown: Any,
     ) -> tuple[Tensor | PackedSequence, Tensor, dict[str, list[Tensor]]]:
         """Run the stack: h, in the form of x, the last states, and {"saved_inputs": the inputs of all layers}.
 
         attn_mask (T, S) or (B, T, S) with S = M + T: numbers that are added to the scores, or bool, True where a step
         must not look. memory: one (M, B, features) a layer, time first in every layout, as saved_inputs are.
-        memory_mask_pad (M, B): True where memory is padding.
+        memory_mask_pad (M, B): True where memory is padding. source: of `read`, for B sequences, or for a part of them:
+        then sequence i has source i // (B / sources).
         """
         for name in unknown:
             refuse(name, self.forward)
@@ -151,6 +161,7 @@ class SRUpp(SRU):
             self.check_memory(memory)
         if memory_mask_pad is not None and memory is None:
             raise ValueError("memory_mask_pad is given without memory")
+        seen = self.seen(source)
         saved: list[Tensor] = []
         masks: list[Tensor | None] = []  # one for all layers, made when the first one asks
 
@@ -166,10 +177,23 @@ class SRUpp(SRU):
             if not masks:
                 length = 0 if past is None else past.shape[0]
                 masks.append(self.mask(features, length, attn_mask, pad, memory_mask_pad))
-            return past, masks[0], self.causal
+            return past, masks[0], self.causal, None, seen[i]
 
         h, c = self.run_in_any_form(x, c0, mask_pad, lengths, context)
         return h, c, {"saved_inputs": saved}
+
+    def read(self, source: Tensor, pad: Tensor | None = None) -> Source:
+        """What the layers look up in source (S, B, source_size), of which pad (S, B) says what is padding."""
+        if self.source_size is None:
+            raise ValueError("this SRUpp attends to no source: build it with source_size")
+        modules = [cast(Projection, self[i].transform_module) for i in range(self.num_layers)]
+        return pad, [cast(SourceAttention, module.source).read(source) for module in modules]
+
+    def seen(self, source: Source | None) -> list[tuple | None]:
+        """Keys, values and padding of the source for each layer."""
+        if (source is None) != (self.source_size is None):
+            raise ValueError(f"a source is {'missing: give what read returned' if source is None else 'not for this'}")
+        return [None] * self.num_layers if source is None else [(*pair, source[0]) for pair in source[1]]
 
     def check_memory(self, memory: Any) -> None:
         """Refuse what is not one tensor a layer, all of as many steps."""
@@ -215,8 +239,8 @@ class SRUpp(SRU):
             mask = mask.masked_fill(hidden, -math.inf)
         return mask
 
-    def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """One step: h (B, output_size) and the state, of x (B, input_size).
+    def step(self, x: Tensor, state: Any = None, source: Source | None = None) -> tuple[Tensor, Any]:
+        """One step: h (B, output_size) and the state, of x (B, input_size) and what `read` made of a source.
 
         The state is (c, a pair of keys and values for each layer that attends). A step sees itself and the last
         `memory_length` steps, so that its cost does not grow. As many steps as the sequence is long give what one
@@ -228,7 +252,8 @@ class SRUpp(SRU):
             raise ValueError(f"x must be (B, {self.input_size}), not {tuple(x.shape)}")
         c0, pairs = (None, [()] * self.num_layers) if state is None else self.checked(state)
         caches = [Cache(self.reach, *pair) for pair in pairs]
-        h, c = self.run(x[None], c0, None, lambda i, *_: (None, None, False, caches[i]))
+        seen = self.seen(source)
+        h, c = self.run(x[None], c0, None, lambda i, *_: (None, None, False, caches[i], seen[i]))
         return h[0], (c, [() if cache.k is None else (cache.k, cache.v) for cache in caches])
 
     def checked(self, state: Any) -> Any:
@@ -290,8 +315,9 @@ class SRUppEncoder(SRUpp):
         x: Tensor,
         state: tuple[Tensor, list[Tensor], Tensor | None] | None = None,
         mask_pad: Tensor | None = None,
+        source: Source | None = None,
     ) -> tuple[Tensor, tuple[Tensor, list[Tensor], Tensor | None]]:
-        """h (T, B, output_size) of x (T, B, input_size), and the state."""
+        """h (T, B, output_size) of x (T, B, input_size) and what `read` made of a source, and the state."""
         if not isinstance(x, Tensor) or x.dim() != 3 or self.batch_first:
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x must be (T, B, {self.input_size}), time first, not {found}; SRUpp takes other forms")
@@ -300,7 +326,7 @@ class SRUppEncoder(SRUpp):
         c0, memory, past_pad = (None, None, None) if state is None else state
         if mask_pad is not None:
             x, mask_pad = cleared(x, mask_pad)
-        h, c, extra = super().forward(x, c0, mask_pad, memory=memory, memory_mask_pad=past_pad)
+        h, c, extra = super().forward(x, c0, mask_pad, memory=memory, memory_mask_pad=past_pad, source=source)
         assert isinstance(h, Tensor)
         inputs = extra["saved_inputs"]
         memory = [now[:0] for now in inputs] if memory is None else memory

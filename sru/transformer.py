@@ -1,4 +1,4 @@
-"""Transformer-XL, the baseline of language modelling (Dai et al., ACL 2019; section 3 of the paper)."""
+"""The Transformer, and the one with SRU in its feed-forward (Vaswani et al., 2017; SRU 2018, section 4.3)."""
 
 import math
 from collections.abc import Sequence
@@ -8,36 +8,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sru.door import check_flags, check_input, check_probabilities, check_sizes, state_dtype
-from sru.kernels.linear import linear
+from sru.attention import Source, attend, attend_source
+from sru.cell import SRUCell
+from sru.door import check_flags, check_heads, check_input, check_probabilities, check_sizes, state_dtype
+from sru.dropout import dropout as dropped
+from sru.kernels.linear import affine
+from sru.layer import signature
 from sru.padding import cleared, joined, padding_first
+from sru.transformer_xl import mask
 
-Pair = tuple[Tensor, Tensor]  # keys and values, each (S, B, hidden_size)
+State = list[Any]
 
 
-class TransformerXL(nn.Module):
-    """A Transformer with relative positions and memory, by the call `h, state = encoder(x, state, mask_pad)`.
+class Transformer(nn.Module):
+    """A stack of attention and feed-forward layers, by the call `h, state = transformer(x, state, mask_pad, source)`.
 
-    A step sees itself, what came before it in the segment, and the memory: the inputs of each layer, (M, B,
-    hidden_size), at the last `memory_length` steps before the segment. When bidirectional it sees all of the segment.
-    The memory is the state, one tensor a layer; feeding it back goes on with the sequence. Its gradient is the caller's
-    to stop, as that of any state: the paper stops it.
+    It is an encoder or, with `source_size`, a decoder, whose every layer attends to the steps of a source too: `read`
+    makes keys and values of them once. x, times the square root of its size, is summed with sines and cosines of the
+    steps' numbers, which a later call of the same sequence goes on with.
 
-    Padding is not seen, and its h is 0. In the memory it lies before the real steps, whose distances from what comes
-    then are their own, and the state has one tensor more, (M, B), True where memory is padding.
-
-    Layers are normed after their sums, and u and v are shared by all layers, as in the published models of enwik8 and
-    WikiText-103. Dropout falls on the positions and on what the attention and the feed-forward add, and inside the
-    latter; that on the embeddings and on the last h is left to the task.
+    A step sees itself and what came before it, of earlier calls the last `memory_length` steps; when bidirectional it
+    sees all of this call too. The state is the keys and values of each layer, how many steps each sequence had, and
+    which of the kept ones were padding; its gradient is the caller's to stop. Padding is not seen, and its h is 0.
 
     Args:
         hidden_size: features of every layer, all heads together; x of another size is projected first.
-        num_heads: heads of the attention, among which hidden_size is shared.
+        num_heads: heads of an attention, among which hidden_size is shared.
         inner_size: features inside the feed-forward; None for 4 * hidden_size.
-        bidirectional: a step sees what comes after it in the segment too.
+        dropout: on the numbers of the steps, on what each part adds, and inside the feed-forward.
         attn_dropout: probability of dropping a step from what another attends to.
-        memory_length: how many steps before a segment it sees, and before a step of `step`; None for all.
-        eval_memory_length: the same in evaluation, where the published models look back further; None for as many.
+        bidirectional: a step sees what comes after it in the same call.
+        causal: the opposite, said where that matters; None for the opposite of bidirectional.
+        norm_first: normalise the input of each part and at the end once more; False: each sum, as in 2017.
+        source_size: features of the source's steps; None for a stack without a source.
+        memory_length: how many steps of earlier calls a step sees; None for all.
     """
 
     def __init__(
@@ -51,255 +55,280 @@ class TransformerXL(nn.Module):
         dropout: float = 0.0,
         attn_dropout: float = 0.0,
         bidirectional: bool = False,
+        causal: bool | None = None,
+        norm_first: bool = True,
+        source_size: int | None = None,
         memory_length: int | None = None,
-        eval_memory_length: int | None = None,
     ) -> None:
         super().__init__()
         inner_size = 4 * hidden_size if inner_size is None else inner_size
         check_sizes(1, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         check_sizes(1, num_heads=num_heads, inner_size=inner_size)
         check_probabilities(dropout=dropout, attn_dropout=attn_dropout)
-        check_flags(bidirectional=bidirectional)
-        for length in (memory_length, eval_memory_length):
-            if length is not None:
-                check_sizes(0, memory_length=length)
-        if hidden_size % num_heads:
-            fitting = [n for n in range(1, min(hidden_size, 32) + 1) if hidden_size % n == 0]
-            raise ValueError(
-                f"hidden_size = {hidden_size} cannot be shared among num_heads = {num_heads}: "
-                f"choose num_heads from {', '.join(map(str, fitting))}"
-            )
+        check_flags(bidirectional=bidirectional, norm_first=norm_first)
+        check_heads(hidden_size, num_heads)
+        if source_size is not None:
+            check_sizes(1, source_size=source_size)
+        if memory_length is not None:
+            check_sizes(0, memory_length=memory_length)
         self.input_size = input_size
         self.output_size = hidden_size
         self.num_layers = num_layers
         self.dropout = dropout
-        self.bidirectional = bidirectional
+        self.causal = not bidirectional if causal is None else causal
+        self.bidirectional = not self.causal
+        self.source_size = source_size
         self.memory_length = memory_length
-        self.eval_memory_length = memory_length if eval_memory_length is None else eval_memory_length
         self.projection = nn.Linear(input_size, hidden_size, bias=False) if input_size != hidden_size else None
-        self.u = nn.Parameter(torch.empty(num_heads, hidden_size // num_heads))
-        self.v = nn.Parameter(torch.empty(num_heads, hidden_size // num_heads))
         self.layers = nn.ModuleList(
-            TransformerXLLayer(hidden_size, num_heads, inner_size, dropout=dropout, attn_dropout=attn_dropout)
+            TransformerLayer(
+                hidden_size,
+                num_heads,
+                self.feed_forward(hidden_size, inner_size),
+                source_size,
+                dropout=dropout,
+                attn_dropout=attn_dropout,
+                norm_first=norm_first,
+            )
             for _ in range(num_layers)
         )
+        self.norm = nn.LayerNorm(hidden_size) if norm_first else None
         self.reset_parameters()
 
+    def feed_forward(self, hidden_size: int, inner_size: int) -> nn.Module:
+        """What a layer does with each step after it has attended."""
+        return FeedForward(hidden_size, inner_size, self.dropout)
+
     def reset_parameters(self) -> None:
-        """Draw matrices, u and v from a normal distribution of deviation 0.02; norms start at 1, biases at 0."""
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-            else:
-                nn.init.zeros_(parameter)
+        """Draw matrices by Glorot's rule and an SRU by its own; norms start at 1, biases at 0."""
         for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm | SRUCell):
                 module.reset_parameters()
 
+    def read(self, source: Tensor, pad: Tensor | None = None) -> Source:
+        """What the layers look up in source (S, B, source_size), of which pad (S, B) says what is padding."""
+        if self.source_size is None:
+            raise ValueError("this Transformer attends to no source: build it with source_size")
+        return pad, [cast(TransformerLayer, layer).read(source) for layer in self.layers]
+
     def forward(
-        self, x: Tensor, state: Sequence[Tensor] | None = None, mask_pad: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """h (T, B, output_size) of x (T, B, input_size), and the state."""
-        self.check_x(x, 3, f"(T, B, {self.input_size}), time first")
+        self, x: Tensor, state: State | None = None, mask_pad: Tensor | None = None, source: Source | None = None
+    ) -> tuple[Tensor, State]:
+        """h (T, B, output_size) of x (T, B, input_size), and the state.
+
+        source: of `read`, for B sequences, or for a part of them: then sequence i has source i // (B / sources).
+        """
+        check_input(x, next(self.parameters()))
+        if x.dim() != 3 or x.shape[2] != self.input_size:
+            raise ValueError(f"x must be (T, B, {self.input_size}), time first, not {tuple(x.shape)}")
+        if (source is None) != (self.source_size is None):
+            raise ValueError(f"a source is {'missing: give what read returned' if source is None else 'not for this'}")
+        steps, batch = x.shape[:2]
         pad = None
         if mask_pad is not None:
             x, pad = cleared(x, mask_pad)
-        pasts, past_pad = self.pasts(state, x.shape[1])
-        h, inputs, _, unseen = self.run(x, pasts, past_pad, pad)
-        if state is not None:
-            inputs = [torch.cat([past.to(now.dtype), now]) for past, now in zip(state, inputs, strict=False)]
-        if pad is not None and unseen is not None:
-            h = h.masked_fill(pad[:, :, None], 0.0)
-            inputs, unseen = padding_first(inputs, unseen)
-        return h, [self.remembered(a) for a in (inputs if unseen is None else [*inputs, unseen])]
+        pasts, count, past_pad = self.checked(state, batch)
+        length = 0 if state is None else len(pasts[0][0])
+        number = torch.arange(steps, device=x.device)[:, None] if pad is None else (~pad).cumsum(0) - 1
+        number = number if count is None else count + number
+        x = x if self.projection is None else affine(x, self.projection)
+        x = x * math.sqrt(self.input_size) + dropped(sines(number, x), self.dropout, self.training)
+        seen = joined(past_pad, pad, length, x)
+        # Without padding or a past torch's attention hides what comes later itself, and faster.
+        is_plain = self.causal and seen is None and not length
+        hidden = None if is_plain else mask(steps, length, seen, x, causal=self.causal)
+        source_pad, pairs = (None, [None] * self.num_layers) if source is None else source
+        found = []
+        for layer, past, pair in zip(self.layers, pasts, pairs, strict=True):
+            x, now = layer(x, past, hidden, is_plain, pad, pair, source_pad)
+            found.append(now)
+        x = x if self.norm is None else self.norm(x)
+        count = (0 if count is None else count) + (
+            x.new_full((1, batch), steps, dtype=torch.long) if pad is None else (~pad).sum(0, keepdim=True)
+        )
+        if pad is not None and seen is not None:
+            x = x.masked_fill(pad[:, :, None], 0.0)
+            for i, (k, v, *c) in enumerate(found):
+                (k, v), later = padding_first([k, v], seen)
+                found[i] = (k, v, *c)
+            seen = later
+        kept = [(self.remembered(k), self.remembered(v), *c) for k, v, *c in found]
+        return x, [*kept, count, None if seen is None else self.remembered(seen)]
 
-    def step(self, x: Tensor, state: Sequence[Tensor | Pair] | None = None) -> tuple[Tensor, list[Pair | Tensor]]:
+    def step(self, x: Tensor, state: State | None = None, source: Source | None = None) -> tuple[Tensor, State]:
         """One step: h (B, output_size) and the state, of x (B, input_size).
 
-        The state is a pair of keys and values for each layer, so that memory is not multiplied again. A step sees
-        itself and the last `memory_length` steps. The first one may take the state of a call: what a text begins with
-        is read at once, and gone on with step by step.
+        As many steps as the sequence is long give what one causal call gives, if memory_length spans it.
         """
         if self.bidirectional:
-            raise ValueError("a bidirectional TransformerXL needs the whole sequence: it has no step")
-        self.check_x(x, 2, f"(B, {self.input_size})")
-        h, _, pairs, unseen = self.run(x[None], *self.pasts(state, x.shape[0], is_step=True))
-        last: list[Pair | Tensor] = [(self.remembered(k), self.remembered(v)) for k, v in pairs]
-        return h[0], last if unseen is None else [*last, self.remembered(unseen)]
-
-    def run(
-        self, x: Tensor, pasts: Sequence[Pair | None], past_pad: Tensor | None, pad: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor], list[Pair], Tensor | None]:
-        """h, the inputs of all layers, what each has seen, and which of these S steps were padding (S, B), if any."""
-        x = x if self.projection is None else linear(x, self.projection.weight)
-        steps, length = len(x), 0 if pasts[0] is None else len(pasts[0][0])
-        unseen = joined(past_pad, pad, length, x)
-        hidden = mask(steps, length, unseen, x, causal=not self.bidirectional)
-        r = positions(length + steps, x, max(1, steps) if self.bidirectional else 1)
-        r = F.dropout(r, self.dropout, self.training)
-        inputs, pairs = [], []
-        for layer, past in zip(self.layers, pasts, strict=True):
-            inputs.append(x)
-            x, pair = layer(x, past, r, self.u, self.v, hidden)
-            pairs.append(pair)
-        return x, inputs, pairs, unseen
+            raise ValueError("a bidirectional Transformer needs the whole sequence: it has no step")
+        if x.dim() != 2:
+            raise ValueError(f"x must be (B, {self.input_size}), not {tuple(x.shape)}")
+        h, state = self(x[None], state, None, source)
+        return h[0], state
 
     def remembered(self, a: Tensor) -> Tensor:
         """The steps of a (S, B, ...) that are kept."""
-        length = self.memory_length if self.training else self.eval_memory_length
-        return a if length is None else a[max(0, len(a) - length) :]
+        return a if self.memory_length is None else a[max(0, len(a) - self.memory_length) :]
 
-    def check_x(self, x: Any, dims: int, meaning: str) -> None:
-        """Refuse what is no input of `dims` dimensions."""
-        check_input(x, self.u)
-        if x.dim() != dims or x.shape[-1] != self.input_size:
-            raise ValueError(f"x must be {meaning}, not {tuple(x.shape)}")
-
-    def pasts(self, state: Any, batch: int, *, is_step: bool = False) -> tuple[list[Pair | None], Tensor | None]:
-        """Keys and values of each layer before x, and which of the steps are padding, if any.
-
-        Refuse what forward, or either method for a step, did not return.
-        """
+    def checked(self, state: Any, batch: int) -> tuple[list[Any], Tensor | None, Tensor | None]:
+        """Keys, values and what else each layer has, the numbers of steps, and the padding; refuse another's state."""
         if state is None:
-            return [None] * self.num_layers, None
-        pad = None
-        if isinstance(state, Sequence) and len(state) == self.num_layers + 1:
-            last = state[-1]
-            if isinstance(last, Tensor) and last.dtype == torch.bool:
-                state, pad = state[:-1], last
-
-        def is_memory(a: Any) -> bool:
-            return isinstance(a, Tensor) and a.is_floating_point()
-
-        def is_pair(a: Any) -> bool:
-            return isinstance(a, Sequence) and len(a) == 2 and all(map(is_memory, a))
-
-        is_memories = isinstance(state, Sequence) and all(map(is_memory, state))
-        if not is_memories and not (is_step and isinstance(state, Sequence) and all(map(is_pair, state))):
-            found = type(state).__name__
-            if isinstance(state, Sequence):
-                found += f" of {', '.join(sorted({type(a).__name__ for a in state}))}"
-            source = "a call or step" if is_step else "a call, not step,"
-            raise TypeError(f"the state must be the list, one item a layer, that {source} returned, not {found}")
-        if len(state) != self.num_layers:
-            raise ValueError(f"the state must have one item for each of {self.num_layers} layers, not {len(state)}")
-        steps: int | str = "M"
-        for i, past in enumerate(state):
-            for a in [past] if is_memories else past:
-                if a.dim() != 3 or (a.shape[0] if steps == "M" else steps, batch, self.output_size) != a.shape:
-                    expected = f"({steps}, {batch}, {self.output_size})"
-                    raise ValueError(f"the state of layer {i} must be {expected} beside x, not {tuple(a.shape)}")
-                steps = a.shape[0]
-        if pad is not None and pad.shape != (steps, batch):
-            raise ValueError(f"the state's padding must be ({steps}, {batch}) beside x, not {tuple(pad.shape)}")
-        if not is_memories:
-            return list(state), pad
-        layers = [cast(TransformerXLLayer, layer) for layer in self.layers]
-        return [layer.keys_and_values(a.to(self.u.dtype)) for layer, a in zip(layers, state, strict=True)], pad
+            return [()] * self.num_layers, None, None
+        is_own = isinstance(state, Sequence) and len(state) == self.num_layers + 2 and isinstance(state[-2], Tensor)
+        if not is_own or any(not isinstance(part, tuple) or len(part) not in (2, 3) for part in state[:-2]):
+            raise TypeError(f"the state is what a Transformer of {self.num_layers} layers returned, or None")
+        if state[-2].shape != (1, batch):
+            raise ValueError(f"the state is of {state[-2].numel()} sequences, beside {batch} of x")
+        return list(state[:-2]), state[-2], state[-1]
 
 
-class TransformerXLLayer(nn.Module):
-    """Attention over memory and x, and a feed-forward of two matrices, each summed with what it got and normed."""
+class TransformerSRU(Transformer):
+    """The Transformer whose feed-forward is W_2 SRU(x) in the place of W_2 ReLU(W_1 x), in encoder and decoder.
+
+    The SRU reads from the first step to the last, whatever the attention sees. As the published sizes have it, it has
+    no highway: the input is not as wide as it, and a projection of it would be a fourth matrix.
+
+    Args:
+        sru_dropout: of the SRU's output, one mask for all steps; None for `dropout`.
+        has_skip_term, rescale, has_vc_term, highway_bias, forget_bias: of the SRU.
+        options: those of Transformer.
+    """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, inner_size: int, *, dropout: float = 0.0, attn_dropout: float = 0.0
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 2,
+        *,
+        dropout: float = 0.0,
+        sru_dropout: float | None = None,
+        has_skip_term: bool = False,
+        rescale: bool = True,
+        has_vc_term: bool = True,
+        highway_bias: float = 0.0,
+        forget_bias: float = 0.0,
+        **options: Any,
+    ) -> None:
+        self.sru_options = {
+            "dropout": dropout if sru_dropout is None else sru_dropout,
+            "has_skip_term": has_skip_term,
+            "rescale": rescale,
+            "has_vc_term": has_vc_term,
+            "highway_bias": highway_bias,
+            "forget_bias": forget_bias,
+        }
+        super().__init__(input_size, hidden_size, num_layers, dropout=dropout, **options)
+
+    def feed_forward(self, hidden_size: int, inner_size: int) -> nn.Module:
+        return RecurrentFeedForward(hidden_size, inner_size, **self.sru_options)
+
+
+class FeedForward(nn.Module):
+    """W_2 ReLU(W_1 x + b_1) + b_2 of each step; without a state."""
+
+    def __init__(self, hidden_size: int, inner_size: int, dropout: float) -> None:
+        super().__init__()
+        self.inner = nn.Linear(hidden_size, inner_size)
+        self.outer = nn.Linear(inner_size, hidden_size)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, state: tuple[()], pad: Tensor | None) -> tuple[Tensor, tuple[()]]:
+        return affine(dropped(F.relu(affine(x, self.inner)), self.dropout, self.training), self.outer), ()
+
+
+class RecurrentFeedForward(nn.Module):
+    """W_2 SRU(x) + b_2; the state is (c,) with c (1, B, inner_size)."""
+
+    def __init__(self, hidden_size: int, inner_size: int, **options: Any) -> None:
+        super().__init__()
+        self.cell = SRUCell(hidden_size, inner_size, **options)
+        self.outer = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, ...], pad: Tensor | None) -> tuple[Tensor, tuple[Tensor]]:
+        h, c = self.cell(x, state[0][0].to(state_dtype(x)) if state else None, pad)
+        return affine(h, self.outer), (c[None],)
+
+
+class TransformerLayer(nn.Module):
+    """Attention to the steps, attention to a source if there is one, and a feed-forward: each added to what it got."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        feed_forward: nn.Module,
+        source_size: int | None,
+        *,
+        dropout: float,
+        attn_dropout: float,
+        norm_first: bool,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
         self.attn_dropout = attn_dropout
-        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.key_value = nn.Linear(hidden_size, 2 * hidden_size, bias=False)  # W_{k,E} and W_v
-        self.position = nn.Linear(hidden_size, hidden_size, bias=False)  # W_{k,R}
-        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.norm_first = norm_first
+        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
+        self.output = nn.Linear(hidden_size, hidden_size)
         self.attention_norm = nn.LayerNorm(hidden_size)
-        self.inner = nn.Linear(hidden_size, inner_size)
-        self.outer = nn.Linear(inner_size, hidden_size)
+        if source_size is not None:
+            self.source_query = nn.Linear(hidden_size, hidden_size)
+            self.source_key_value = nn.Linear(source_size, 2 * hidden_size)
+            self.source_output = nn.Linear(hidden_size, hidden_size)
+            self.source_norm = nn.LayerNorm(hidden_size)
+        self.feed_forward = feed_forward
         self.norm = nn.LayerNorm(hidden_size)
 
-    def keys_and_values(self, x: Tensor) -> Pair:
-        """Two of (S, B, hidden_size)."""
-        k, v = linear(x, self.key_value.weight).chunk(2, dim=-1)
+    def read(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (S, B, hidden_size) of a source."""
+        k, v = affine(source, self.source_key_value).chunk(2, dim=-1)
         return k, v
 
     def forward(
-        self, x: Tensor, past: Pair | None, r: Tensor, bias_u: Tensor, bias_v: Tensor, hidden: Tensor | None
-    ) -> tuple[Tensor, Pair]:
-        """h (T, B, hidden_size), and the keys and values (S, B, hidden_size), of what came before x and of x.
+        self,
+        x: Tensor,
+        past: tuple[Tensor, ...],
+        hidden: Tensor | None,
+        is_causal: bool,
+        pad: Tensor | None,
+        pair: tuple[Tensor, Tensor] | None,
+        source_pad: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """h (T, B, hidden_size), and what comes after: keys and values of all steps, and the feed-forward's state.
 
-        r: of `positions`; bias_u, bias_v (num_heads, d): the paper's u and v; hidden: of `mask`.
+        past: the same of what came before, or nothing; hidden: of `mask`, or is_causal; pair: of `read`.
         """
-        k, v = self.keys_and_values(x)
-        if past is not None:
-            k, v = (torch.cat([a.to(b.dtype), b]) for a, b in zip(past, (k, v), strict=True))
-        q, keys, values = (a.unflatten(2, (self.num_heads, -1)) for a in (linear(x, self.query.weight), k, v))
-        weight = self.position.weight.unflatten(0, (self.num_heads, -1))
         p = self.attn_dropout if self.training else 0.0
-        a = attend(q, keys, values, r, weight, bias_u.to(q.dtype), bias_v.to(q.dtype), hidden, p)
-        y = self.attention_norm(x + self.dropped(linear(a.flatten(2), self.output.weight)))
-        z = affine(self.dropped(F.relu(affine(y, self.inner))), self.outer)
-        return self.norm(y + self.dropped(z)), (k, v)
+        y = self.attention_norm(x) if self.norm_first else x
+        q, k, v = affine(y, self.query_key_value).chunk(3, dim=-1)
+        if past:
+            k, v = (torch.cat([a.to(b.dtype), b]) for a, b in zip(past[:2], (k, v), strict=True))
+        a = attend(q, k, v, self.num_heads, None if hidden is None else ~hidden, p, causal=is_causal)
+        x = self.added(x, affine(a, self.output), self.attention_norm)
+        if pair is not None:
+            y = self.source_norm(x) if self.norm_first else x
+            a = attend_source(affine(y, self.source_query), *pair, source_pad, self.num_heads, p)
+            x = self.added(x, affine(a, self.source_output), self.source_norm)
+        y = self.norm(x) if self.norm_first else x
+        z, state = self.feed_forward(y, past[2:], pad)
+        return self.added(x, z, self.norm), (k, v, *state)
 
-    def dropped(self, a: Tensor) -> Tensor:
-        return F.dropout(a, self.dropout, self.training)
-
-
-def affine(x: Tensor, module: nn.Linear) -> Tensor:
-    """What the module gives, by the faster product."""
-    y = linear(x, module.weight)
-    return y + module.bias.to(y.dtype)
-
-
-def mask(steps: int, past: int, pad: Tensor | None, x: Tensor, *, causal: bool) -> Tensor | None:
-    """What is hidden (B or 1, 1, T or 1, S) from T steps after `past` others; pad (S, B): which are padding."""
-    hidden = None if pad is None else pad.t()[:, None, None]
-    if causal and steps > 1:
-        later = torch.ones(steps, past + steps, dtype=torch.bool, device=x.device).triu(past + 1)[None, None]
-        hidden = later if hidden is None else hidden | later
-    if pad is None or hidden is None:
-        return hidden
-    return hidden & ~hidden.all(-1, keepdim=True)  # a softmax over nothing is NaN: padding that sees nothing sees all
+    def added(self, x: Tensor, y: Tensor, norm: nn.LayerNorm) -> Tensor:
+        x = x + dropped(y, self.dropout, self.training)
+        return x if self.norm_first else norm(x)
 
 
-def positions(total: int, x: Tensor, ahead: int = 1) -> Tensor:
-    """R (total + ahead, n) for x of n features: sines and cosines of the distances total - 1, ..., 0, ..., -ahead.
-
-    The last one is never seen: it makes rows of scores one longer than what `attend` takes of them.
-    """
+def sines(number: Tensor, x: Tensor) -> Tensor:
+    """Sines and cosines (T, B, n), in the dtype of x (..., n), of the steps' numbers (T, B)."""
     n = x.shape[-1]
     factory: dict[str, Any] = {"device": x.device, "dtype": state_dtype(x)}  # bfloat16 would count to 256
-    distances = torch.arange(total - 1, -1 - ahead, -1, **factory)
-    angles = distances[:, None] * 10000 ** (-torch.arange(0, n, 2, **factory) / n)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :n].to(x.dtype)
+    angles = number[..., None].to(factory["dtype"]) * 10000 ** (-torch.arange(0, n, 2, **factory) / n)
+    return torch.cat([angles.sin(), angles.cos()], dim=2)[..., :n].to(x.dtype)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    r: Tensor,
-    weight: Tensor,
-    bias_u: Tensor,
-    bias_v: Tensor,
-    hidden: Tensor | None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """Attention with relative positions (section 3.3), (T, B, H, d): step i of T sees the j of S that are not hidden by
-
-        softmax over j of ((q_i + u) k_j + (q_i + v) W_{k,R} R_{i + S - T - j}) / sqrt(d)
-
-    q (T, B, H, d); k, v (S, B, H, d); r: of `positions`, S + 1 for j <= i + S - T, S + T for all; weight (H, d, n):
-    W_{k,R}; bias_u, bias_v (H, d); hidden: of `mask`.
-    """
-    steps, total, row = len(q), len(k), len(r) - 1
-    query = (q + bias_v) / math.sqrt(q.shape[-1])
-    if steps == 1:  # one query is cheaper to multiply by W_{k,R} than all positions are
-        scores = torch.einsum("tbhn,sn->bhts", torch.einsum("tbhd,hdn->tbhn", query, weight), r)
-    else:
-        scores = torch.einsum("tbhd,shd->bhts", query, linear(r, weight.flatten(0, 1)).unflatten(1, weight.shape[:2]))
-    # Row i has the distances from S - 1 on, but its own start at i + S - T, T - 1 - i numbers later. One number less
-    # in each row than in the one before is what shorter rows see in a memory with rows of one more: a view, no copy.
-    scores = scores.flatten(2)[..., steps - 1 : steps - 1 + steps * row].unflatten(2, (steps, row))[..., :total]
-    scores = scores if hidden is None else scores.masked_fill(hidden, -math.inf)
-    q, k, v = (a.permute(1, 2, 0, 3) for a in (q + bias_u, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scores, dropout).permute(2, 0, 1, 3)
+TransformerSRU.__signature__ = signature(TransformerSRU.__init__, Transformer, set())  # type: ignore[attr-defined]

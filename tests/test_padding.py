@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from sru import CNN, GRU, LSTM, QRNN, SRU, SRUppEncoder, TransformerXL
+from sru import CNN, GRU, LSTM, QRNN, SRU, SRUppEncoder, Transformer, TransformerSRU, TransformerXL
 from sru.padding import backwards
 
 ENCODERS = {
@@ -21,8 +21,12 @@ ENCODERS = {
     "qrnn_highway": partial(QRNN, 5, 6, highway=True),
     "cnn": partial(CNN, 5, num_filters=4),
     "cnn_one_step": partial(CNN, 5, num_filters=4, widths=(1,)),
-    "transformer": partial(TransformerXL, 5, 6, num_heads=2),
-    "transformer_short_memory": partial(TransformerXL, 5, 6, num_heads=2, memory_length=2),
+    "transformer": partial(Transformer, 5, 6, num_heads=2),
+    "transformer_norm_last": partial(Transformer, 5, 6, num_heads=3, norm_first=False),
+    "transformer_short_memory": partial(Transformer, 5, 6, num_heads=2, memory_length=2),
+    "transformer_sru": partial(TransformerSRU, 5, 6, num_heads=2),
+    "transformer_xl": partial(TransformerXL, 5, 6, num_heads=2),
+    "transformer_xl_short_memory": partial(TransformerXL, 5, 6, num_heads=2, memory_length=2),
 }
 EVERY = pytest.mark.parametrize("name", ENCODERS)
 BOTH_WAYS = pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])

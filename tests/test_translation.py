@@ -12,18 +12,21 @@ from conftest import ROOT
 import predict
 import sru
 import train
-from tasks.translation import Translation, chosen
+from tasks.search import chosen
+from tasks.translation import Translation
 
 BOS, EOS, WORDS = 2, 3, 9
 SMALL = ("task=translation", "depth=1", "width=16", "data.tokens_per_batch=1200", "trainer.max_epochs=2")
 ENCODERS = {
     "sru": partial(sru.SRU, hidden_size=6, num_layers=2),
-    "srupp": partial(sru.SRUppEncoder, hidden_size=6, num_layers=2),
+    "srupp": partial(sru.SRUppEncoder, hidden_size=6, proj_size=4, num_layers=2),
     "lstm": partial(sru.LSTM, hidden_size=6, num_layers=2),
     "gru": partial(sru.GRU, hidden_size=6, num_layers=2),
     "qrnn": partial(sru.QRNN, hidden_size=6, num_layers=2),
     "cnn": partial(sru.CNN, num_filters=2),
-    "transformer": partial(sru.TransformerXL, hidden_size=6, num_layers=2, num_heads=2),
+    "transformer": partial(sru.Transformer, hidden_size=6, num_layers=2, num_heads=2),
+    "transformer_sru": partial(sru.TransformerSRU, hidden_size=6, num_layers=2, num_heads=2),
+    "transformer_xl": partial(sru.TransformerXL, hidden_size=6, num_layers=2, num_heads=2),
 }
 
 
@@ -114,17 +117,31 @@ def test_the_loss_is_a_mean_over_words_and_smoothed_in_training():
 def test_the_decoder_starts_where_an_encoder_of_one_direction_ended():
     task = translator(bidirectional=False)
     source, target = sources(4), torch.tensor([[BOS], [5]])
-    state, memory, pad = task.read(source)
-    h, _ = task.decoder(task.target_embedding(target), state)
-    torch.testing.assert_close(task(source, target), task.softmax(task.attend(h, memory, pad)))
+    state, seen = task.read(source)
+    h, _ = task.decoder.decoder(task.target_embedding(target), state)
+    torch.testing.assert_close(task(source, target), task.softmax(task.decoder.attend(h, *seen)))
     assert translator().read(source)[0] is None
 
 
-def test_tied_matrices_are_one():
-    tied, apart = translator(tied=True), translator(tied=False)
-    assert tied.softmax.weight is tied.source_embedding.weight is tied.target_embedding.weight
-    counts = [sum(p.numel() for p in task.parameters()) for task in (apart, tied)]
-    assert counts[0] - counts[1] == 2 * WORDS * 6 + WORDS
+@pytest.mark.parametrize(("shares", "ties", "matrices"), [(1, 1, 1), (1, 0, 2), (0, 1, 2), (0, 0, 3)])
+def test_matrices_are_shared_as_asked(shares, ties, matrices):
+    task = translator(share_embeddings=bool(shares), tied=bool(ties))
+    of_words = [p for p in task.parameters() if p.shape == (WORDS, 6)]
+    assert len(of_words) == matrices
+    assert (task.softmax.bias is None) == ties
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("encoder", ["srupp", "transformer", "transformer_sru"])
+def test_a_model_that_attends_sees_the_whole_source(encoder, both):
+    task, source, target = translator(encoder, bidirectional=both), sources(4), torch.tensor([[BOS], [5]])
+    for parameter in task.parameters():  # what attends in an SRU++ starts with a weight of 0
+        torch.nn.init.normal_(parameter)
+    other = source.clone()
+    other[-2, 0] = 4 + (other[-2, 0] - 3) % (WORDS - 4)
+    first = [task.encoder(task.source_embedding(words))[0][0] for words in (source, other)]
+    assert not torch.equal(*first)
+    assert not torch.equal(task(source, target), task(other, target))
 
 
 def test_sequences_are_chosen_from_any_state():
@@ -178,6 +195,22 @@ def test_every_line_is_translated(trained, tmp_path, capsys):
     assert all(scores[i] >= scores[i + 1] for i in range(15) if i % 3 < 2)
 
 
+def test_a_long_line_is_translated_in_parts(trained, tmp_path, capsys):
+    (tmp_path / "lines").write_text("The house is old. " * 5 + "\nGood", encoding="utf-8")
+    task, vocabulary = predict.load(str(trained))
+    numbers = vocabulary.encode("The house is old. " * 5)
+    parts = [vocabulary.decode(numbers[begin : begin + 9]) for begin in range(0, len(numbers), 9)]
+    predict.main([f"checkpoint={trained}", f"input={tmp_path / 'lines'}", "max_length=9"])
+    told = capsys.readouterr()
+    assert f"line 1 is long: translated in {len(parts)} parts" in told.err
+    assert len(told.out.split("\n")) == 3
+    found = []
+    for begin in range(0, len(numbers), 9):
+        source = torch.tensor([*numbers[begin : begin + 9], EOS])[:, None]
+        found.append(task.line(task.search(source, 5, 0.6)[0][0][1]))
+    assert told.out.split("\n")[0] == " ".join(found)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -185,6 +218,7 @@ def test_every_line_is_translated(trained, tmp_path, capsys):
         (["n_best=6"], "n_best=6 must be 1 to beam=5"),
         (["length_penalty=-1"], "length_penalty=-1.0 must be 0 or more"),
         (["input=/nowhere"], "input=/nowhere cannot be read"),
+        (["max_length=0"], "max_length=0 must be 1 or more"),
     ],
 )
 def test_a_wrong_option_of_translating_is_refused(trained, words, message):

@@ -183,12 +183,17 @@ def test_empty_lines_are_told_and_kept_for_evaluation(tmp_path, caplog):
 
 
 def test_sentences_of_a_person_become_a_batch(subwords):
-    batch = subwords.batch(["The lake.", "", "A dog barks at the lake."])
+    batch, lines = subwords.batch(["The lake.", "", "A dog barks at the lake."], 100)
     assert read(subwords, batch) == [(0, "The lake.", ""), (1, "", ""), (2, "A dog barks at the lake.", "")]
     assert [item.source for item in batch.items] == ["The lake.", "", "A dog barks at the lake."]
     assert batch.target.tolist() == [[2, 2, 2], [3, 3, 3]]
+    assert lines == [0, 1, 2]
+    batch, lines = subwords.batch(["The lake.", "", "A dog barks at the lake."], 3)
+    numbers = subwords.encode("A dog barks at the lake.")
+    assert lines == [0, 1, *[2] * math.ceil(len(numbers) / 3)]
+    assert batch.source[:, 2:].T.flatten().tolist()[:7] == [*numbers[:3], 3, *numbers[3:6]]
     with pytest.raises(ValueError, match="has half a character"):
-        subwords.batch(["a\udcff"])
+        subwords.batch(["a\udcff"], 100)
 
 
 class Listener(pl.LightningModule):

@@ -5,7 +5,7 @@ import platform
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sru.kernels import HAS_NUMBA
@@ -17,15 +17,20 @@ MIN_ROWS = 32
 MIN_TRANSPOSED = 2**16  # numbers from which a transpose of our own pays
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., n) times the transpose of weight (m, n): (..., m), as torch.nn.functional.linear without a bias.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., n) times the transpose of weight (m, n), plus bias (m,): (..., m), as torch.nn.functional.linear.
 
     torch sends a float32 product to MKL, whose AVX-512 code does not run on AMD's processors; oneDNN's does, at twice
     the speed there (bench/NOTES.md). Everywhere else, and while torch compiles, exports or transforms, this is torch's.
     """
     if not is_faster(x, weight):
-        return F.linear(x, weight)
-    return _Linear.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+
+
+def affine(x: Tensor, module: nn.Linear) -> Tensor:
+    """What the module gives, by the faster product."""
+    return linear(x, module.weight, module.bias)
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
@@ -64,18 +69,19 @@ def prefers_onednn() -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        needs_x, needs_weight = ctx.needs_input_grad
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        needs_x, needs_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         # By `linear` again, so that the gradient has a gradient.
         return (
             linear(grad, weight.t()) if ctx.needs_input_grad[0] else None,
             linear(transposed(grad), x.t()) if ctx.needs_input_grad[1] else None,
+            grad.sum(0) if ctx.needs_input_grad[2] else None,
         )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sru import TransformerXL
-from sru.transformer import attend, mask, positions
+from sru.transformer_xl import attend, mask, positions
 
 
 def xl(**options):
