@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LambdaCallback
 
-from tasks import door, record
+from tasks import door, memory, record
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -25,6 +25,7 @@ def run(cfg: DictConfig) -> float | None:
         "ignore", ".*does not have many workers.*|Checkpoint directory .* is not empty|.*isinstance.treespec, LeafSpec"
     )
     door.check(cfg)
+    memory.keep_freed_memory()
     start = time.perf_counter()
     with door.opened_folder(cfg) as folder:
         pl.seed_everything(cfg.seed, workers=True, verbose=False)

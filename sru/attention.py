@@ -1,5 +1,6 @@
 """What takes the place of the matrices in a layer of SRU++ (Lei, EMNLP 2021; section 2 of the paper)."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -21,8 +22,17 @@ def attend(
 
     mask (B or 1, 1, T or 1, S): True where a step is seen, or numbers that are added to the scores.
     """
-    q, k, v = (a.unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3) for a in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=causal).permute(2, 0, 1, 3).flatten(2)
+    dtype = q.dtype
+    # On a CPU torch's backward in bfloat16 takes four times as long as in float32 with short sequences, and no less
+    # with long ones (bench/NOTES.md).
+    widens = q.device.type == "cpu" and torch.promote_types(dtype, torch.float32) != dtype
+    q, k, v = (
+        a.to(torch.float32 if widens else a.dtype).unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3) for a in (q, k, v)
+    )
+    mask = mask.float() if widens and mask is not None and mask.is_floating_point() else mask
+    with torch.autocast(q.device.type, enabled=False) if widens else contextlib.nullcontext():
+        a = F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=causal)
+    return a.permute(2, 0, 1, 3).flatten(2).to(dtype)
 
 
 def attend_source(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None, num_heads: int, p: float = 0.0) -> Tensor:

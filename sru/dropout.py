@@ -6,7 +6,13 @@ from torch.nn import functional as F
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """torch.nn.functional.dropout, which draws a Bernoulli mask on a CPU five times as slowly as uniform numbers."""
+    """torch.nn.functional.dropout; on a CPU from 16 random bits a number, which are drawn four at a time.
+
+    p is rounded to a multiple of 1 / 65536.
+    """
     if x.device.type != "cpu" or not training or p == 0 or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
-    return x * torch.rand_like(x).lt_(1 - p).div_(1 - p)
+    dropped = min(round(p * 2**16), 2**16 - 1)  # of the 65536 numbers
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = bits[: x.numel()].view(x.shape) >= dropped - 2**15
+    return x * kept.to(x.dtype).div_(1 - dropped / 2**16)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tasks.base import Dropout, Task
+from tasks.cross_entropy import linear_cross_entropy
 from tasks.decoder import GlobalAttention, has_memory
 from tasks.record import write_text
 from tasks.search import beam_search, check_search
@@ -112,28 +112,26 @@ class Translation(Task):
         h, state = self.encoder(self.dropout(self.source_embedding(source)), None, pad if pad.any() else None)
         return state if self.hands_on and not has_memory(state) else None, self.decoder.read(h, pad)
 
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Logits (T, B, vocab_size) of the word after each of target (T, B)."""
+    def write(self, source: Tensor, target: Tensor) -> Tensor:
+        """What the softmax sees (T, B, embedding_size) after each of target (T, B)."""
         state, seen = self.read(source)
         h, _ = self.decoder(self.dropout(self.target_embedding(target)), state, None, seen)
-        return self.softmax(self.readout(h))
+        return self.readout(h)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Logits (T, B, vocab_size) of the word after each of target (T, B)."""
+        return self.softmax(self.write(source, target))
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], int]:
         source, target, items = batch
         wanted = target[1:].flatten()
-        logits = self(source, target[:-1]).flatten(0, 1)
-        size = int((wanted != 0).sum())
+        places = wanted.nonzero()[:, 0]  # of what is no padding
+        h = self.write(source, target[:-1]).flatten(0, 1).index_select(0, places)
         smoothing = self.label_smoothing if self.training else 0.0
-        loss = F.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)),
-            wanted,
-            ignore_index=0,
-            reduction="sum",
-            label_smoothing=smoothing,
-        )
+        loss = linear_cross_entropy(h, self.softmax.weight, self.softmax.bias, wanted[places], smoothing=smoothing)
         if not self.training and self.trainer.testing:
             self.keep(source, items)
-        return loss / max(1, size), {}, size
+        return loss / max(1, len(places)), {}, len(places)
 
     def keep(self, source: Tensor, items: list[Any]) -> None:
         """Translate, and note the translations."""
@@ -210,8 +208,8 @@ class Translation(Task):
         check_search(beam, length_penalty)
         if not 1 <= n_best <= beam or min(batch_size, max_length) < 1:
             raise ValueError(
-                f"n_best={n_best} must be 1 to beam={beam}, batch_size={batch_size} and max_length={max_length} must be "
-                "1 or more"
+                f"n_best={n_best} must be 1 to beam={beam}; "
+                f"batch_size={batch_size} and max_length={max_length} must be 1 or more"
             )
         try:
             content = sys.stdin.buffer.read() if input == "-" else Path(input).expanduser().read_bytes()

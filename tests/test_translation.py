@@ -218,7 +218,7 @@ def test_a_long_line_is_translated_in_parts(trained, tmp_path, capsys):
         (["n_best=6"], "n_best=6 must be 1 to beam=5"),
         (["length_penalty=-1"], "length_penalty=-1.0 must be 0 or more"),
         (["input=/nowhere"], "input=/nowhere cannot be read"),
-        (["max_length=0"], "max_length=0 must be 1 or more"),
+        (["max_length=0"], "batch_size=32 and max_length=0 must be 1 or more"),
     ],
 )
 def test_a_wrong_option_of_translating_is_refused(trained, words, message):

@@ -1,6 +1,7 @@
 """Pairs of texts: subwords and back, files and faults, batches, the cache, what a checkpoint keeps."""
 
 import gzip
+import math
 import random
 from pathlib import Path
 
