@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LambdaCallback
 
-from tasks import door, memory, record
+from tasks import average, door, memory, record
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -52,8 +52,8 @@ def run(cfg: DictConfig) -> float | None:
             trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
             # Before the test, which sets the callbacks back to the best epoch.
             found = record.result(trainer, task) | {"commit": origin["commit"]}
-            best = trainer.checkpoint_callback.best_model_path
-            for tested in trainer.test(task, datamodule=data, ckpt_path=best or None, verbose=False, weights_only=True):
+            path = average.tested(trainer)
+            for tested in trainer.test(task, datamodule=data, ckpt_path=path, verbose=False, weights_only=True):
                 found["metrics"] |= {name: value for name, value in tested.items() if name != "step"}
             found["wall_seconds"] = time.perf_counter() - start
             record.write_result(found, folder)

@@ -1,4 +1,4 @@
-"""Measure speed as ratios within one run: python scripts/benchmark.py [recurrence|layer|epoch|lm|squad|import|all].
+"""Measure speed as ratios within one run: python scripts/benchmark.py [SECTION], one of those below or all.
 
 With `--device cpu` or `--device cuda`, the SRU beside other networks on that device.
 """
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,12 +28,12 @@ import torch  # noqa: E402
 SHAPES = [(1, 1, 512), (1, 32, 128), (32, 32, 128), (40, 32, 128), (128, 32, 512), (256, 16, 1024)]
 
 
-def medians(contenders: dict[str, Callable[[], object]], seconds: float = 2.0) -> dict[str, float]:
+def medians(contenders: dict[Any, Callable[[], object]], seconds: float = 2.0) -> dict[Any, float]:
     """Median seconds a call; contenders take turns of a few calls, so that a disturbance meets them all.
 
     The first call of a turn is not counted: it finds the caches full of what another left.
     """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[Any, list[float]] = {name: [] for name in contenders}
     for call in contenders.values():
         for _ in range(3):
             call()
@@ -320,7 +321,22 @@ def squad(options: argparse.Namespace) -> None:
     benchmark_squad.run(options)
 
 
-SECTIONS = {"recurrence": recurrence, "layer": layer, "epoch": epoch, "lm": lm, "squad": squad, "import": imports}
+def translation(options: argparse.Namespace) -> None:
+    """Translators of as many parameters: training, and decoding with and without what a step keeps for the next."""
+    import benchmark_translation
+
+    benchmark_translation.run(options)
+
+
+SECTIONS = {
+    "recurrence": recurrence,
+    "layer": layer,
+    "epoch": epoch,
+    "lm": lm,
+    "squad": squad,
+    "translation": translation,
+    "import": imports,
+}
 
 
 def parse() -> argparse.Namespace:
@@ -332,8 +348,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--root", help="where that corpus lies (data.root)")
     parser.add_argument("--turns", type=int, default=3, help="epochs that `epoch` measures for each model (default: 3)")
     parser.add_argument("--official", help="a Python whose environment holds sru 2.6.0, for `layer` to compare with")
-    parser.add_argument("--parameters", type=float, default=1e6, help="of every model of `lm` (default: 1e6)")
-    parser.add_argument("--depth", type=int, default=4, help="layers of every model of `lm` (default: 4)")
+    parser.add_argument("--parameters", type=float, help="of each model of `lm` (default: 1e6), `translation` (6e6)")
+    parser.add_argument("--depth", type=int, help="layers of each model of `lm` (default: 4), `translation` (3 a side)")
     device = parser.add_argument_group("the SRU beside others on one device: accuracy, recurrence, layer, stack, step")
     device.add_argument("--device", choices=("cpu", "cuda"), help="measure these levels, instead of the sections")
     device.add_argument("--shapes", help="A,B,C,D,E or TxBxD, with commas (default: those for the device and level)")
@@ -343,8 +359,10 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.turns < 1:
         parser.error(f"--turns must be at least 1, not {options.turns}")
-    if options.depth < 1 or not 1e5 <= options.parameters <= 1e8:
-        parser.error(f"--depth {options.depth} must be at least 1, --parameters {options.parameters:g} 1e5 to 1e8")
+    if options.depth is not None and options.depth < 1:
+        parser.error(f"--depth {options.depth} must be at least 1")
+    if options.parameters is not None and not 1e5 <= options.parameters <= 1e8:
+        parser.error(f"--parameters {options.parameters:g} must be 1e5 to 1e8")
     if not options.seconds > 0:
         parser.error(f"--seconds must be more than 0, not {options.seconds}")
     levels = "accuracy", "recurrence", "layer", "stack", "step", "all"

@@ -38,17 +38,17 @@ def network(name: str, depth: int, width: int) -> LanguageModelling:
     )
 
 
-def of_size(name: str, depth: int, parameters: int) -> tuple[int, LanguageModelling]:
-    """The width, a multiple of 8, whose number of parameters comes nearest, and the network."""
+def of_size(network: Callable[[int], Any], parameters: int) -> tuple[int, Any]:
+    """The width, a multiple of 8, with which `network` has the nearest number of parameters, and that network."""
 
     def excess(width: int) -> int:
         with torch.device("meta"):
-            return sum(p.numel() for p in network(name, depth, width).parameters()) - parameters
+            return sum(p.numel() for p in network(width).parameters()) - parameters
 
     widths = range(16, 4096, 8)
     first = bisect.bisect_left(widths, 0, key=excess)
     width = min(widths[max(0, first - 1) : first + 1], key=lambda width: abs(excess(width)))
-    return width, network(name, depth, width)
+    return width, network(width)
 
 
 def training(task: LanguageModelling) -> Callable[[], None]:
@@ -86,14 +86,14 @@ def loading() -> float:
 
 def run(options: argparse.Namespace) -> None:
     names = "SRU", "SRU++", "SRU++, attention in the last layer", "QRNN", "GRU", "LSTM", "Transformer-XL"
-    size = int(options.parameters)
-    chosen = {name: of_size(name, options.depth, size) for name in names}
+    depth, size = options.depth or 4, int(options.parameters or 1e6)
+    chosen = {name: of_size(partial(network, name, depth), size) for name in names}
     trained = medians({name: training(task) for name, (_, task) in chosen.items()}, seconds=options.seconds * 4)
     with torch.inference_mode():
         generated = medians({name: generation(task) for name, (_, task) in chosen.items()}, seconds=options.seconds)
     load = loading()
     print(
-        f"Language models of {options.depth} layers and about {size / 1e6:g}M parameters, float32, {VOCABULARY} bytes; "
+        f"Language models of {depth} layers and about {size / 1e6:g}M parameters, float32, {VOCABULARY} bytes; "
         f"training: forward and backward of ({STEPS}, {BATCH}); generation: one text, token by token.\n"
     )
     rows = []

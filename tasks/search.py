@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A step of decoding: log p (B, V) and the state, of words (B,), the state before, and what is known of the source.
+# A step of decoding: logits (B, V) and the state, of words (B,), the state before, and what is known of the source.
 Step = Callable[[Tensor, Any, Any], tuple[Tensor, Any]]
 
 
@@ -53,16 +53,22 @@ def beam_search(
     scores = torch.full((len(left), beam), -math.inf, device=device)
     scores[:, 0] = 0  # all of a beam are one sentence yet
     done: list[list[tuple[float, list[int]]]] = [[] for _ in left]
+    first = torch.zeros(1, dtype=torch.long, device=device)
     while left:
-        log_p, state = step(words[-1], state, source)
-        log_p[:, [0, bos]] = -math.inf
+        logits, state = step(words[-1], state, source)
+        total = logits.logsumexp(1, keepdim=True)
+        last = (logits[:, eos, None] - total).unflatten(0, (-1, beam))
+        logits[:, [0, bos]] = -math.inf
         steps = len(words)
-        ending = (limits <= steps).repeat_interleave(beam)
-        is_other = torch.arange(log_p.shape[1], device=device) != eos
-        log_p = log_p.masked_fill(ending[:, None] & is_other, -math.inf)
         # Twice as many as are kept: half of them may be ends.
-        values, places = (scores.flatten()[:, None] + log_p).unflatten(0, (-1, beam)).flatten(1).topk(2 * beam)
-        parents, next_words = places // log_p.shape[1], places % log_p.shape[1]
+        found, choices = logits.topk(min(2 * beam, logits.shape[1]))
+        found, choices = (a.unflatten(0, (-1, beam)) for a in (found - total, choices))
+        ending = (limits <= steps)[:, None, None]
+        if ending.any():
+            found = torch.where(ending, torch.full_like(found, -math.inf).index_copy(2, first, last), found)
+            choices = torch.where(ending, eos, choices)
+        values, places = (scores[:, :, None] + found).flatten(1).topk(min(2 * beam, beam * found.shape[2]))
+        parents, next_words = places // found.shape[2], choices.flatten(1).gather(1, places)
         ends = next_words == eos
         penalty = ((5 + steps) / 6) ** length_penalty
         for row, rank in (ends[:, :beam] & values[:, :beam].isfinite()).nonzero().tolist():

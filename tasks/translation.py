@@ -170,7 +170,7 @@ class Translation(Task):
 
         def step(words: Tensor, state: Any, seen: Any) -> tuple[Tensor, Any]:
             h, state = self.decoder.step(self.target_embedding(words), state, seen)
-            return self.softmax(self.readout(h)).float().log_softmax(dim=1), state
+            return self.softmax(self.readout(h)).float(), state
 
         return beam_search(
             step,

@@ -1,0 +1,68 @@
+"""The mean of several checkpoints, as results of translation are often reported (SRU 2018, Table 3, in brackets)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tasks.record import AtomicCheckpoints, Checkpoint
+
+
+class Average(Checkpoint):
+    """Keeps the weights of `count` validations, and writes their mean to average.ckpt when training ends.
+
+    The test then takes that instead of the best epoch's; predict.py takes it by its path.
+
+    Args:
+        dirpath: where the checkpoints of a run lie.
+        count: validations that are kept; 1 for no mean.
+        of: best, by monitor and mode; or last.
+    """
+
+    def __init__(self, dirpath: str, count: int, of: str, monitor: str, mode: str) -> None:
+        if type(count) is not int or count < 1:
+            raise ValueError(f"callbacks.average.count={count} must be a whole number, 1 for no mean, or more")
+        if of not in ("best", "last"):
+            raise ValueError(f"callbacks.average.of={of} must be best or last")
+        super().__init__(
+            dirpath=dirpath,
+            filename="kept-{step}",
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+            monitor=monitor if of == "best" else "step",
+            mode=mode if of == "best" else "max",
+            save_top_k=count if count > 1 else 0,
+            save_weights_only=True,
+        )
+        self.path = Path(dirpath) / "average.ckpt"
+
+    def write(self, best: str) -> str:
+        """Write the mean with all else of the checkpoint `best`; returns the path that a test takes."""
+        if len(self.best_k_models) < 2:
+            return best
+        content = load(best)
+        content["state_dict"] = mean([load(path)["state_dict"] for path in sorted(self.best_k_models)])
+        AtomicCheckpoints().save_checkpoint(content, self.path)
+        return str(self.path)
+
+
+def load(path: str) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Of numbers, summed in float64; what is no floating number is that of the first."""
+    return {
+        name: torch.stack([state[name].double() for state in states]).mean(0).to(value.dtype)
+        if value.is_floating_point()
+        else value
+        for name, value in states[0].items()
+    }
+
+
+def tested(trainer: Any) -> str | None:
+    """The checkpoint that a test takes: a mean, the best one, or none where nothing was validated."""
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    average = next((callback for callback in trainer.callbacks if isinstance(callback, Average)), None)
+    return (best if average is None or not best else average.write(best)) or None

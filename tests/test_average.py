@@ -1,0 +1,78 @@
+"""Averaged checkpoints: which are kept, what their mean is, and that the test takes it."""
+
+import json
+
+import pytest
+import torch
+
+import predict
+import train
+from tasks.average import load, mean
+
+SMALL = ("task=translation", "depth=1", "width=16", "data.tokens_per_batch=1200", "trainer.val_check_interval=2")
+
+
+def weights(path):
+    return load(str(path))["state_dict"]
+
+
+def test_a_mean_of_numbers():
+    states = [{"w": torch.tensor([value, 1.0]), "n": torch.tensor(3)} for value in (1.0, 2.0, 6.0)]
+    found = mean(states)
+    assert found["w"].tolist() == [3.0, 1.0]
+    assert found["n"] == 3
+    assert mean([{"w": torch.tensor([256.0]).bfloat16()}] * 3)["w"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("of", ["best", "last"])
+def test_the_test_takes_the_mean_of_what_was_kept(configure, tmp_path, of):
+    train.run(configure(*SMALL, "trainer.max_epochs=2", "callbacks.average.count=3", f"callbacks.average.of={of}"))
+    folder = tmp_path / "run/checkpoints"
+    kept = sorted(folder.glob("kept-*.ckpt"))
+    assert len(kept) == 3
+    if of == "last":
+        assert load(str(folder / "last.ckpt"))["global_step"] == max(int(path.stem[5:]) for path in kept)
+    found, expected = weights(folder / "average.ckpt"), [weights(path) for path in kept]
+    for name, value in found.items():
+        torch.testing.assert_close(value, sum(state[name] for state in expected) / 3)
+    # The loss of the test tells whose weights it took.
+    task, _ = predict.load(str(folder / "average.ckpt"))
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]
+    data = train.instantiate(configure(*SMALL).data)
+    data.setup()
+    with torch.no_grad():
+        total = count = 0
+        for source, target, _ in data.test_dataloader():
+            wanted = target[1:]
+            losses = torch.nn.functional.cross_entropy(
+                task(source, target[:-1]).flatten(0, 1), wanted.flatten(), ignore_index=0, reduction="sum"
+            )
+            total, count = total + float(losses), count + int((wanted != 0).sum())
+    assert metrics["test/loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_without_it_nothing_is_kept(configure, tmp_path):
+    train.run(configure(*SMALL, "trainer.max_epochs=1"))
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_resumed_run_has_the_same_mean(configure, tmp_path):
+    words = (*SMALL, "callbacks.average.count=3")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.run(configure(*words, "trainer.max_epochs=2", f"run_dir={whole}"))
+    train.run(configure(*words, "trainer.max_epochs=1", f"run_dir={parts}"))
+    train.run(configure(*words, "trainer.max_epochs=2", f"run_dir={parts}", f"resume={parts}"))
+    one, two = (weights(folder / "checkpoints/average.ckpt") for folder in (whole, parts))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("callbacks.average.count=0", r"callbacks\.average\.count=0 must be a whole number, 1 for no mean"),
+        ("callbacks.average.of=all", r"callbacks\.average\.of=all must be best or last"),
+    ],
+)
+def test_a_wrong_mean_is_refused(configure, word, message):
+    with pytest.raises(Exception, match=message):
+        train.run(configure(*SMALL, word))
