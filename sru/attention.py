@@ -46,13 +46,13 @@ def attend_source(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None, num_heads
     nothing = None if pad is None else pad.all(0)
     # A softmax over nothing is NaN: such a source is seen, and then forgotten.
     seen = None if pad is None or nothing is None else (~pad | nothing).t()[:, None, None]
-    group = batch // max(1, sources)
+    group = batch // sources if sources else 1
     q = (
         q.unflatten(1, (sources, group)).transpose(1, 2).flatten(0, 1)
     )  # all that look into a source, one behind the other
     a = attend(q, k, v, num_heads, seen, p)
     a = a if nothing is None else a.masked_fill(nothing[:, None], 0.0)
-    return a.unflatten(0, (-1, max(1, group))).transpose(1, 2).flatten(1, 2)
+    return a.unflatten(0, (-1, group)).transpose(1, 2).flatten(1, 2)
 
 
 class SourceAttention(nn.Module):

@@ -21,13 +21,15 @@ def inputs(shape: tuple[int, ...], out: int, dtype=torch.float32):
     "shape", [(0, 4, 8), (1, 8), (7, 1, 3), (MIN_ROWS, 8), (5, 9, 1), (40, 3, 300), (70, 129), (201, 70)]
 )
 @pytest.mark.parametrize("out", [1, 12, 384])
-def test_values_and_gradients_are_exact(shape, out):
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+def test_values_and_gradients_are_exact(shape, out, biased):
     x, weight, grad = inputs(shape, out)
-    y = linear(x, weight)
-    found = [y, *torch.autograd.grad(y, (x, weight), grad)]
-    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
-    y64 = F.linear(x64, weight64)
-    for got, expected in zip(found, [y64, *torch.autograd.grad(y64, (x64, weight64), grad.double())], strict=True):
+    tensors = [x, weight, *([torch.randn(out, requires_grad=True)] if biased else [])]
+    y = linear(*tensors)
+    found = [y, *torch.autograd.grad(y, tensors, grad)]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    y64 = F.linear(*exact)
+    for got, expected in zip(found, [y64, *torch.autograd.grad(y64, exact, grad.double())], strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
 
 
