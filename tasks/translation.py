@@ -39,6 +39,7 @@ class Translation(Task):
         label_smoothing: part of the probability that all words share in training.
         beam: sentences that are kept while translating; 1 always takes the likeliest word.
         length_penalty: alpha in the score log p / ((5 + length) / 6) ** alpha (Wu et al., 2016).
+        validates_bleu: translate in validation too, which takes its time; callbacks.best.monitor=val/bleu needs it.
     """
 
     counted = "tokens"
@@ -61,16 +62,19 @@ class Translation(Task):
         label_smoothing: float = 0.0,
         beam: int = 5,
         length_penalty: float = 0.6,
+        validates_bleu: bool = False,
     ) -> None:
         super().__init__(optimizer, scheduler)
         check_search(beam, length_penalty, "task.")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"task.label_smoothing={label_smoothing} must be 0 or above, and below 1")
-        for name, value in (("share_embeddings", share_embeddings), ("tied", tied)):
+        flags = {"share_embeddings": share_embeddings, "tied": tied, "validates_bleu": validates_bleu}
+        for name, value in flags.items():
             if not isinstance(value, bool):
                 raise ValueError(f"task.{name}={value} must be true or false")
         self.bos, self.eos, self.decode = bos, eos, decode
         self.label_smoothing, self.beam, self.length_penalty = label_smoothing, beam, length_penalty
+        self.validates_bleu = validates_bleu
         self.source_embedding = nn.Embedding(vocab_size, embedding_size, padding_idx=0)
         self.target_embedding = nn.Embedding(vocab_size, embedding_size, padding_idx=0)
         self.softmax = nn.Linear(embedding_size, vocab_size, bias=not tied)
@@ -100,7 +104,7 @@ class Translation(Task):
         size = self.decoder.output_size
         self.readout = nn.Linear(size, embedding_size, bias=False) if size != embedding_size else nn.Identity()
         self.dropout = Dropout(dropout)
-        self.hypotheses: dict[int, tuple[str, str]] = {}  # of a test, by line: the translation and the reference
+        self.hypotheses: dict[int, tuple[str, str]] = {}  # by line: the translation and the reference
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -129,7 +133,7 @@ class Translation(Task):
         h = self.write(source, target[:-1]).flatten(0, 1).index_select(0, places)
         smoothing = self.label_smoothing if self.training else 0.0
         loss = linear_cross_entropy(h, self.softmax.weight, self.softmax.bias, wanted[places], smoothing=smoothing)
-        if not self.training and self.trainer.testing:
+        if not self.training and (self.validates_bleu or self.trainer.testing):
             self.keep(source, items)
         return loss / max(1, len(places)), {}, len(places)
 
@@ -146,17 +150,19 @@ class Translation(Task):
         if stage == "train":  # whose loss is smoothed, and no perplexity follows from it
             return {}
         values = {"perplexity": means["loss"].exp()}
-        if stage == "test":
+        if self.hypotheses:
             from sacrebleu.metrics import BLEU, CHRF
 
             hypotheses, references = zip(*(self.hypotheses[line] for line in sorted(self.hypotheses)), strict=True)
             self.hypotheses = {}
-            folder = Path(self.trainer.default_root_dir)
-            write_text(folder / "hypotheses.txt", "".join(line + "\n" for line in hypotheses))
+            if stage == "test":
+                folder = Path(self.trainer.default_root_dir)
+                write_text(folder / "hypotheses.txt", "".join(line + "\n" for line in hypotheses))
             for metric in (BLEU(), CHRF()):
                 score = metric.corpus_score(hypotheses, [references])
                 values[score.name.lower()[:4]] = means["loss"].new_tensor(score.score)
-                self.print(f"{score.name} {score.score:.2f}, sacrebleu {metric.get_signature()}")
+                if stage == "test":
+                    self.print(f"{score.name} {score.score:.2f}, sacrebleu {metric.get_signature()}")
         return values
 
     @torch.no_grad()

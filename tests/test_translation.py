@@ -1,5 +1,6 @@
 """The translator: decoding step by step, beam search, batches, BLEU, runs on the sample, predictions."""
 
+import csv
 import itertools
 import json
 import math
@@ -161,6 +162,17 @@ def test_a_test_writes_every_line_and_its_bleu(configure, tmp_path):
     assert len(lines) == len(references) == 40
     assert metrics["test/bleu"] == pytest.approx(sacrebleu.corpus_bleu(lines, [references]).score, abs=1e-3)
     assert metrics["test/chrf"] == pytest.approx(sacrebleu.corpus_chrf(lines, [references]).score, abs=1e-3)
+
+
+def test_an_epoch_can_be_chosen_by_its_bleu(configure, tmp_path):
+    words = ("task.validates_bleu=true", "callbacks.best.monitor=val/chrf", "callbacks.best.mode=max")
+    train.run(configure(*SMALL, "task.beam=2", *words))
+    with open(tmp_path / "run/metrics.csv", newline="") as file:
+        found = [float(row["val/chrf"]) for row in csv.DictReader(file) if row["val/chrf"]]
+    assert len(found) == 2
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]
+    assert metrics["val/chrf"] == pytest.approx(max(found))
+    assert metrics["test/chrf"] == pytest.approx(max(found), abs=1e-3)  # the sample's test is its validation
 
 
 def test_resumed_equals_uninterrupted(configure, tmp_path):
