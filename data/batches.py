@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch.distributed
 
 POOL = 20  # batches of a fixed number whose examples are sorted by length together
 
@@ -18,6 +19,9 @@ class Batches(Generic[Batch]):
     seed: in training the examples are shuffled, sorted by size, and the batches shuffled again, by seed and epoch
         alone. With `batch_size` they are sorted in pools of `POOL` batches; with `budget` all together, so that each
         epoch has as many batches as any other. None, in evaluation: they come by size, and always in the same order.
+
+    Of several processes each takes its part of the batches: in training all take as many, and up to one less than there
+    are processes are left out of an epoch; in evaluation none is.
 
     `state_dict` and `load_state_dict` go on within an epoch; Lightning calls them.
     """
@@ -36,7 +40,11 @@ class Batches(Generic[Batch]):
             raise TypeError(f"either batch_size={batch_size} or budget={budget} cuts the examples into batches")
         self.make, self.examples, self.sizes = make, examples, np.asarray(sizes, np.int64)
         self.batch_size, self.budget, self.seed = batch_size, budget, seed
-        self.count = len(self.cuts(np.sort(self.sizes))) + 1 if len(self.sizes) else 0
+        self.rank, self.processes = 0, 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.rank, self.processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        count = len(self.cuts(np.sort(self.sizes))) + 1 if len(self.sizes) else 0
+        self.count = len(self.part(range(count)))
         self.length = len(self)  # batches of an epoch, which Lightning may cut short
         self.epoch = -1
         self.position = 0  # batches that the current epoch has yielded
@@ -48,6 +56,11 @@ class Batches(Generic[Batch]):
     def limit(self, limit: int | float) -> None:
         """Lightning's `limit_train_batches`: an epoch of so many is over after them, also when resumed."""
         self.length = min(limit, len(self)) if isinstance(limit, int) else int(limit * len(self))
+
+    def part(self, batches: Sequence[Any]) -> Sequence[Any]:
+        """This process's part of the batches of an epoch."""
+        end = len(batches) if self.seed is None else len(batches) // self.processes * self.processes
+        return batches[self.rank : end : self.processes]
 
     def cuts(self, sizes: np.ndarray) -> Sequence[int]:
         """Where sizes in rising order are cut into those of batches."""
@@ -80,7 +93,7 @@ class Batches(Generic[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         begin, self.start = self.start, 0
         self.epoch += begin == 0
-        for position, batch in enumerate(self.order()[begin:], start=begin):
+        for position, batch in enumerate(self.part(self.order())[begin:], start=begin):
             self.position = position + 1
             yield self.make([self.examples[i] for i in batch])
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from data.batches import Batches
 
@@ -102,3 +103,40 @@ def test_batches_have_one_measure():
     for way in ({}, {"batch_size": 2, "budget": 3}):
         with pytest.raises(TypeError, match=r"either batch_size=.* or budget=.* cuts"):
             batches(way)
+
+
+def read_part(rank, address, found):
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    training = Batches(list, range(47), range(47), batch_size=5, seed=1)
+    evaluation = Batches(list, range(47), range(47), batch_size=5)
+    lengths = [len(training), len(evaluation)]
+    found.put((rank, lengths, [list(training), list(training)], list(evaluation)))
+    torch.distributed.destroy_process_group()
+
+
+def test_each_process_takes_its_part(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    found = context.SimpleQueue()
+    processes = [context.Process(target=read_part, args=(i, f"file://{tmp_path}/meet", found)) for i in range(2)]
+    for process in processes:
+        process.start()
+    parts = sorted(found.get() for _ in processes)
+    for process in processes:
+        process.join()
+    alone = Batches(list, range(47), range(47), batch_size=5, seed=1)
+    for epoch in range(2):
+        every = list(alone)
+        assert [parts[0][2][epoch], parts[1][2][epoch]] == [every[0::2], every[1::2]]
+    assert [lengths for _, lengths, _, _ in parts] == [[5, 5], [5, 5]]
+    evaluated = [batch for pair in zip(parts[0][3], parts[1][3], strict=True) for batch in pair]
+    assert evaluated == list(Batches(list, range(47), range(47), batch_size=5))
+
+
+@pytest.mark.parametrize(("rank", "trained", "evaluated"), [(0, 3, 4), (1, 3, 3), (2, 3, 3)])
+def test_all_processes_train_on_as_many_batches_and_evaluate_all(monkeypatch, rank, trained, evaluated):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    for seed, count in ((1, trained), (None, evaluated)):
+        batches = Batches(list, range(50), range(50), batch_size=5, seed=seed)
+        assert len(batches) == len(list(batches)) == count
