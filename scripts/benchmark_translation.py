@@ -20,19 +20,21 @@ WORDS, SENTENCES = 30, 64  # of a batch in training
 TRANSLATED, BEAM = 16, 5  # sentences, of as many words, that are decoded at once
 
 
+ENCODERS: dict[str, Callable[..., Any]] = {
+    "Transformer": partial(sru.Transformer, num_heads=4),
+    "Transformer + SRU": partial(sru.TransformerSRU, num_heads=4),
+    "SRU++": sru.SRUppEncoder,
+    "SRU, attention": sru.SRU,
+    "QRNN, attention": sru.QRNN,
+    "GRU, attention": sru.GRU,
+    "LSTM, attention": sru.LSTM,
+}
+
+
 def network(name: str, depth: int, width: int) -> Translation:
     """A translator with one matrix for all words."""
-    encoders: dict[str, Callable[..., Any]] = {
-        "Transformer": partial(sru.Transformer, num_heads=4),
-        "Transformer + SRU": partial(sru.TransformerSRU, num_heads=4),
-        "SRU++": sru.SRUppEncoder,
-        "SRU, attention": sru.SRU,
-        "QRNN, attention": sru.QRNN,
-        "GRU, attention": sru.GRU,
-        "LSTM, attention": sru.LSTM,
-    }
     return Translation(
-        encoder=partial(encoders[name], hidden_size=width, num_layers=depth),
+        encoder=partial(ENCODERS[name], hidden_size=width, num_layers=depth),
         optimizer=torch.optim.SGD,
         vocab_size=VOCABULARY,
         bos=BOS,
@@ -96,16 +98,7 @@ def decoding(task: Translation, decoder: Any, beam: int) -> Callable[[], None]:
 def run(options: argparse.Namespace) -> None:
     keep_freed_memory()  # as train.py does
     depth, size = options.depth or 3, int(options.parameters or 6e6)
-    names = (
-        "Transformer",
-        "Transformer + SRU",
-        "SRU++",
-        "SRU, attention",
-        "QRNN, attention",
-        "GRU, attention",
-        "LSTM, attention",
-    )
-    chosen = {name: of_size(partial(network, name, depth), size) for name in names}
+    chosen = {name: of_size(partial(network, name, depth), size) for name in ENCODERS}
     trained = medians({name: training(task) for name, (_, task) in chosen.items()}, seconds=options.seconds * 4)
     calls: dict[Any, Callable[[], object]] = {}
     for name, (_, task) in chosen.items():

@@ -4,7 +4,8 @@ from sru.baselines import CNN, GRU, LSTM, QRNN
 from sru.cell import SRUCell
 from sru.layer import SRU, presets
 from sru.srupp import SRUpp, SRUppEncoder
-from sru.transformer import Transformer, TransformerSRU
+from sru.transformer import Transformer
+from sru.transformer_sru import TransformerSRU
 from sru.transformer_xl import TransformerXL
 
 __version__ = "0.1.0"

@@ -1,7 +1,8 @@
-"""What takes the place of the matrices in a layer of SRU++ (Lei, EMNLP 2021; section 2 of the paper)."""
+"""Attention, and a layer of SRU++ that has it in the place of matrices (Lei, EMNLP 2021; section 2 of the paper)."""
 
 import contextlib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,28 @@ from sru.kernels.linear import linear
 
 # What a stack looks up in a source: its padding (S, B), if any, and keys and values (S, B, n) of each layer.
 Source = tuple[Tensor | None, list[tuple[Tensor, Tensor]]]
+
+
+class LooksIntoSource:
+    """What a decoder's stack has in common: its layers look into a source of `source_size` features, or into none."""
+
+    source_size: int | None
+
+    def readers(self) -> Iterable[Any]:
+        """What makes a layer's keys and values of a source, by `read`."""
+        raise NotImplementedError
+
+    def read(self, source: Tensor, pad: Tensor | None = None) -> Source:
+        """What the layers look up in source (S, B, source_size), of which pad (S, B) says what is padding."""
+        if self.source_size is None:
+            raise ValueError(f"this {type(self).__name__} attends to no source: build it with source_size")
+        return pad, [reader.read(source) for reader in self.readers()]
+
+    def seen(self, source: Source | None, num_layers: int) -> list[tuple[Tensor, Tensor, Tensor | None] | None]:
+        """Keys, values and padding of the source for each layer; ValueError for one too many or too few."""
+        if (source is None) != (self.source_size is None):
+            raise ValueError(f"a source is {'missing: give what read returned' if source is None else 'not for this'}")
+        return [None] * num_layers if source is None else [(*pair, source[0]) for pair in source[1]]
 
 
 def attend(
@@ -106,7 +129,7 @@ class Projection(nn.Module):
         matrices: int,
         dropout: float = 0.0,
         layer_norm: bool = True,
-        source: "SourceAttention | None" = None,
+        source: SourceAttention | None = None,
         **factory: Any,
     ) -> None:
         super().__init__()

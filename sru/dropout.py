@@ -4,13 +4,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sru.kernels.ops import transforms_are_active
+
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """torch.nn.functional.dropout; on a CPU from 16 random bits a number, which are drawn four at a time.
 
     p is rounded to a multiple of 1 / 65536.
     """
-    if x.device.type != "cpu" or not training or p == 0 or torch.compiler.is_compiling():
+    is_fast = x.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_are_active()
+    if not is_fast or not training or p == 0:
         return F.dropout(x, p, training)
     dropped = min(round(p * 2**16), 2**16 - 1)  # of the 65536 numbers
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)

@@ -2,14 +2,14 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from sru.attention import Attention, Cache, Projection, Source, SourceAttention
+from sru.attention import Attention, Cache, LooksIntoSource, Projection, Source, SourceAttention
 from sru.door import check_flags, check_mask, check_probabilities, check_sizes, refuse
 from sru.layer import SRU, signature
 from sru.padding import cleared, joined, padding_first
@@ -17,7 +17,7 @@ from sru.padding import cleared, joined, padding_first
 NOT_HERE = {"transform_module", "custom_m", "projection_size", "n_proj"}  # of SRU's arguments
 
 
-class SRUpp(SRU):
+class SRUpp(LooksIntoSource, SRU):
     """A stack of SRU++ layers, by the official call.
 
     `h, c, extra = srupp(x, c0, mask_pad, attn_mask, memory)` with x, h, c and c0 as in SRU; extra["saved_inputs"] are
@@ -161,7 +161,7 @@ class SRUpp(SRU):
             self.check_memory(memory)
         if memory_mask_pad is not None and memory is None:
             raise ValueError("memory_mask_pad is given without memory")
-        seen = self.seen(source)
+        seen = self.seen(source, self.num_layers)
         saved: list[Tensor] = []
         masks: list[Tensor | None] = []  # one for all layers, made when the first one asks
 
@@ -182,18 +182,9 @@ class SRUpp(SRU):
         h, c = self.run_in_any_form(x, c0, mask_pad, lengths, context)
         return h, c, {"saved_inputs": saved}
 
-    def read(self, source: Tensor, pad: Tensor | None = None) -> Source:
-        """What the layers look up in source (S, B, source_size), of which pad (S, B) says what is padding."""
-        if self.source_size is None:
-            raise ValueError("this SRUpp attends to no source: build it with source_size")
-        modules = [cast(Projection, self[i].transform_module) for i in range(self.num_layers)]
-        return pad, [cast(SourceAttention, module.source).read(source) for module in modules]
-
-    def seen(self, source: Source | None) -> list[tuple | None]:
-        """Keys, values and padding of the source for each layer."""
-        if (source is None) != (self.source_size is None):
-            raise ValueError(f"a source is {'missing: give what read returned' if source is None else 'not for this'}")
-        return [None] * self.num_layers if source is None else [(*pair, source[0]) for pair in source[1]]
+    def readers(self) -> Iterable[SourceAttention]:
+        for i in range(self.num_layers):
+            yield cast(SourceAttention, cast(Projection, self[i].transform_module).source)
 
     def check_memory(self, memory: Any) -> None:
         """Refuse what is not one tensor a layer, all of as many steps."""
@@ -252,7 +243,7 @@ class SRUpp(SRU):
             raise ValueError(f"x must be (B, {self.input_size}), not {tuple(x.shape)}")
         c0, pairs = (None, [()] * self.num_layers) if state is None else self.checked(state)
         caches = [Cache(self.reach, *pair) for pair in pairs]
-        seen = self.seen(source)
+        seen = self.seen(source, self.num_layers)
         h, c = self.run(x[None], c0, None, lambda i, *_: (None, None, False, caches[i], seen[i]))
         return h[0], (c, [() if cache.k is None else (cache.k, cache.v) for cache in caches])
 

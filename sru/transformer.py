@@ -1,26 +1,25 @@
-"""The Transformer, and the one with SRU in its feed-forward (Vaswani et al., 2017; SRU 2018, section 4.3)."""
+"""The Transformer, as encoder and as decoder (Vaswani et al., 2017)."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sru.attention import Source, attend, attend_source
+from sru.attention import LooksIntoSource, Source, attend, attend_source
 from sru.cell import SRUCell
 from sru.door import check_flags, check_heads, check_input, check_probabilities, check_sizes, state_dtype
 from sru.dropout import dropout as dropped
 from sru.kernels.linear import affine
-from sru.layer import signature
 from sru.padding import cleared, joined, padding_first
 from sru.transformer_xl import mask
 
 State = list[Any]
 
 
-class Transformer(nn.Module):
+class Transformer(LooksIntoSource, nn.Module):
     """A stack of attention and feed-forward layers, by the call `h, state = transformer(x, state, mask_pad, source)`.
 
     It is an encoder or, with `source_size`, a decoder, whose every layer attends to the steps of a source too: `read`
@@ -43,6 +42,8 @@ class Transformer(nn.Module):
         source_size: features of the source's steps; None for a stack without a source.
         memory_length: how many steps of earlier calls a step sees; None for all.
     """
+
+    parts = 2  # of a layer's state
 
     def __init__(
         self,
@@ -67,6 +68,10 @@ class Transformer(nn.Module):
         check_probabilities(dropout=dropout, attn_dropout=attn_dropout)
         check_flags(bidirectional=bidirectional, norm_first=norm_first)
         check_heads(hidden_size, num_heads)
+        if causal is not None:
+            check_flags(causal=causal)
+            if causal and bidirectional:
+                raise ValueError("causal and bidirectional contradict each other")
         if source_size is not None:
             check_sizes(1, source_size=source_size)
         if memory_length is not None:
@@ -109,11 +114,8 @@ class Transformer(nn.Module):
             elif isinstance(module, nn.LayerNorm | SRUCell):
                 module.reset_parameters()
 
-    def read(self, source: Tensor, pad: Tensor | None = None) -> Source:
-        """What the layers look up in source (S, B, source_size), of which pad (S, B) says what is padding."""
-        if self.source_size is None:
-            raise ValueError("this Transformer attends to no source: build it with source_size")
-        return pad, [cast(TransformerLayer, layer).read(source) for layer in self.layers]
+    def readers(self) -> Iterable[nn.Module]:
+        return self.layers
 
     def forward(
         self, x: Tensor, state: State | None = None, mask_pad: Tensor | None = None, source: Source | None = None
@@ -125,8 +127,7 @@ class Transformer(nn.Module):
         check_input(x, next(self.parameters()))
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x must be (T, B, {self.input_size}), time first, not {tuple(x.shape)}")
-        if (source is None) != (self.source_size is None):
-            raise ValueError(f"a source is {'missing: give what read returned' if source is None else 'not for this'}")
+        sources = self.seen(source, self.num_layers)
         steps, batch = x.shape[:2]
         pad = None
         if mask_pad is not None:
@@ -141,10 +142,10 @@ class Transformer(nn.Module):
         # Without padding or a past torch's attention hides what comes later itself, and faster.
         is_plain = self.causal and seen is None and not length
         hidden = None if is_plain else mask(steps, length, seen, x, causal=self.causal)
-        source_pad, pairs = (None, [None] * self.num_layers) if source is None else source
+        shown = None if hidden is None else ~hidden
         found = []
-        for layer, past, pair in zip(self.layers, pasts, pairs, strict=True):
-            x, now = layer(x, past, hidden, is_plain, pad, pair, source_pad)
+        for layer, past, of_source in zip(self.layers, pasts, sources, strict=True):
+            x, now = layer(x, past, shown, is_plain, pad, of_source)
             found.append(now)
         x = x if self.norm is None else self.norm(x)
         count = (0 if count is None else count) + (
@@ -180,52 +181,12 @@ class Transformer(nn.Module):
         if state is None:
             return [()] * self.num_layers, None, None
         is_own = isinstance(state, Sequence) and len(state) == self.num_layers + 2 and isinstance(state[-2], Tensor)
-        if not is_own or any(not isinstance(part, tuple) or len(part) not in (2, 3) for part in state[:-2]):
-            raise TypeError(f"the state is what a Transformer of {self.num_layers} layers returned, or None")
+        if not is_own or any(not isinstance(part, tuple) or len(part) != self.parts for part in state[:-2]):
+            name = type(self).__name__
+            raise TypeError(f"the state is what a {name} of {self.num_layers} layers returned, or None")
         if state[-2].shape != (1, batch):
             raise ValueError(f"the state is of {state[-2].numel()} sequences, beside {batch} of x")
         return list(state[:-2]), state[-2], state[-1]
-
-
-class TransformerSRU(Transformer):
-    """The Transformer whose feed-forward is W_2 SRU(x) in the place of W_2 ReLU(W_1 x), in encoder and decoder.
-
-    The SRU reads from the first step to the last, whatever the attention sees. As the published sizes have it, it has
-    no highway: the input is not as wide as it, and a projection of it would be a fourth matrix.
-
-    Args:
-        sru_dropout: of the SRU's output, one mask for all steps; None for `dropout`.
-        has_skip_term, rescale, has_vc_term, highway_bias, forget_bias: of the SRU.
-        options: those of Transformer.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 2,
-        *,
-        dropout: float = 0.0,
-        sru_dropout: float | None = None,
-        has_skip_term: bool = False,
-        rescale: bool = True,
-        has_vc_term: bool = True,
-        highway_bias: float = 0.0,
-        forget_bias: float = 0.0,
-        **options: Any,
-    ) -> None:
-        self.sru_options = {
-            "dropout": dropout if sru_dropout is None else sru_dropout,
-            "has_skip_term": has_skip_term,
-            "rescale": rescale,
-            "has_vc_term": has_vc_term,
-            "highway_bias": highway_bias,
-            "forget_bias": forget_bias,
-        }
-        super().__init__(input_size, hidden_size, num_layers, dropout=dropout, **options)
-
-    def feed_forward(self, hidden_size: int, inner_size: int) -> nn.Module:
-        return RecurrentFeedForward(hidden_size, inner_size, **self.sru_options)
 
 
 class FeedForward(nn.Module):
@@ -239,19 +200,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, state: tuple[()], pad: Tensor | None) -> tuple[Tensor, tuple[()]]:
         return affine(dropped(F.relu(affine(x, self.inner)), self.dropout, self.training), self.outer), ()
-
-
-class RecurrentFeedForward(nn.Module):
-    """W_2 SRU(x) + b_2; the state is (c,) with c (1, B, inner_size)."""
-
-    def __init__(self, hidden_size: int, inner_size: int, **options: Any) -> None:
-        super().__init__()
-        self.cell = SRUCell(hidden_size, inner_size, **options)
-        self.outer = nn.Linear(inner_size, hidden_size)
-
-    def forward(self, x: Tensor, state: tuple[Tensor, ...], pad: Tensor | None) -> tuple[Tensor, tuple[Tensor]]:
-        h, c = self.cell(x, state[0][0].to(state_dtype(x)) if state else None, pad)
-        return affine(h, self.outer), (c[None],)
 
 
 class TransformerLayer(nn.Module):
@@ -293,26 +241,26 @@ class TransformerLayer(nn.Module):
         self,
         x: Tensor,
         past: tuple[Tensor, ...],
-        hidden: Tensor | None,
+        shown: Tensor | None,
         is_causal: bool,
         pad: Tensor | None,
-        pair: tuple[Tensor, Tensor] | None,
-        source_pad: Tensor | None,
+        of_source: tuple[Tensor, Tensor, Tensor | None] | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """h (T, B, hidden_size), and what comes after: keys and values of all steps, and the feed-forward's state.
 
-        past: the same of what came before, or nothing; hidden: of `mask`, or is_causal; pair: of `read`.
+        past: the same of what came before, or nothing; shown (B or 1, 1, T or 1, S): which steps are seen, None for all
+        or where is_causal says it. of_source: keys and values of `read`, and their padding.
         """
         p = self.attn_dropout if self.training else 0.0
         y = self.attention_norm(x) if self.norm_first else x
         q, k, v = affine(y, self.query_key_value).chunk(3, dim=-1)
         if past:
             k, v = (torch.cat([a.to(b.dtype), b]) for a, b in zip(past[:2], (k, v), strict=True))
-        a = attend(q, k, v, self.num_heads, None if hidden is None else ~hidden, p, causal=is_causal)
+        a = attend(q, k, v, self.num_heads, shown, p, causal=is_causal)
         x = self.added(x, affine(a, self.output), self.attention_norm)
-        if pair is not None:
+        if of_source is not None:
             y = self.source_norm(x) if self.norm_first else x
-            a = attend_source(affine(y, self.source_query), *pair, source_pad, self.num_heads, p)
+            a = attend_source(affine(y, self.source_query), *of_source, self.num_heads, p)
             x = self.added(x, affine(a, self.source_output), self.source_norm)
         y = self.norm(x) if self.norm_first else x
         z, state = self.feed_forward(y, past[2:], pad)
@@ -329,6 +277,3 @@ def sines(number: Tensor, x: Tensor) -> Tensor:
     factory: dict[str, Any] = {"device": x.device, "dtype": state_dtype(x)}  # bfloat16 would count to 256
     angles = number[..., None].to(factory["dtype"]) * 10000 ** (-torch.arange(0, n, 2, **factory) / n)
     return torch.cat([angles.sin(), angles.cos()], dim=2)[..., :n].to(x.dtype)
-
-
-TransformerSRU.__signature__ = signature(TransformerSRU.__init__, Transformer, set())  # type: ignore[attr-defined]

@@ -37,6 +37,15 @@ class Average(Checkpoint):
         )
         self.path = Path(dirpath) / "average.ckpt"
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As many as are kept now, of those that are there: a kill may come between a deletion and the next state."""
+        super().load_state_dict(state_dict)
+        there = [path for path in self.best_k_models if Path(path).is_file()]
+        there.sort(key=lambda path: float(self.best_k_models[path]), reverse=self.mode == "max")
+        kept = there[: max(0, self.save_top_k)]
+        self.best_k_models = {path: self.best_k_models[path] for path in kept}
+        self.kth_best_model_path = kept[-1] if kept else ""
+
     def write(self, best: str) -> str:
         """Write the mean with all else of the checkpoint `best`; returns the path that a test takes."""
         if len(self.best_k_models) < 2:

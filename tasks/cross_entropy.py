@@ -18,16 +18,24 @@ def linear_cross_entropy(
     As torch.nn.functional.cross_entropy with label_smoothing gives, but the gradient is made beside the loss, whose
     logits are then forgotten; it has no gradient of its own.
     """
-    return _LinearCrossEntropy.apply(h, weight, bias, targets, smoothing)
+    needs_grad = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (h, weight, bias))
+    return _LinearCrossEntropy.apply(h, weight, bias, targets, smoothing, needs_grad)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        smoothing: float,
+        needs_grad: bool,
+    ) -> Tensor:
         device = h.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         exact = torch.promote_types(weight.dtype, torch.float32)
-        needs_grad = any(ctx.needs_input_grad[:3])
         grads = [torch.zeros_like(a, dtype=exact) if a is not None and needs_grad else None for a in (h, weight, bias)]
         grad_h, grad_weight, grad_bias = grads
         loss = h.new_zeros((), dtype=exact)
@@ -56,4 +64,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if a is None else (grad * a).to(dtype) for a, dtype in grads), None, None
+        return *(None if a is None else (grad * a).to(dtype) for a, dtype in grads), None, None, None

@@ -12,9 +12,9 @@ def keep_freed_memory() -> None:
     Fresh pages cost more than most of what is computed in them (bench/NOTES.md). What the environment says of malloc
     stands; other C libraries are left alone.
     """
-    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+    if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, 1 << 30)  # bytes; larger blocks are mapped each time
+    # Bytes above which a block is mapped anew each time; an older glibc takes no more than 32 MiB.
+    if mallopt is not None and any(mallopt(MMAP_THRESHOLD, size) for size in (1 << 30, 32 << 20)):
         mallopt(TRIM_THRESHOLD, -1)  # never

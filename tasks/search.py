@@ -75,7 +75,8 @@ def beam_search(
             sentence = words[1:, row * beam + int(parents[row, rank])].tolist()
             done[left[row]].append((float(values[row, rank]) / penalty, sentence))
         scores, order = values.masked_fill(ends, -math.inf).topk(beam)
-        going_on = [row for row, i in enumerate(left) if len(done[i]) < beam and bool(scores[row].isfinite().any())]
+        is_open = scores.isfinite().any(1).tolist()
+        going_on = [row for row, i in enumerate(left) if len(done[i]) < beam and is_open[row]]
         kept = torch.tensor(going_on, device=device, dtype=torch.long)
         rows = (kept[:, None] * beam + parents.gather(1, order)[kept]).flatten()
         next_words = next_words.gather(1, order)[kept].flatten()
@@ -84,4 +85,5 @@ def beam_search(
             source, limits = chosen(source, kept), limits[kept]
         words = torch.cat([words[:, rows], next_words[None]])
         scores, left = scores[kept], [left[row] for row in going_on]
-    return [sorted(found, key=lambda pair: -pair[0])[:n_best] for found in done]
+    # A network that gives no number translates nothing.
+    return [sorted(found or [(-math.inf, [])], key=lambda pair: -pair[0])[:n_best] for found in done]

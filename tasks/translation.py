@@ -1,9 +1,11 @@
 """Translation by an encoder and a decoder (SRU 2017, section 4.4; SRU 2018, section 4.3; SRU++ 2021, section 4)."""
 
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ class Translation(Task):
     A model that takes `source_size` is encoder and decoder of its own: each of its decoder's layers attends to what the
     encoder returns, and the encoder sees all of a sentence. Any other gets global attention behind its last layer; if
     it reads one way, it hands its last state on to the decoder, but no memory of steps, for which there is attention.
+    What attends looks back on all of a sentence, whatever its memory_length.
 
     A batch is (source (S, B), target (T, B), items) with 0 for padding, where target begins with `bos` and ends with
     `eos`, and an item has number (of its line), source and reference.
@@ -85,7 +88,10 @@ class Translation(Task):
             self.target_embedding.weight = self.source_embedding.weight
         if tied:
             self.softmax.weight = self.target_embedding.weight
-        attends = "source_size" in inspect.signature(encoder).parameters
+        known = inspect.signature(encoder).parameters
+        if "memory_length" in known:
+            encoder = partial(encoder, memory_length=None)
+        attends = "source_size" in known
         whole = {"causal": False} if attends else {}
         self.encoder = encoder(input_size=embedding_size, bidirectional=bidirectional, **whole)
         source_size = self.encoder.output_size
@@ -136,6 +142,11 @@ class Translation(Task):
         if not self.training and (self.validates_bleu or self.trainer.testing):
             self.keep(source, items)
         return loss / max(1, len(places)), {}, len(places)
+
+    def on_fit_start(self) -> None:
+        monitor = getattr(self.trainer.checkpoint_callback, "monitor", None)
+        if monitor in ("val/bleu", "val/chrf") and not self.validates_bleu:
+            raise ValueError(f"callbacks.best.monitor={monitor} needs translations: type task.validates_bleu=true")
 
     def keep(self, source: Tensor, items: list[Any]) -> None:
         """Translate, and note the translations."""
@@ -228,14 +239,19 @@ class Translation(Task):
             group = lines[begin : begin + batch_size]
             batch, lines_of_parts = vocabulary.batch(group, max_length)
             found: list[list[list[tuple[float, list[int]]]]] = [[] for _ in group]
-            for line, best in zip(
-                lines_of_parts, self.search(batch.source.to(self.device), beam, length_penalty, n_best), strict=True
-            ):
+            searched = (
+                best
+                for source in batch.source.to(self.device).split(batch_size, dim=1)
+                for best in self.search(source, beam, length_penalty, n_best)
+            )
+            for line, best in zip(lines_of_parts, searched, strict=True):
                 found[line].append(best)
             for number, (line, parts) in enumerate(zip(group, found, strict=True), start=begin + 1):
                 if len(parts) > 1:
                     print(f"line {number} is long: translated in {len(parts)} parts", file=sys.stderr)
                 for of_parts in zip(*parts, strict=False):
-                    text = " ".join(self.line(words) for _, words in of_parts) if line.strip() else ""  # as nothing is
                     score = sum(score for score, _ in of_parts) / len(of_parts)
+                    if score == -math.inf:
+                        raise ValueError("the network gives no number: its checkpoint is damaged, or its training was")
+                    text = " ".join(self.line(words) for _, words in of_parts) if line.strip() else ""  # as nothing is
                     yield f"{text}\n" if n_best == 1 else f"{score:.4f}\t{text}\n"

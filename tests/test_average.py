@@ -56,14 +56,31 @@ def test_without_it_nothing_is_kept(configure, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
-def test_a_resumed_run_has_the_same_mean(configure, tmp_path):
-    words = (*SMALL, "callbacks.average.count=3")
+@pytest.mark.parametrize("of", ["best", "last"])
+def test_a_resumed_run_has_the_same_mean(configure, tmp_path, of):
+    """Cut after more validations than are kept; and once more, when only the test is left."""
+    words = (*SMALL, "callbacks.average.count=3", f"callbacks.average.of={of}")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train.run(configure(*words, "trainer.max_epochs=2", f"run_dir={whole}"))
-    train.run(configure(*words, "trainer.max_epochs=1", f"run_dir={parts}"))
-    train.run(configure(*words, "trainer.max_epochs=2", f"run_dir={parts}", f"resume={parts}"))
+    train.run(configure(*words, "trainer.max_epochs=6", f"run_dir={whole}"))
+    for epochs in (4, 6, 6):
+        resume = [f"resume={parts}"] if parts.exists() else []
+        train.run(configure(*words, f"trainer.max_epochs={epochs}", f"run_dir={parts}", *resume))
+        assert len(list((parts / "checkpoints").glob("kept-*"))) == 3
     one, two = (weights(folder / "checkpoints/average.ckpt") for folder in (whole, parts))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_was_deleted_before_a_kill_is_not_looked_for(configure, tmp_path):
+    words = (*SMALL, "callbacks.average.count=3", f"run_dir={tmp_path / 'run'}")
+    train.run(configure(*words, "trainer.max_epochs=4"))
+    folder = tmp_path / "run/checkpoints"
+    first = min(folder.glob("kept-*"), key=lambda path: int(path.stem[5:]))
+    first.unlink()
+    train.run(configure(*words, "trainer.max_epochs=4", f"resume={tmp_path / 'run'}"))
+    kept = [weights(path) for path in folder.glob("kept-*")]
+    assert len(kept) == 2
+    for name, value in weights(folder / "average.ckpt").items():
+        torch.testing.assert_close(value, (kept[0][name] + kept[1][name]) / 2)
 
 
 @pytest.mark.parametrize(

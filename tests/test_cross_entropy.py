@@ -33,12 +33,18 @@ def test_nothing_to_predict_is_a_loss_of_zero():
     assert h.grad.shape == (0, 4)
 
 
-def test_without_gradients_none_are_made():
-    h, weight = torch.randn(6, 4), torch.randn(5, 4)
-    with torch.no_grad():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_none_are_made(monkeypatch, mode):
+    h, weight = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    made, zeros_like = [], torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda *a, **options: made.append(a) or zeros_like(*a, **options))
+    linear_cross_entropy(h, weight, None, torch.arange(6) % 5).backward()
+    assert len(made) == 2
+    with mode():
         loss = linear_cross_entropy(h, weight, None, torch.arange(6) % 5)
     torch.testing.assert_close(loss, F.cross_entropy(h @ weight.t(), torch.arange(6) % 5, reduction="sum"))
     assert not loss.requires_grad
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -72,11 +72,11 @@ def test_a_layer_is_torchs_layer(norm_first, is_decoder):
     causal = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.bool)
     if is_decoder:
         expected = theirs(x, source, causal, memory_key_padding_mask=source_pad.t())
-        h, _ = layer(x, (), None, True, None, layer.read(source), source_pad)
+        h, _ = layer(x, (), None, True, None, (*layer.read(source), source_pad))
         torch.testing.assert_close(h, expected)
     else:
         expected = theirs.train()(x, src_key_padding_mask=pad.t())  # in eval it takes a path that drops the padding
-        h, _ = layer(x, (), pad.t()[:, None, None], False, pad, None, None)
+        h, _ = layer(x, (), ~pad.t()[:, None, None], False, pad, None)
         torch.testing.assert_close(h[~pad], expected[~pad])
 
 
@@ -219,6 +219,7 @@ def test_a_model_that_is_both_ways_has_no_step():
         ({"num_heads": 2, "source_size": 0}, "source_size must be a whole number of at least 1"),
         ({"num_heads": 2, "memory_length": -1}, "memory_length must be a whole number of at least 0"),
         ({"num_heads": 2, "dropout": 1.0}, "dropout"),
+        ({"num_heads": 2, "causal": True, "bidirectional": True}, "causal and bidirectional contradict each other"),
     ],
 )
 def test_a_wrong_option_is_refused(options, message):
@@ -244,10 +245,38 @@ def test_another_networks_state_is_refused():
     encoder, x = Transformer(5, 6, num_heads=2), torch.randn(3, 2, 5)
     with pytest.raises(TypeError, match="the state is what a Transformer of 2 layers returned"):
         encoder(x, SRU(5, 6)(x)[1])
+    with_sru = TransformerSRU(5, 6, num_heads=2)
+    with pytest.raises(TypeError, match="the state is what a TransformerSRU of 2 layers returned"):
+        with_sru(x, encoder(x)[1])
+    with pytest.raises(TypeError, match="the state is what a Transformer of 2 layers returned"):
+        encoder(x, with_sru(x)[1])
     with pytest.raises(ValueError, match="the state is of 2 sequences, beside 1 of x"):
         encoder(x[:, :1], encoder(x)[1])
     with pytest.raises(ValueError, match=r"x must be \(T, B, 5\), time first, not \(3, 2, 4\)"):
         encoder(x[..., :4])
+
+
+def test_a_scaling_of_no_highway_is_refused():
+    with pytest.raises(ValueError, match="rescale=False has no highway to scale; give has_skip_term=True"):
+        TransformerSRU(5, 6, num_heads=2, rescale=False)
+    made = [TransformerSRU(5, 6, num_heads=2, has_skip_term=True, rescale=rescale) for rescale in (True, False)]
+    assert [encoder.layers[0].feed_forward.cell.alpha for encoder in made] == [pytest.approx(math.sqrt(3)), 1]
+
+
+@pytest.mark.gpu
+@EVERY
+def test_a_gpu_gives_the_same(name):
+    made, x, source = decoder(name).float(), torch.randn(6, 4, 5), torch.randn(3, 2, 7)
+    expected, _ = made(x, None, None, made.read(source, padding(3, 2)))
+    made = made.cuda()
+    seen = made.read(source.cuda(), padding(3, 2).cuda())
+    h, _ = made(x.cuda(), None, None, seen)
+    torch.testing.assert_close(h.cpu(), expected, rtol=1e-3, atol=1e-3)
+    state, steps = None, []
+    for now in x.cuda():
+        y, state = made.step(now, state, seen)
+        steps.append(y)
+    torch.testing.assert_close(torch.stack(steps), h, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -272,3 +301,5 @@ def test_dropout_leaves_what_it_should(dtype):
     assert dropout(x, 0.5, True).dtype == dtype
     assert dropout(x[:0], 0.5, True).shape == (0, 3)
     assert dropout(x, 0.9999999, True).isfinite().all()
+    together = torch.func.vmap(lambda row: dropout(row, 0.5, True), randomness="different")
+    assert together(x).shape == (7, 3)

@@ -175,6 +175,24 @@ def test_an_epoch_can_be_chosen_by_its_bleu(configure, tmp_path):
     assert metrics["test/chrf"] == pytest.approx(max(found), abs=1e-3)  # the sample's test is its validation
 
 
+def test_choosing_by_bleu_needs_translations(configure):
+    with pytest.raises(ValueError, match=r"callbacks\.best\.monitor=val/bleu needs translations: type task\.validates"):
+        train.run(configure(*SMALL, "callbacks.best.monitor=val/bleu", "callbacks.best.mode=max"))
+
+
+def test_a_network_without_numbers_translates_nothing():
+    task = translator()
+    with torch.no_grad():
+        task.softmax.weight.fill_(math.nan)
+    assert task.search(sources(3, 2), 5, 0.6) == [[(-math.inf, [])]] * 2
+
+
+@pytest.mark.parametrize("encoder", ["srupp", "transformer", "transformer_sru", "transformer_xl"])
+def test_a_translator_looks_back_on_all_of_a_sentence(encoder, monkeypatch):
+    monkeypatch.setitem(ENCODERS, encoder, partial(ENCODERS[encoder], memory_length=1))
+    test_a_score_of_step_by_step_is_that_of_one_call(encoder, True)
+
+
 def test_resumed_equals_uninterrupted(configure, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     often = (*SMALL, "trainer.val_check_interval=2")

@@ -1,0 +1,72 @@
+"""The Transformer with SRU in its feed-forward (SRU 2018, section 4.3)."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from sru.cell import SRUCell
+from sru.door import state_dtype
+from sru.kernels.linear import affine
+from sru.layer import signature
+from sru.transformer import Transformer
+
+
+class TransformerSRU(Transformer):
+    """The Transformer whose feed-forward is W_2 SRU(x) in the place of W_2 ReLU(W_1 x), in encoder and decoder.
+
+    The SRU reads from the first step to the last, whatever the attention sees. As the published sizes have it, it has
+    no highway: the input is not as wide as it, and a projection of it would be a fourth matrix.
+
+    Args:
+        sru_dropout: of the SRU's output, one mask for all steps; None for `dropout`.
+        has_skip_term, rescale, has_vc_term, highway_bias, forget_bias: of the SRU.
+        options: those of Transformer.
+    """
+
+    parts = 3
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 2,
+        *,
+        dropout: float = 0.0,
+        sru_dropout: float | None = None,
+        has_skip_term: bool = False,
+        rescale: bool = True,
+        has_vc_term: bool = True,
+        highway_bias: float = 0.0,
+        forget_bias: float = 0.0,
+        **options: Any,
+    ) -> None:
+        if not rescale and not has_skip_term:
+            raise ValueError("rescale=False has no highway to scale; give has_skip_term=True, or leave it out")
+        self.sru_options = {
+            "dropout": dropout if sru_dropout is None else sru_dropout,
+            "has_skip_term": has_skip_term,
+            "rescale": rescale,
+            "has_vc_term": has_vc_term,
+            "highway_bias": highway_bias,
+            "forget_bias": forget_bias,
+        }
+        super().__init__(input_size, hidden_size, num_layers, dropout=dropout, **options)
+
+    def feed_forward(self, hidden_size: int, inner_size: int) -> nn.Module:
+        return RecurrentFeedForward(hidden_size, inner_size, **self.sru_options)
+
+
+class RecurrentFeedForward(nn.Module):
+    """W_2 SRU(x) + b_2; the state is (c,) with c (1, B, inner_size)."""
+
+    def __init__(self, hidden_size: int, inner_size: int, **options: Any) -> None:
+        super().__init__()
+        self.cell = SRUCell(hidden_size, inner_size, **options)
+        self.outer = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, ...], pad: Tensor | None) -> tuple[Tensor, tuple[Tensor]]:
+        h, c = self.cell(x, state[0][0].to(state_dtype(x)) if state else None, pad)
+        return affine(h, self.outer), (c[None],)
+
+
+TransformerSRU.__signature__ = signature(TransformerSRU.__init__, Transformer, set())  # type: ignore[attr-defined]
