@@ -32,8 +32,8 @@ def open_member(path: Path, mode: str) -> IO[bytes]:
 
 
 NO_NETWORK = (
-    "No network is needed by data=pydoc, with task=lm by data=pydoc_text, with task=squad by data=squad_sample, and "
-    "with task=translation by data=translation_sample."
+    "No network is needed by data=pydoc, with task=lm by data=pydoc_text, with task=squad by data=squad_sample, "
+    "with task=translation by data=translation_sample, and with task=image by data=digits."
 )
 OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".zip": open_member}
 
