@@ -73,8 +73,8 @@ class ImageSequences(pl.LightningDataModule):
             )
             if len(images) != len(labels):
                 raise ValueError(
-                    f"{self.folder}: {len(images)} images in {file['images']}, {len(labels)} labels in {file['labels']}: "
-                    "these files do not belong together"
+                    f"{self.folder} has {len(images)} images in {file['images']} and {len(labels)} labels in "
+                    f"{file['labels']}: these files do not belong together"
                 )
             found[split] = images, labels
         return found
@@ -151,8 +151,8 @@ class ImageSequences(pl.LightningDataModule):
         for name, now in self.state_dict().items():
             if now != state_dict[name]:
                 raise ValueError(
-                    f"the checkpoint was trained with {name} {state_dict[name]}, the data has {now}. Use the options of "
-                    "the checkpoint's run (data=, data.order, data.num_train, data.num_val), or train again."
+                    f"the checkpoint was trained with {name} {state_dict[name]}, the data has {now}. Use the options "
+                    "of the checkpoint's run (data=, data.order, data.num_train, data.num_val), or train again."
                 )
 
 

@@ -194,8 +194,8 @@ def check_data(cfg: DictConfig, data: Any, last: Path | None) -> None:
         raise ValueError(
             f"data={cfg.choices.data} does not go with task={cfg.choices.task}, which knows no {', '.join(other)}; "
             "texts (pydoc_text, bytes, ptb, ...) are for task=lm, sentences (pydoc, cr, trec, ...) for "
-            "task=classification, images (digits, mnist_rows, ...) for task=image, questions (squad, squad_sample) for task=squad, pairs of texts (multi30k, ...) "
-            "for task=translation"
+            "task=classification, images (digits, mnist_rows, ...) for task=image, questions (squad, squad_sample) for "
+            "task=squad, pairs of texts (multi30k, ...) for task=translation"
         )
     if last is not None:
         data.load_state_dict(checkpoint(last)[type(data).__qualname__])
