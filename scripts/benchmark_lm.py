@@ -13,6 +13,7 @@ from benchmark import medians, table
 
 import sru
 from data.lm import Segments
+from sru.kernels.linear import linear
 from tasks.lm import LanguageModelling
 
 VOCABULARY = 205  # of enwik8
@@ -34,7 +35,12 @@ def network(name: str, depth: int, width: int) -> LanguageModelling:
     }
     encoder = partial(encoders[name], hidden_size=width, num_layers=depth)
     return LanguageModelling(
-        encoder=encoder, optimizer=torch.optim.SGD, vocab_size=VOCABULARY, unit="bytes", embedding_size=width
+        encoder=encoder,
+        optimizer=torch.optim.SGD,
+        vocab_size=VOCABULARY,
+        unit="bytes",
+        embedding_size=width,
+        linear=linear,
     )
 
 

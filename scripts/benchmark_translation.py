@@ -11,6 +11,7 @@ from benchmark_lm import of_size
 from torch import Tensor
 
 import sru
+from sru.kernels.linear import linear
 from tasks.memory import keep_freed_memory
 from tasks.search import beam_search
 from tasks.translation import Translation
@@ -43,6 +44,7 @@ def network(name: str, depth: int, width: int) -> Translation:
         bidirectional=True,
         embedding_size=width,
         label_smoothing=0.1,
+        linear=linear,
     )
 
 
@@ -81,7 +83,7 @@ def decoding(task: Translation, decoder: Any, beam: int) -> Callable[[], None]:
 
     def step(words: Tensor, state: Any, seen: Any) -> tuple[Tensor, Any]:
         h, state = decoder.step(task.target_embedding(words), state, seen)
-        logits = task.softmax(task.readout(h))
+        logits = task.logits(task.readout(h))
         logits[:, EOS] -= 1e4
         return logits, state
 

@@ -5,7 +5,7 @@ Words are counted from the most frequent one. Cutoffs c1 < ... < ck part them in
 embedding that of Baevski and Auli (2019); both may share their weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,7 @@ class AdaptiveSoftmax(nn.Module):
     Args:
         embedding_size: features of cluster 0; None for those of `tied`, or for input_size without it.
         tied: shares its E_i, and its P_i too if tie_projections; its sizes must be the same.
+        linear: makes the products.
     """
 
     starts: Tensor  # of the clusters but the first
@@ -135,8 +136,10 @@ class AdaptiveSoftmax(nn.Module):
         div_value: int = 4,
         tied: AdaptiveEmbedding | None = None,
         tie_projections: bool = True,
+        linear: Callable[..., Tensor] = F.linear,
     ) -> None:
         super().__init__()
+        self.linear = linear
         if embedding_size is None:
             embedding_size = input_size if tied is None else tied.embedding_size
         self.cutoffs = tuple(cutoffs)
@@ -174,7 +177,7 @@ class AdaptiveSoftmax(nn.Module):
         bias = self.bias[self.bounds[cluster] : self.bounds[cluster + 1]]
         if cluster == 0 and self.cutoffs:
             weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
-        logits = F.linear(h if projection is None else h @ projection, weight, bias)
+        logits = self.linear(h if projection is None else h @ projection, weight, bias)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(self, h: Tensor, targets: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The loss of a large softmax, a few rows at a time, so that the logits of a batch are never all in memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,19 +8,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-NUMBERS = {"cpu": 2**20, "cuda": 2**26}  # logits at once: what a core's cache holds, and what keeps a GPU busy
+NUMBERS = {"cpu": 2**22, "cuda": 2**26}  # logits at once: what caches hold, and what keeps a GPU busy
+ROWS = 4  # at least so many times the features: fewer, and summing the weight's gradient costs as much as its product
 
 
 def linear_cross_entropy(
-    h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, smoothing: float = 0.0
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    smoothing: float = 0.0,
+    linear: Callable[..., Tensor] = F.linear,
 ) -> Tensor:
     """The sum over rows of the cross entropy of softmax(h weight' + bias), h (N, n), weight (V, n), and targets (N,).
 
     As torch.nn.functional.cross_entropy with label_smoothing gives, but the gradient is made beside the loss, whose
-    logits are then forgotten; it has no gradient of its own.
+    logits are then forgotten; it has no gradient of its own. linear: makes the products.
     """
     needs_grad = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (h, weight, bias))
-    return _LinearCrossEntropy.apply(h, weight, bias, targets, smoothing, needs_grad)
+    return _LinearCrossEntropy.apply(h, weight, bias, targets, smoothing, needs_grad, linear)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -32,6 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         smoothing: float,
         needs_grad: bool,
+        linear: Callable[..., Tensor],
     ) -> Tensor:
         device = h.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
@@ -39,12 +48,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads = [torch.zeros_like(a, dtype=exact) if a is not None and needs_grad else None for a in (h, weight, bias)]
         grad_h, grad_weight, grad_bias = grads
         loss = h.new_zeros((), dtype=exact)
-        rows = max(1, NUMBERS.get(device, 2**26) // max(1, len(weight)))
+        rows = max(ROWS * weight.shape[1], NUMBERS.get(device, 2**26) // max(1, len(weight)))
         with torch.autocast(device, enabled=False):
             w = weight.to(dtype)
             b = None if bias is None else bias.to(dtype)
             for i, (x, wanted) in enumerate(zip(h.to(dtype).split(rows), targets.split(rows), strict=True)):
-                log_p = F.linear(x, w, b).to(exact).log_softmax(1)
+                log_p = linear(x, w, b).to(exact).log_softmax(1)
                 hit = log_p.gather(1, wanted[:, None])
                 loss -= (1 - smoothing) * hit.sum() + smoothing * log_p.mean(1).sum()
                 if grad_h is None or grad_weight is None:
@@ -54,8 +63,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
                 grad = grad.to(dtype)
-                grad_h[i * rows : i * rows + rows] = grad @ w
-                grad_weight += grad.t() @ x
+                grad_h[i * rows : i * rows + rows] = linear(grad, w.t())
+                grad_weight += linear(grad.t(), x.t())
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if a is None else a.dtype for a in (h, weight, bias)]
         return loss
@@ -64,4 +73,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if a is None else (grad * a).to(dtype) for a, dtype in grads), None, None, None
+        return *(None if a is None else (grad * a).to(dtype) for a, dtype in grads), None, None, None, None

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 ROOT = Path(__file__).parent.parent
 # Key: lowest and highest value, example. An example with a point takes any number, one without only whole ones.
+PRODUCT = "sru.kernels.linear.linear"  # the one function that a configuration may name
 RANGES: dict[str, tuple[float, float, float]] = {
     "seed": (0, 2**32 - 1, 1),
     "depth": (1, 1000, 2),
@@ -222,12 +223,15 @@ def class_and_options(config: dict[str, Any], part: str, base: type) -> tuple[An
     """
     options: dict[str, Any] = dict(config[part])
     target = str(options.pop("_target_"))
+    has_product = part == "task" and options.get("linear") == {"_target_": PRODUCT, "_partial_": True}
+    if has_product:
+        del options["linear"]
     options.pop("_partial_", None)
     found = get_object(target) if re.fullmatch(r"(sru|tasks|data)(\.\w+)+", target) else None
     own = isinstance(found, type) and issubclass(found, base) and found.__module__.split(".")[0] in target
     if not own or "_target_" in json.dumps(options):
         raise ValueError(f"config.yaml names {target} as {part}, or classes within: not of this project, nothing built")
-    return found, options
+    return found, options | ({"linear": get_object(PRODUCT)} if has_product else {})
 
 
 def resumed(arguments: list[str]) -> list[str]:

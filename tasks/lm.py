@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tasks.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from tasks.base import Dropout, Task
@@ -32,6 +33,7 @@ class LanguageModelling(Task):
         tie_projections: the matrices of embedding and softmax are the same too.
         cutoffs: of the clusters of an adaptive embedding and softmax, by frequency; none for one of each.
         div_value: each cluster has so many times fewer features than the one before.
+        linear: makes the softmax's products, as torch.nn.functional.linear or faster.
     """
 
     counted = "tokens"
@@ -52,6 +54,7 @@ class LanguageModelling(Task):
         tie_projections: bool = True,
         cutoffs: Sequence[int] = (),
         div_value: int = 4,
+        linear: Callable[..., Tensor] = F.linear,
     ) -> None:
         super().__init__(optimizer, scheduler)
         for name, value in {"tied": tied, "tie_projections": tie_projections}.items():
@@ -80,6 +83,7 @@ class LanguageModelling(Task):
             **clusters,
             tied=self.embedding if tied else None,
             tie_projections=tie_projections,
+            linear=linear,
         )
         self.embedding_dropout = Dropout(embedding_dropout)
         self.dropout = Dropout(dropout)

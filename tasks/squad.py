@@ -42,6 +42,7 @@ class QuestionAnswering(Task):
         num_layers, concatenate_layers: with True, what each of so many layers returns is put side by side, as in DrQA,
             and `dropout` lies between the layers. False: what the encoder returns, as in the SRU's rows.
         max_answer: tokens of the longest answer, 15 as in the released code.
+        linear: makes the alignment's products, as torch.nn.functional.linear or faster.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class QuestionAnswering(Task):
         num_layers: int = 0,
         concatenate_layers: bool = False,
         max_answer: int = 15,
+        linear: Callable[..., Tensor] = F.linear,
     ) -> None:
         super().__init__(optimizer, scheduler)
         for name, value, low in (
@@ -90,6 +92,7 @@ class QuestionAnswering(Task):
         self.embedding_dropout = Dropout(embedding_dropout)
         self.dropout = Dropout(dropout)
         self.max_answer = max_answer
+        self.linear = linear
         self.found: dict[str, tuple[float, str]] = {}  # of each question: the best window's score and answer
         self.references: dict[str, list[str]] = {}
 
@@ -118,7 +121,8 @@ class QuestionAnswering(Task):
 
     def aligned(self, p: Tensor, q: Tensor, q_pad: Tensor) -> Tensor:
         """For each step of p (T, B, n) the mean of q (Q, B, n), weighed by the likeness of the two."""
-        p_keys, q_keys = (F.relu(self.likeness(a)).transpose(0, 1) for a in (p, q))
+        weight, bias = self.likeness.weight, self.likeness.bias
+        p_keys, q_keys = (F.relu(self.linear(a, weight, bias)).transpose(0, 1) for a in (p, q))
         scores = at_least_float32(torch.bmm(p_keys, q_keys.transpose(1, 2)))
         weights = scores.masked_fill(q_pad.T[:, None], -math.inf).softmax(dim=2).to(q.dtype)
         return torch.bmm(weights, q.transpose(0, 1)).transpose(0, 1)

@@ -128,3 +128,5 @@ def test_a_folder_from_a_stranger_builds_none_of_its_classes(trained, tmp_path, 
         predict.load(str(copy_of(trained, tmp_path / "one", model___target_=target)))
     with pytest.raises(ValueError, match="not of this project, nothing built"):
         predict.load(str(copy_of(trained, tmp_path / "two", model__transform_module={"_target_": target})))
+    with pytest.raises(ValueError, match="not of this project, nothing built"):
+        predict.load(str(copy_of(trained, tmp_path / "three", task__linear={"_target_": target, "_partial_": True})))
