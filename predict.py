@@ -27,12 +27,14 @@ Everything after the first = is the value, as it is."""
 
 
 def load(checkpoint: str, device: str = "auto") -> tuple[Any, Any]:
-    """The task of a run, in eval mode, and its vocabulary; from a run's folder (its best checkpoint) or a .ckpt in it.
+    """The task of a run, in eval mode, and its vocabulary; from a .ckpt, or a run's folder: what its test took.
 
     Nothing of the corpus is read, and no class is built that is not of this project.
     """
     path = Path(checkpoint).expanduser()
-    path = path / "checkpoints/best.ckpt" if path.is_dir() else path
+    if path.is_dir():
+        average = path / "checkpoints/average.ckpt"
+        path = average if average.is_file() else path / "checkpoints/best.ckpt"
     folder = path.parent.parent
     if not path.is_file() or not (folder / "config.yaml").is_file():
         raise FileNotFoundError(

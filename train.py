@@ -53,6 +53,7 @@ def run(cfg: DictConfig) -> float | None:
             # Before the test, which sets the callbacks back to the best epoch.
             found = record.result(trainer, task) | {"commit": origin["commit"]}
             path = average.tested(trainer)
+            found["tested"] = path and Path(path).name
             for tested in trainer.test(task, datamodule=data, ckpt_path=path, verbose=False, weights_only=True):
                 found["metrics"] |= {name: value for name, value in tested.items() if name != "step"}
             found["wall_seconds"] = time.perf_counter() - start

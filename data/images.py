@@ -45,10 +45,11 @@ class ImageSequences(pl.LightningDataModule):
         super().__init__()
         if order not in ORDERS:
             raise ValueError(f"data.order={order} must be one of {', '.join(ORDERS)}")
-        if num_val < 1 or (num_train is not None and num_train < 1) or batch_size < 1:
+        sizes = [num_val, batch_size] if num_train is None else [num_val, batch_size, num_train]
+        if any(type(size) is not int or size < 1 for size in sizes):
             raise ValueError(
-                f"data.num_val={num_val}, data.num_train={num_train} and data.batch_size={batch_size} must be 1 or "
-                "more; data.num_train=null is all"
+                f"data.num_val={num_val}, data.num_train={num_train} and data.batch_size={batch_size} must be whole "
+                "numbers, 1 or more; data.num_train=null is all"
             )
         self.folder = Path(root).expanduser() / folder
         self.files = files
@@ -77,6 +78,7 @@ class ImageSequences(pl.LightningDataModule):
                     f"{file['labels']}: these files do not belong together"
                 )
             found[split] = images, labels
+        check(found, self.folder)
         return found
 
     def setup(self, stage: str | None = None) -> None:
@@ -94,8 +96,8 @@ class ImageSequences(pl.LightningDataModule):
         shuffled = np.random.default_rng(PERMUTATION_SEED).permutation(count)
         rows = {"train": shuffled[: count - self.num_val][: self.num_train], "val": shuffled[count - self.num_val :]}
         parts = {split: tuple(a[chosen] for a in read["train"]) for split, chosen in rows.items()}
-        self.num_classes = int(max(labels.max() for _, labels in read.values())) + 1
-        self.white = int(max(images.max() for images, _ in read.values()))
+        self.num_classes = int(read["train"][1].max()) + 1
+        self.white = int(read["train"][0].max())
         self.splits = {
             split: (self.sequences(images), torch.from_numpy(labels.astype(np.int64)))
             for split, (images, labels) in (parts | {"test": read["test"]}).items()
@@ -154,6 +156,22 @@ class ImageSequences(pl.LightningDataModule):
                     f"the checkpoint was trained with {name} {state_dict[name]}, the data has {now}. Use the options "
                     "of the checkpoint's run (data=, data.order, data.num_train, data.num_val), or train again."
                 )
+
+
+def check(found: Mapping[str, tuple[np.ndarray, np.ndarray]], folder: Path) -> None:
+    """Refuse images that are none, black, or of another size or class in the test than in training."""
+    (images, labels), (tested, answers) = found["train"], found["test"]
+    if not images.size or not tested.size or not images.any():
+        raise ValueError(
+            f"{folder} has {len(images)} images to train on and {len(tested)} of the test: it needs some, not all black"
+        )
+    if images.shape[1:] != tested.shape[1:]:
+        sizes = " and ".join(" x ".join(map(str, a.shape[1:])) for a in (images, tested))
+        raise ValueError(f"{folder}: images to train on and of the test have other sizes, {sizes}")
+    if unknown := sorted({*answers.tolist()} - {*labels.tolist()}):
+        raise ValueError(f"{folder}: labels {unknown[:5]} of the test are none of those to train on")
+    if missing := sorted({*range(int(labels.max()))} - {*labels.tolist()}):
+        raise ValueError(f"{folder}: labels count the classes from 0 on, but none to train on is {missing[0]}")
 
 
 class Digits(ImageSequences):

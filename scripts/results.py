@@ -132,8 +132,8 @@ def read_run(folder: Path) -> Run:
     with reading(path):
         record = json.loads(path.read_text(encoding="utf-8"))
         metrics, monitor = record["metrics"], record["monitor"]
-        # A language model is chosen by its loss, and reported by what follows from it.
-        follows = next((name for name in ("test/bpc", "test/perplexity") if name in metrics), None)
+        # What is chosen by its loss is reported by what says more.
+        follows = next((name for name in ("test/bleu", "test/bpc", "test/perplexity") if name in metrics), None)
         wanted = paper.get("metric") or follows or "test/" + monitor.partition("/")[2]
         validated = "val/" + wanted.partition("/")[2]
         metric = next((name for name in (wanted, validated, monitor) if name in metrics), None)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sru.dropout import dropout as dropped
 from sru.kernels.linear import linear
+from sru.padding import cleared
 
 # What a stack looks up in a source: its padding (S, B), if any, and keys and values (S, B, n) of each layer.
 Source = tuple[Tensor | None, list[tuple[Tensor, Tensor]]]
@@ -29,12 +30,19 @@ class LooksIntoSource:
         """What the layers look up in source (S, B, source_size), of which pad (S, B) says what is padding."""
         if self.source_size is None:
             raise ValueError(f"this {type(self).__name__} attends to no source: build it with source_size")
+        if not isinstance(source, Tensor) or source.dim() != 3 or source.shape[2] != self.source_size:
+            found = tuple(source.shape) if isinstance(source, Tensor) else type(source).__name__
+            raise ValueError(f"source must be (S, B, {self.source_size}), time first, not {found}")
+        if pad is not None:
+            source, pad = cleared(source, pad)
         return pad, [reader.read(source) for reader in self.readers()]
 
     def seen(self, source: Source | None, num_layers: int) -> list[tuple[Tensor, Tensor, Tensor | None] | None]:
         """Keys, values and padding of the source for each layer; ValueError for one too many or too few."""
         if (source is None) != (self.source_size is None):
             raise ValueError(f"a source is {'missing: give what read returned' if source is None else 'not for this'}")
+        if source is not None and len(source[1]) != num_layers:
+            raise ValueError(f"the source was read by {len(source[1])} layers, and this has {num_layers}")
         return [None] * num_layers if source is None else [(*pair, source[0]) for pair in source[1]]
 
 

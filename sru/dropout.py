@@ -13,7 +13,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     p is rounded to a multiple of 1 / 65536.
     """
     is_fast = x.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_are_active()
-    if not is_fast or not training or p == 0:
+    if not is_fast or not training or not 0 < p < 1:
         return F.dropout(x, p, training)
     dropped = min(round(p * 2**16), 2**16 - 1)  # of the 65536 numbers
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)

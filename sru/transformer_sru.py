@@ -41,7 +41,7 @@ class TransformerSRU(Transformer):
         **options: Any,
     ) -> None:
         if not rescale and not has_skip_term:
-            raise ValueError("rescale=False has no highway to scale; give has_skip_term=True, or leave it out")
+            raise ValueError("rescale=False has no highway to scale; type has_skip_term=true, or leave it out")
         self.sru_options = {
             "dropout": dropout if sru_dropout is None else sru_dropout,
             "has_skip_term": has_skip_term,

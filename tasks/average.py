@@ -23,6 +23,8 @@ class Average(Checkpoint):
     def __init__(self, dirpath: str, count: int, of: str, monitor: str, mode: str) -> None:
         if type(count) is not int or count < 1:
             raise ValueError(f"callbacks.average.count={count} must be a whole number, 1 for no mean, or more")
+        if not str(monitor).startswith("val/") or mode not in ("min", "max"):
+            raise ValueError(f"callbacks.average.monitor={monitor} mode={mode}: leave both out, they are those of best")
         if of not in ("best", "last"):
             raise ValueError(f"callbacks.average.of={of} must be best or last")
         super().__init__(
@@ -48,16 +50,28 @@ class Average(Checkpoint):
 
     def write(self, best: str) -> str:
         """Write the mean with all else of the checkpoint `best`; returns the path that a test takes."""
+        if self.save_top_k and len(self.best_k_models) < self.save_top_k:
+            print(
+                f"callbacks.average.count={self.save_top_k}: there are {len(self.best_k_models)} checkpoints to average"
+            )
         if len(self.best_k_models) < 2:
+            self.path.unlink(missing_ok=True)  # of an earlier call
             return best
         content = load(best)
-        content["state_dict"] = mean([load(path)["state_dict"] for path in sorted(self.best_k_models)])
+        states = {path: load(path)["state_dict"] for path in sorted(self.best_k_models)}
+        for path, state in states.items():
+            if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in content["state_dict"].items()}:
+                raise ValueError(f"{path} is of another network; delete it, and the mean is that of the others")
+        content["state_dict"] = mean(list(states.values()))
         AtomicCheckpoints().save_checkpoint(content, self.path)
         return str(self.path)
 
 
 def load(path: str) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        raise ValueError(f"{path} is damaged; delete it, and the mean is that of the others") from error
 
 
 def mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:

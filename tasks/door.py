@@ -178,7 +178,8 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
         repeated = key in ("trainer.callbacks", "trainer.logger", "choices.ablation")
         if moved or repeated or key in ("resume", "trainer.enable_progress_bar"):
             continue
-        if not key.startswith(free):
+        is_kind_of_mean = key in ("callbacks.average.of", "callbacks.average.monitor", "callbacks.average.mode")
+        if is_kind_of_mean or not key.startswith(free):
             raise ValueError(
                 f"resume={folder} goes on with the same experiment, but {key} was {old} and is {new}. Leave that "
                 "out, or start a new run. More epochs: trainer.max_epochs=N."

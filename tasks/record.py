@@ -239,6 +239,7 @@ def summary_table(outcome: dict[str, Any], folder: Path) -> str:
             f"{outcome['seconds_per_epoch']:.1f} s, {outcome['encoder_seconds_per_epoch']:.1f} s in the encoder",
         ),
         *((f"{name.removesuffix('_per_second')}/s", f"{outcome[name]:.0f}") for name in outcome if "_per_s" in name),
+        ("tested", {"average.ckpt": "the mean of several checkpoints"}.get(outcome["tested"], "the best epoch")),
         ("run folder", str(folder)),
     ]
     if list(folder.glob("wandb/offline-run-*")):

@@ -16,8 +16,8 @@ def check_search(beam: int, length_penalty: float, prefix: str = "") -> None:
         raise ValueError(
             f"{prefix}beam={beam} must be a whole number, 1 (always the likeliest word) or more; 5 is usual"
         )
-    if type(length_penalty) not in (int, float) or not 0 <= length_penalty < math.inf:
-        raise ValueError(f"{prefix}length_penalty={length_penalty} must be 0 or more; 0.6 is usual")
+    if type(length_penalty) not in (int, float) or not 0 <= length_penalty <= 100:
+        raise ValueError(f"{prefix}length_penalty={length_penalty} must be 0 or more, up to 100; 0.6 is usual")
 
 
 def chosen(state: Any, rows: Tensor) -> Any:

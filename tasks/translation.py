@@ -19,6 +19,8 @@ from tasks.decoder import GlobalAttention, has_memory
 from tasks.record import write_text
 from tasks.search import beam_search, check_search
 
+MEMORY = ("memory_length", "eval_memory_length")  # options of what attends
+
 
 class Translation(Task):
     """Reads a sentence, and writes its translation word by word; metrics: perplexity, and of a test BLEU and chrF.
@@ -74,6 +76,8 @@ class Translation(Task):
         check_search(beam, length_penalty, "task.")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"task.label_smoothing={label_smoothing} must be 0 or above, and below 1")
+        if not callable(linear):
+            raise ValueError(f"linear={linear} must name a product, as conf/config.yaml does; leave it out")
         flags = {"share_embeddings": share_embeddings, "tied": tied, "validates_bleu": validates_bleu}
         for name, value in flags.items():
             if not isinstance(value, bool):
@@ -93,8 +97,7 @@ class Translation(Task):
         if tied:
             self.softmax.weight = self.target_embedding.weight
         known = inspect.signature(encoder).parameters
-        if "memory_length" in known:
-            encoder = partial(encoder, memory_length=None)
+        encoder = partial(encoder, **{name: None for name in MEMORY if name in known})
         attends = "source_size" in known
         whole = {"causal": False} if attends else {}
         self.encoder = encoder(input_size=embedding_size, bidirectional=bidirectional, **whole)
@@ -225,20 +228,21 @@ class Translation(Task):
             input: a text file, or - for standard input (the default); a line is a sentence.
             beam: sentences that are kept while translating (5); 1 always takes the likeliest word.
             length_penalty: above 0 favours long translations (0.6).
-            n_best: translations of a line (1), no more than beam; with 2 or more each stands behind its score.
+            n_best: translations of a line (1), no more than beam; with 2 or more each stands behind its score. An empty
+                line stays empty.
             batch_size: lines that are translated at once (32).
             max_length: subwords that are translated at once (250); a longer line is translated in such parts, which are
                 put one behind the other, and standard error says which lines.
         """
         check_search(beam, length_penalty)
-        if not 1 <= n_best <= beam or min(batch_size, max_length) < 1:
-            raise ValueError(
-                f"n_best={n_best} must be 1 to beam={beam}; "
-                f"batch_size={batch_size} and max_length={max_length} must be 1 or more"
-            )
+        if not 1 <= n_best <= beam:
+            raise ValueError(f"n_best={n_best} must be 1 to beam={beam}")
+        if min(batch_size, max_length) < 1:
+            raise ValueError(f"batch_size={batch_size} and max_length={max_length} must be 1 or more")
         try:
             content = sys.stdin.buffer.read() if input == "-" else Path(input).expanduser().read_bytes()
-            lines = content.decode("utf-8-sig").removesuffix("\n").split("\n") if content else []
+            text = content.decode("utf-8-sig").removesuffix("\n")
+            lines = [line.removesuffix("\r") for line in text.split("\n")] if content else []
         except OSError as error:
             raise FileNotFoundError(f"input={input} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
@@ -261,5 +265,7 @@ class Translation(Task):
                     score = sum(score for score, _ in of_parts) / len(of_parts)
                     if score == -math.inf:
                         raise ValueError("the network gives no number: its checkpoint is damaged, or its training was")
-                    text = " ".join(self.line(words) for _, words in of_parts) if line.strip() else ""  # as nothing is
+                    text = " ".join(self.line(words) for _, words in of_parts)
+                    if not line.strip():  # which is nothing in any language
+                        score, text = 0.0, ""
                     yield f"{text}\n" if n_best == 1 else f"{score:.4f}\t{text}\n"

@@ -35,6 +35,10 @@ def test_the_test_takes_the_mean_of_what_was_kept(configure, tmp_path, of):
     found, expected = weights(folder / "average.ckpt"), [weights(path) for path in kept]
     for name, value in found.items():
         torch.testing.assert_close(value, sum(state[name] for state in expected) / 3)
+    record = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert record["tested"] == "average.ckpt"
+    default, _ = predict.load(str(tmp_path / "run"))
+    assert all(torch.equal(value, found[name]) for name, value in default.state_dict().items())
     # The loss of the test tells whose weights it took.
     task, _ = predict.load(str(folder / "average.ckpt"))
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]
@@ -83,9 +87,31 @@ def test_what_was_deleted_before_a_kill_is_not_looked_for(configure, tmp_path):
         torch.testing.assert_close(value, (kept[0][name] + kept[1][name]) / 2)
 
 
+def test_a_resume_keeps_the_kind_of_mean(configure, tmp_path):
+    words = (*SMALL, "callbacks.average.count=2", f"run_dir={tmp_path / 'run'}")
+    train.run(configure(*words, "trainer.max_epochs=2", "callbacks.average.of=last"))
+    with pytest.raises(ValueError, match=r"callbacks\.average\.of was last and is best"):
+        train.run(configure(*words, "trainer.max_epochs=3", f"resume={tmp_path / 'run'}"))
+
+
+def test_a_damaged_checkpoint_is_named(configure, tmp_path, capsys):
+    words = (*SMALL, "callbacks.average.count=2", f"run_dir={tmp_path / 'run'}")
+    train.run(configure(*words, "trainer.max_epochs=2"))
+    folder = tmp_path / "run/checkpoints"
+    path = sorted(folder.glob("kept-*"))[0]
+    path.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"kept-\d+\.ckpt is damaged; delete it, and the mean is that of the others"):
+        train.run(configure(*words, f"resume={tmp_path / 'run'}", "trainer.max_epochs=2"))
+    path.unlink()
+    train.run(configure(*words, f"resume={tmp_path / 'run'}", "trainer.max_epochs=2"))
+    assert "there are 1 checkpoints to average" in capsys.readouterr().out
+    assert not (folder / "average.ckpt").exists()
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
+        ("callbacks.average.monitor=nonsense", r"callbacks\.average\.monitor=nonsense mode=min: leave both out"),
         ("callbacks.average.count=0", r"callbacks\.average\.count=0 must be a whole number, 1 for no mean"),
         ("callbacks.average.of=all", r"callbacks\.average\.of=all must be best or last"),
     ],

@@ -131,6 +131,22 @@ def test_a_damaged_file_is_refused(corpus):
         with pytest.raises(ValueError, match=message):
             read_idx(path, 3)
     path.write_bytes(content)
+    for labels, message in (
+        (np.full(12, 255), "labels .* of the test are none of those to train on"),
+        ([0, 1, 2, 4] * 3, "labels count the classes from 0 on, but none to train on is 3"),
+    ):
+        write_idx(corpus / "train-labels", labels)
+        with pytest.raises(ValueError, match=message):
+            data(corpus).setup()
+    write_idx(corpus / "train-labels", np.arange(12) % 3)
+    for images, message in (
+        (np.zeros((12, 2, 3)), "needs some, not all black"),
+        (np.ones((12, 3, 2)), "other sizes, 3 x 2 and 2 x 3"),
+    ):
+        write_idx(path, images)
+        with pytest.raises(ValueError, match=message):
+            data(corpus).setup()
+    path.write_bytes(content)
     write_idx(corpus / "train-labels", np.arange(11) % 3)
     with pytest.raises(ValueError, match="has 12 images in train-images and 11 labels in train-labels"):
         data(corpus).setup()
@@ -142,7 +158,9 @@ def test_a_damaged_file_is_refused(corpus):
         ({"order": "columns"}, r"data\.order=columns must be one of rows, pixels, permuted"),
         ({"num_val": 12}, r"data\.num_val=12 leaves none of 12 images to train on"),
         ({"num_train": 10}, r"data\.num_train=10 is more than there are: 12 images, data\.num_val=3"),
-        ({"num_train": 0}, r"data\.num_train=0 and data\.batch_size=4 must be 1 or more"),
+        ({"num_train": 0}, r"data\.num_train=0 and data\.batch_size=4 must be whole numbers, 1 or more"),
+        ({"num_val": "many"}, r"data\.num_val=many, "),
+        ({"num_train": 1.5}, r"data\.num_train=1\.5 and"),
     ],
 )
 def test_a_wrong_option_is_refused(corpus, options, message):

@@ -114,6 +114,15 @@ def test_step_by_step_is_one_call(name):
 
 
 @EVERY
+def test_what_stands_in_the_padding_of_a_source_is_not_read(name):
+    made, x, source, pad = decoder(name), rand(3, 2, 5), rand(4, 2, 7), padding(4, 2)
+    expected, _ = made(x, None, None, made.read(source, pad))
+    source[pad] = math.nan
+    torch.testing.assert_close(made(x, None, None, made.read(source, pad))[0], expected)
+    torch.testing.assert_close(made(x, None, None, made.read(source, pad.long()))[0], expected)
+
+
+@EVERY
 def test_several_sequences_look_into_one_source(name):
     made, x, source, pad = decoder(name), rand(3, 6, 5), rand(4, 2, 7), padding(2, 4)
     h, _ = made(x, None, None, made.read(source, pad))
@@ -234,6 +243,10 @@ def test_a_missing_or_needless_source_is_refused(name):
         made(x)
     with pytest.raises(ValueError, match="a source of 3 sequences does not go with 2 of x"):
         made(x, None, None, made.read(rand(4, 3, 7)))
+    with pytest.raises(ValueError, match=r"source must be \(S, B, 7\), time first, not \(4, 2, 5\)"):
+        made.read(rand(4, 2, 5))
+    with pytest.raises(ValueError, match="the source was read by 3 layers, and this has 2"):
+        made(x, None, None, decoder(name, num_layers=3).read(rand(4, 2, 7)))
     plain = decoder(name, source_size=None)
     with pytest.raises(ValueError, match="attends to no source: build it with source_size"):
         plain.read(rand(4, 2, 7))
@@ -257,7 +270,7 @@ def test_another_networks_state_is_refused():
 
 
 def test_a_scaling_of_no_highway_is_refused():
-    with pytest.raises(ValueError, match="rescale=False has no highway to scale; give has_skip_term=True"):
+    with pytest.raises(ValueError, match="rescale=False has no highway to scale; type has_skip_term=true"):
         TransformerSRU(5, 6, num_heads=2, rescale=False)
     made = [TransformerSRU(5, 6, num_heads=2, has_skip_term=True, rescale=rescale) for rescale in (True, False)]
     assert [encoder.layers[0].feed_forward.cell.alpha for encoder in made] == [pytest.approx(math.sqrt(3)), 1]
@@ -301,5 +314,8 @@ def test_dropout_leaves_what_it_should(dtype):
     assert dropout(x, 0.5, True).dtype == dtype
     assert dropout(x[:0], 0.5, True).shape == (0, 3)
     assert dropout(x, 0.9999999, True).isfinite().all()
+    assert not dropout(x, 1.0, True).any()
+    with pytest.raises(ValueError, match="dropout"):
+        dropout(x, 1.5, True)
     together = torch.func.vmap(lambda row: dropout(row, 0.5, True), randomness="different")
     assert together(x).shape == (7, 3)

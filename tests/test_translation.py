@@ -189,7 +189,8 @@ def test_a_network_without_numbers_translates_nothing():
 
 @pytest.mark.parametrize("encoder", ["srupp", "transformer", "transformer_sru", "transformer_xl"])
 def test_a_translator_looks_back_on_all_of_a_sentence(encoder, monkeypatch):
-    monkeypatch.setitem(ENCODERS, encoder, partial(ENCODERS[encoder], memory_length=1))
+    lengths = {"memory_length": 1} | ({"eval_memory_length": 2} if encoder in ("srupp", "transformer_xl") else {})
+    monkeypatch.setitem(ENCODERS, encoder, partial(ENCODERS[encoder], **lengths))
     test_a_score_of_step_by_step_is_that_of_one_call(encoder, True)
 
 
@@ -220,7 +221,12 @@ def test_every_line_is_translated(trained, tmp_path, capsys):
     assert told[0] == told[1]
     assert len(told[0]) == 5
     assert told[0][1] == told[0][3] == ""
+    (tmp_path / "lines").write_bytes((tmp_path / "lines").read_bytes().replace(b"\n", b"\r\n"))
+    capsys.readouterr()
+    predict.main([f"checkpoint={trained}", f"input={tmp_path / 'lines'}"])
+    assert capsys.readouterr().out.split("\n")[:-1] == told[0]
     assert len(told[2]) == 15
+    assert told[2][3:6] == told[2][9:12] == ["0.0000\t"] * 3
     scores = [float(line.split("\t")[0]) for line in told[2]]
     assert all(scores[i] >= scores[i + 1] for i in range(15) if i % 3 < 2)
 
@@ -245,7 +251,7 @@ def test_a_long_line_is_translated_in_parts(trained, tmp_path, capsys):
     ("words", "message"),
     [
         (["beam=0"], r"beam=0 must be a whole number, 1 \(always the likeliest word\) or more"),
-        (["n_best=6"], "n_best=6 must be 1 to beam=5"),
+        (["n_best=6"], "^n_best=6 must be 1 to beam=5$"),
         (["length_penalty=-1"], "length_penalty=-1.0 must be 0 or more"),
         (["input=/nowhere"], "input=/nowhere cannot be read"),
         (["max_length=0"], "batch_size=32 and max_length=0 must be 1 or more"),

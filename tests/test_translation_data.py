@@ -189,10 +189,14 @@ def test_sentences_of_a_person_become_a_batch(subwords):
     assert [item.source for item in batch.items] == ["The lake.", "", "A dog barks at the lake."]
     assert batch.target.tolist() == [[2, 2, 2], [3, 3, 3]]
     assert lines == [0, 1, 2]
-    batch, lines = subwords.batch(["The lake.", "", "A dog barks at the lake."], 3)
-    numbers = subwords.encode("A dog barks at the lake.")
-    assert lines == [0, 1, *[2] * math.ceil(len(numbers) / 3)]
-    assert batch.source[:, 2:].T.flatten().tolist()[:7] == [*numbers[:3], 3, *numbers[3:6]]
+    sentences = ["The lake.", "", "A dog barks at the lake."]
+    batch, lines = subwords.batch(sentences, 3)
+    numbers = [subwords.encode(sentence) for sentence in sentences]
+    assert lines == [i for i, found in enumerate(numbers) for _ in range(max(1, math.ceil(len(found) / 3)))]
+    found: list[list[int]] = [[], [], []]
+    for line, column in zip(lines, batch.source.T.tolist(), strict=True):
+        found[line] += [number for number in column if number > 3]
+    assert found == numbers
     with pytest.raises(ValueError, match="has half a character"):
         subwords.batch(["a\udcff"], 100)
 
