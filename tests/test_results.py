@@ -181,6 +181,13 @@ def test_an_unverified_value_is_marked_and_explained(tmp_path, capsys):
     assert "not verified" in out
 
 
+def test_translators_chosen_by_their_loss_are_reported_by_bleu(tmp_path, capsys):
+    metrics = {"val/loss": 1.6, "test/loss": 1.7, "test/perplexity": 5.5, "test/bleu": 37.77, "test/chrf": 61.8}
+    write_run(tmp_path / "a", 0.0, metrics=metrics, monitor="val/loss")
+    _, (row,), _, _ = show(capsys, tmp_path)
+    assert (row["metric"], row["mean"]) == ("test/bleu", "37.77")
+
+
 def test_a_run_without_test_value_shows_the_validation_value_marked_and_apart(tmp_path, capsys):
     write_run(tmp_path / "a", 80.0, {"paper": PAPER})
     write_run(tmp_path / "b", 0.0, {"paper": PAPER, "seed": 2}, metrics={"val/accuracy": 70.0})
