@@ -56,13 +56,12 @@ def beam_search(
     first = torch.zeros(1, dtype=torch.long, device=device)
     while left:
         logits, state = step(words[-1], state, source)
-        total = logits.logsumexp(1, keepdim=True)
-        last = (logits[:, eos, None] - total).unflatten(0, (-1, beam))
-        logits[:, [0, bos]] = -math.inf
+        log_p = logits.log_softmax(1)
+        last = log_p[:, eos, None].unflatten(0, (-1, beam))
+        log_p[:, [0, bos]] = -math.inf
         steps = len(words)
         # Twice as many as are kept: half of them may be ends.
-        found, choices = logits.topk(min(2 * beam, logits.shape[1]))
-        found, choices = (a.unflatten(0, (-1, beam)) for a in (found - total, choices))
+        found, choices = (a.unflatten(0, (-1, beam)) for a in log_p.topk(min(2 * beam, log_p.shape[1])))
         ending = (limits <= steps)[:, None, None]
         if ending.any():
             found = torch.where(ending, torch.full_like(found, -math.inf).index_copy(2, first, last), found)
