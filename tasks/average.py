@@ -12,7 +12,7 @@ from tasks.record import AtomicCheckpoints, Checkpoint
 class Average(Checkpoint):
     """Keeps the weights of `count` validations, and writes their mean to average.ckpt when training ends.
 
-    The test then takes that instead of the best epoch's; predict.py takes it by its path.
+    The test, and predict.py for the run's folder, then take that instead of the best epoch's.
 
     Args:
         dirpath: where the checkpoints of a run lie.
