@@ -102,8 +102,10 @@ def main(words: list[str]) -> None:
         if name not in known:
             raise ValueError(f"there is no option {name!r}; there are: checkpoint, device, {', '.join(known)}")
         kind = {"int": int, "float": float}.get(getattr(known[name], "__name__", ""), str)
+        if known[name] is bool and value not in ("true", "false"):
+            raise ValueError(f"{name}={value} must be true or false")
         try:
-            values[name] = kind(value)
+            values[name] = value == "true" if known[name] is bool else kind(value)
         except ValueError:
             raise ValueError(f"{name}={value} must be a {'whole ' if kind is int else ''}number") from None
     for text in task.predict(vocabulary, **values):

@@ -6,6 +6,7 @@ import hashlib
 import lzma
 import os
 import re
+import shutil
 import tarfile
 import tempfile
 import zipfile
@@ -33,7 +34,8 @@ def open_member(path: Path, mode: str) -> IO[bytes]:
 
 NO_NETWORK = (
     "No network is needed by data=pydoc, with task=lm by data=pydoc_text, with task=squad by data=squad_sample, "
-    "with task=translation by data=translation_sample, and with task=image by data=digits."
+    "with task=translation by data=translation_sample, with task=speech by data=speech_sample, and with task=image by "
+    "data=digits."
 )
 OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".zip": open_member}
 
@@ -241,3 +243,21 @@ def fetch_from_hub(
             raise ValueError(f"the rows of {' '.join(map(str, rows.values()))} on the hub have no {error}") from error
         os.replace(part, path)
     return path
+
+
+def unpacked(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> Path:
+    """The folder with those files of a tar archive whose names end so, unpacked once; ValueError if it is damaged."""
+    if folder.is_dir():
+        return folder
+    require_writable(folder.parent)
+    with FileLock(f"{folder}.lock"):  # a second process waits here, and then finds what the first has unpacked
+        if not folder.is_dir():
+            scratch = folder.with_name(folder.name + ".part")
+            shutil.rmtree(scratch, ignore_errors=True)
+            with open_unpacked(archive) as file, unpacking(archive), tarfile.open(fileobj=file, mode="r|") as content:
+                for member in content:
+                    if member.isfile() and member.name.endswith(suffixes):
+                        content.extract(member, scratch, filter="data")
+            scratch.mkdir(exist_ok=True)
+            os.rename(scratch, folder)
+    return folder

@@ -1,0 +1,147 @@
+"""Sound from files, and Kaldi's log-mel features of it: of whole recordings, and of sound as it comes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SCALE = 32768  # Kaldi computes on 16-bit numbers
+
+
+class Damaged(ValueError):
+    """A file that holds no sound that can be read."""
+
+
+def read(path: Path) -> tuple[np.ndarray, int, int]:
+    """The sound of a file: float32 samples in -1 to 1, the mean of its channels; samples a second; and channels."""
+    import soundfile
+
+    try:
+        wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (RuntimeError, OSError, TypeError, ValueError) as error:  # TypeError: a name that ends as raw sound does
+        reason = getattr(error, "error_string", None) or str(error)
+        raise Damaged(f"{path} is no sound that can be read: {reason}") from error
+    if not len(wave):
+        raise Damaged(f"{path} has no sample")
+    if not np.isfinite(wave).all():
+        raise Damaged(f"{path} has samples that are no numbers")
+    return wave.mean(1), rate, wave.shape[1]
+
+
+def resampled(wave: np.ndarray, rate: float, wanted: float) -> np.ndarray:
+    """The same sound at another number of samples a second."""
+    import soxr
+
+    if rate == wanted:
+        return wave
+    # As a stream is, so that what is learnt and what is heard as it comes are the same numbers.
+    return soxr.ResampleStream(rate, wanted, 1, dtype="float32").resample_chunk(wave, last=True)
+
+
+class Frontend:
+    """What a network hears: log-mel energies of 25 ms every 10 ms, of mean 0 and deviation 1, `stack` frames a step.
+
+    rate: samples a second, to which other sound is resampled.
+    num_mels: energies of a frame.
+    stack: so many frames, one behind the other, are a step of the network; what is left at the end is dropped.
+    mean, deviation: (num_mels,) of the training set's frames; None for features as they are.
+
+    Features are those of Kaldi's compute-fbank-feats without dither; frames lie wholly within the sound.
+    """
+
+    def __init__(
+        self,
+        *,
+        rate: int,
+        num_mels: int,
+        stack: int = 1,
+        mean: np.ndarray | None = None,
+        deviation: np.ndarray | None = None,
+    ) -> None:
+        self.rate, self.num_mels, self.stack = rate, num_mels, stack
+        self.mean, self.deviation = mean, deviation
+
+    @property
+    def size(self) -> int:
+        """Features of a step."""
+        return self.num_mels * self.stack
+
+    def steps(self, frames: int | np.ndarray) -> Any:
+        """The steps of so many frames."""
+        return frames // self.stack
+
+    def frames(self, wave: np.ndarray) -> np.ndarray:
+        """Features (T, num_mels), as they are, of a whole sound at `rate`."""
+        return FrameStream(self).accept(wave)
+
+    def normalised(self, frames: np.ndarray) -> np.ndarray:
+        """Steps (T // stack, size), float32, of frames (T, num_mels)."""
+        frames = frames[: len(frames) // self.stack * self.stack].astype(np.float32)
+        if self.mean is not None and self.deviation is not None:
+            frames = (frames - self.mean) / self.deviation
+        return frames.reshape(-1, self.size)
+
+
+class FrameStream:
+    """Features of sound that comes in pieces; those of all pieces are those of the whole."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        import kaldi_native_fbank as fbank
+
+        options = fbank.FbankOptions()
+        options.frame_opts.samp_freq = frontend.rate
+        options.frame_opts.dither = 0.0
+        options.mel_opts.num_bins = frontend.num_mels
+        self.fbank = fbank.OnlineFbank(options)
+        self.rate, self.num_mels = frontend.rate, frontend.num_mels
+        self.taken = 0
+
+    def accept(self, wave: np.ndarray) -> np.ndarray:
+        """The frames (T, num_mels) that a next piece of sound, float32 in -1 to 1 at the frontend's rate, completes."""
+        if len(wave):
+            self.fbank.accept_waveform(self.rate, wave * SCALE)
+        ready = self.fbank.num_frames_ready
+        frames = [np.array(self.fbank.get_frame(i)) for i in range(self.taken, ready)]
+        self.fbank.pop(ready - self.taken)
+        self.taken = ready
+        return np.stack(frames) if frames else np.zeros((0, self.num_mels), np.float32)
+
+
+class StepStream:
+    """A network's steps of sound that comes in pieces, at any rate."""
+
+    def __init__(self, frontend: Frontend, rate: int) -> None:
+        import soxr
+
+        self.frontend = frontend
+        self.frames = FrameStream(frontend)
+        self.resampler = None
+        if rate != frontend.rate:
+            self.resampler = soxr.ResampleStream(rate, frontend.rate, 1, dtype="float32")
+        self.left = np.zeros((0, frontend.num_mels), np.float32)  # frames that are no whole step yet
+
+    def accept(self, wave: np.ndarray, *, is_last: bool) -> np.ndarray:
+        """The steps (T, size) that a next piece, float32 in -1 to 1, completes; the last may be empty."""
+        if self.resampler is not None:
+            wave = self.resampler.resample_chunk(wave, last=is_last)
+        frames = np.concatenate([self.left, self.frames.accept(wave)])
+        whole = len(frames) // self.frontend.stack * self.frontend.stack
+        self.left = frames[whole:]
+        return self.frontend.normalised(frames[:whole])
+
+
+def check_frontend(rate: int, num_mels: int, stack: int) -> None:
+    """ValueError for what Kaldi's code would stop the process at, and for what is no number of anything."""
+    for name, value, low, high in (
+        ("rate", rate, 1000, 200_000),
+        ("num_mels", num_mels, 4, 256),
+        ("stack", stack, 1, 100),
+    ):
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"data.{name}={value} must be a whole number, {low} to {high}")
+    try:
+        FrameStream(Frontend(rate=rate, num_mels=num_mels))
+    except ValueError as error:
+        raise ValueError(
+            f"data.num_mels={num_mels} is too many for data.rate={rate}: some have no frequency; type 40, or less"
+        ) from error

@@ -1,0 +1,143 @@
+"""Spoken digits, recorded, and words that are computed: recordings alone, or put together to strings."""
+
+import os
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data import synthesis
+from data.features import Utterance
+from data.fetch import fetch, find, require_writable, unpacked
+from data.speech import Recordings
+
+SPLIT_SEED = 1234  # a run's own seed never moves a recording to another split
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+class SpokenDigits(Recordings):
+    """The Free Spoken Digit Dataset (Jackson et al.): 3,000 digits of six speakers, alone or put together to strings.
+
+    root: of fsdd/, which holds recordings/ or the archive; it is downloaded where absent.
+    speakers: who is heard in `val` and `test`, and nobody else is; null for the official split, by the recordings'
+        numbers, of which 0 to 4 are the test's, and 5 to 9 our validation's.
+    digits: shortest and longest string of one speaker's digits; null for single digits.
+    repeats: in how many strings of training each recording is; in validation and test in one.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        url: str,
+        archive: str,
+        speakers: Mapping[str, Sequence[str]] | None = None,
+        digits: Sequence[int] | None = None,
+        repeats: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.folder = Path(root).expanduser() / "fsdd"
+        self.url, self.archive = url, archive
+        self.speakers = None if speakers is None else {split: {*names} for split, names in speakers.items()}
+        self.digits, self.repeats = digits, repeats
+        whole = digits is None or (
+            len(digits) == 2 and all(type(n) is int for n in digits) and 1 <= digits[0] <= digits[1]
+        )
+        if not whole or type(repeats) is not int or repeats < 1:
+            raise ValueError(
+                f"data.digits={digits} must be two whole numbers, as [3,7], or null, and data.repeats={repeats} 1 or "
+                "more"
+            )
+        if self.speakers is not None and {*self.speakers} != {"val", "test"}:
+            raise ValueError(f"data.speakers={speakers} must name those of val and of test, or be null")
+
+    def utterances(self) -> dict[str, list[Utterance]]:
+        folder = self.folder
+        if not (folder / "recordings").is_dir():
+            archive = find(folder / self.archive) or fetch(folder / self.archive, self.url)
+            folder = unpacked(archive, self.cache / "fsdd" / str(archive.stat().st_size), (".wav",))
+        names = re.compile(r"(\d)_(\w+)_(\d+)\.wav")
+        found: dict[str, list[Utterance]] = {"train": [], "val": [], "test": []}
+        heard = set()
+        for path in sorted(folder.rglob("recordings/*.wav")):
+            if match := names.fullmatch(path.name):
+                digit, speaker, number = int(match[1]), match[2], int(match[3])
+                heard.add(speaker)
+                if self.speakers is None:
+                    split = "test" if number < 5 else "val" if number < 10 else "train"
+                else:
+                    split = next((split for split, known in self.speakers.items() if speaker in known), "train")
+                found[split].append(Utterance(path.stem, (path,), DIGITS[digit], speaker))
+        if not heard:
+            raise ValueError(f"{folder} has no recordings/DIGIT_SPEAKER_NUMBER.wav: put the corpus there again")
+        for split, known in (self.speakers or {}).items():
+            if unknown := sorted(known - heard):
+                raise ValueError(f"data.speakers.{split}: {unknown[0]!r} is none of {', '.join(sorted(heard))}")
+        if self.digits is None:
+            return found
+        return {
+            split: strings(recordings, self.digits, self.repeats if split == "train" else 1)
+            for split, recordings in found.items()
+        }
+
+
+def strings(recordings: Iterable[Utterance], digits: Sequence[int], repeats: int) -> list[Utterance]:
+    """Recordings of one speaker, each in `repeats` strings of a length within `digits`, put together at random."""
+    generator = random.Random(SPLIT_SEED)
+    by_speaker: dict[str, list[Utterance]] = {}
+    for recording in recordings:
+        by_speaker.setdefault(recording.speaker, []).append(recording)
+    found = []
+    for speaker, own in sorted(by_speaker.items()):
+        for _ in range(repeats):
+            left = generator.sample(own, len(own))
+            while left:
+                count = generator.randint(*digits)
+                # What would be too short for a string is taken in with the last one.
+                count = len(left) if len(left) - count < digits[0] else count
+                taken, left = left[:count], left[count:]
+                files = tuple(path for utterance in taken for path in utterance.files)
+                text = " ".join(utterance.text for utterance in taken)
+                found.append(Utterance(f"{speaker}-{len(found)}", files, text, speaker))
+    return found
+
+
+class SpokenWords(Recordings):
+    """Speech that is computed (data/synthesis.py), written to the cache once: no corpus, no download.
+
+    400 recordings of two to five words by eight speakers, and 40 by two others each for validation and test; with
+    unit=label a word each.
+    """
+
+    COUNTS = (("train", 400, range(8)), ("val", 40, range(8, 10)), ("test", 40, range(10, 12)))
+
+    def __init__(self, *, root: str = "", **options: Any) -> None:
+        super().__init__(**options)
+
+    def utterances(self) -> dict[str, list[Utterance]]:
+        import soundfile
+
+        is_single = self.unit == "label"
+        folder = self.cache / "speech_sample" / ("words" if is_single else "sentences")
+        require_writable(folder)
+        found: dict[str, list[Utterance]] = {}
+        seed = 0
+        for split, count, speakers in self.COUNTS:
+            found[split] = []
+            for i in range(count):
+                seed += 1
+                speaker = speakers[i % len(speakers)]
+                generator = np.random.default_rng(seed)
+                words = generator.choice(synthesis.WORDS, 1 if is_single else generator.integers(2, 6)).tolist()
+                path = folder / f"{split}-{i}.wav"
+                if not path.is_file():
+                    part = path.with_name(f"{path.stem}-{os.getpid()}.part.wav")
+                    soundfile.write(part, synthesis.spoken(words, speaker, seed)[0], synthesis.RATE)
+                    os.replace(part, path)
+                found[split].append(Utterance(path.stem, (path,), " ".join(words), str(speaker)))
+        return found

@@ -1,0 +1,195 @@
+"""Recordings of others: listed in manifests, LibriSpeech, Speech Commands, and what lies on the hub."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.features import Utterance
+from data.fetch import fetch, require_writable, unpacked
+from data.speech import Recordings
+
+
+class Manifest(Recordings):
+    """Recordings listed in files of JSON, a line each: {"audio": PATH, "text": TEXT, "speaker": NAME}.
+
+    train, val, test: these files, below root or paths; PATH is relative to the file that names it. speaker may be left
+    out.
+    """
+
+    def __init__(self, *, root: str, train: str, val: str, test: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.root = Path(root).expanduser()
+        self.names = {"train": train, "val": val, "test": test}
+        for split, name in self.names.items():
+            if not isinstance(name, str):
+                raise ValueError(f"data.{split}={name} must be a file of JSON lines: type data.{split}=FILE.jsonl")
+
+    def utterances(self) -> dict[str, list[Utterance]]:
+        return {split: listed(self.locate(split, name)) for split, name in self.names.items()}
+
+    def locate(self, split: str, name: str) -> Path:
+        for path in (self.root / name, Path(name).expanduser()):
+            if path.is_file():
+                return path
+        raise FileNotFoundError(f"data.{split}={name}: there is no such file, neither in {self.root} nor here")
+
+
+def listed(path: Path) -> list[Utterance]:
+    """What a manifest lists; ValueError with the line of the first thing that is not so."""
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: no JSON ({error}): a line is {EXAMPLE}") from error
+        for key in ("audio", "text"):
+            if not isinstance(row, dict) or not isinstance(row.get(key), str):
+                raise ValueError(f"{path}:{number}: there is no text {key!r}: a line is {EXAMPLE}")
+        audio = path.parent / row["audio"]
+        found.append(Utterance(f"{path.stem}-{number}", (audio,), row["text"], str(row.get("speaker", ""))))
+    if not found:
+        raise ValueError(f"{path} lists no recording: a line is {EXAMPLE}")
+    return found
+
+
+EXAMPLE = '{"audio": "a/1.wav", "text": "what is said", "speaker": "anna"}'
+
+
+class LibriSpeech(Recordings):
+    """LibriSpeech (Panayotov et al., 2015): root/LibriSpeech/PART/SPEAKER/CHAPTER/*.flac, downloaded where absent.
+
+    train, val, test: parts, as train-clean-100; of training there may be several.
+    parts: {url, md5, utterances} of each part.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        train: Sequence[str],
+        val: str,
+        test: str,
+        parts: Mapping[str, Mapping[str, Any]],
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.root = Path(root).expanduser()
+        self.names = {"train": [train] if isinstance(train, str) else [*train], "val": [val], "test": [test]}
+        self.parts = parts
+        for split, names in self.names.items():
+            if unknown := [name for name in names if name not in parts]:
+                raise ValueError(f"data.{split}={unknown[0]} is none of {', '.join(parts)}")
+
+    def utterances(self) -> dict[str, list[Utterance]]:
+        return {split: [u for name in names for u in self.part(name)] for split, names in self.names.items()}
+
+    def part(self, name: str) -> list[Utterance]:
+        folder = self.root / "LibriSpeech" / name
+        if not folder.is_dir():
+            known = self.parts[name]
+            archive = fetch(self.root / "LibriSpeech" / f"{name}.tar.gz", known["url"], known["md5"])
+            folder = (
+                unpacked(archive, self.cache / "LibriSpeech" / name, (".flac", ".trans.txt")) / "LibriSpeech" / name
+            )
+        found = []
+        for transcripts in sorted(folder.glob("*/*/*.trans.txt")):
+            for line in transcripts.read_text(encoding="utf-8").splitlines():
+                key, _, text = line.partition(" ")
+                found.append(Utterance(key, (transcripts.parent / f"{key}.flac",), text, key.partition("-")[0]))
+        if len(found) != self.parts[name]["utterances"]:
+            expected = self.parts[name]["utterances"]
+            raise ValueError(f"{folder} has {len(found):,} transcripts, {name} has {expected:,}: it is not whole")
+        return found
+
+
+class HubSpeech(Recordings):
+    """A set on the hub that is plain Parquet, with a column of sound and one of text.
+
+    rows: by split, keywords of datasets.load_dataset. audio, text, speaker: the columns; speaker may be null.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: Mapping[str, Mapping[str, Any]],
+        audio: str = "audio",
+        text: str = "text",
+        speaker: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.sets = rows
+        self.columns = {"audio": audio, "text": text, "speaker": speaker}
+
+    def utterances(self) -> dict[str, list[Utterance]]:
+        return {split: self.split(rows) for split, rows in self.sets.items()}
+
+    def split(self, rows: Mapping[str, Any]) -> list[Utterance]:
+        """Each recording's bytes, as they are, in a file of the cache."""
+        from datasets import Audio, load_dataset
+
+        name = " ".join(map(str, rows.values()))
+        try:
+            dataset = load_dataset(**rows).cast_column(self.columns["audio"], Audio(decode=False))
+        except Exception as error:  # the hub's client raises what its layers raise
+            reason = str(error).partition("\n")[0]
+            raise ConnectionError(f"cannot get {name} from the hub: {reason}. Run the same command again") from error
+        folder = self.cache / "hub" / dataset._fingerprint
+        require_writable(folder)
+        found = []
+        for number, row in enumerate(dataset):
+            sound = row[self.columns["audio"]]
+            path = folder / f"{number}{Path(sound['path'] or '').suffix}"
+            if sound["bytes"] is None:
+                path = Path(sound["path"])
+            elif not path.is_file():
+                part = path.with_name(path.name + ".part")
+                part.write_bytes(sound["bytes"])
+                os.replace(part, path)
+            speaker = str(row[self.columns["speaker"]]) if self.columns["speaker"] else ""
+            found.append(Utterance(f"{name}-{number}", (path,), row[self.columns["text"]], speaker))
+        return found
+
+
+class SpeechCommands(Recordings):
+    """Speech Commands (Warden, 2018): a second of one word each; the official lists say what validation and test are.
+
+    root: of speech_commands/, which holds the words' folders or the archive; it is downloaded where absent.
+    words: those that are told apart; null for all.
+    """
+
+    def __init__(
+        self, *, root: str, url: str, sha256: str, archive: str, words: Sequence[str] | None = None, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.folder = Path(root).expanduser() / "speech_commands"
+        self.url, self.sha256, self.archive = url, sha256, archive
+        self.words = None if words is None else [*words]
+
+    def utterances(self) -> dict[str, list[Utterance]]:
+        folder = self.folder
+        if not (folder / "testing_list.txt").is_file():
+            archive = fetch(folder / self.archive, self.url, self.sha256)
+            folder = unpacked(archive, self.cache / "speech_commands" / self.sha256[:16], (".wav", ".txt"))
+        lists = {
+            split: {*(folder / f"{name}_list.txt").read_text().split()}
+            for split, name in (("val", "validation"), ("test", "testing"))
+        }
+        words = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")
+        if unknown := sorted({*(self.words or ())} - {*words}):
+            raise ValueError(f"data.words: {unknown[0]!r} is none of {', '.join(words)}")
+        found: dict[str, list[Utterance]] = {"train": [], "val": [], "test": []}
+        for word in self.words or words:
+            for path in sorted((folder / word).glob("*.wav")):
+                key = f"{word}/{path.name}"
+                split = next((split for split, names in lists.items() if key in names), "train")
+                found[split].append(Utterance(key, (path,), word, path.name.partition("_")[0]))
+        return found
