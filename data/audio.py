@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 
 SCALE = 32768  # Kaldi computes on 16-bit numbers
+# The mean of all the training set's frames; of those of the recording so far, as a stream has it; or of all its own.
+LEVELS = ("global", "running", "recording")
+PRIOR = 30  # frames of the training set's mean that a running mean begins with
 
 
 class Damaged(ValueError):
@@ -44,6 +47,7 @@ class Frontend:
     rate: samples a second, to which other sound is resampled.
     num_mels: energies of a frame.
     stack: so many frames, one behind the other, are a step of the network; what is left at the end is dropped.
+    level: what is taken from each frame, see LEVELS: what the room and the microphone add to all of a recording.
     mean, deviation: (num_mels,) of the training set's frames; None for features as they are.
 
     Features are those of Kaldi's compute-fbank-feats without dither; frames lie wholly within the sound.
@@ -55,11 +59,12 @@ class Frontend:
         rate: int,
         num_mels: int,
         stack: int = 1,
+        level: str = "global",
         mean: np.ndarray | None = None,
         deviation: np.ndarray | None = None,
     ) -> None:
         self.rate, self.num_mels, self.stack = rate, num_mels, stack
-        self.mean, self.deviation = mean, deviation
+        self.level, self.mean, self.deviation = level, mean, deviation
 
     @property
     def size(self) -> int:
@@ -74,11 +79,20 @@ class Frontend:
         """Features (T, num_mels), as they are, of a whole sound at `rate`."""
         return FrameStream(self).accept(wave)
 
-    def normalised(self, frames: np.ndarray) -> np.ndarray:
-        """Steps (T // stack, size), float32, of frames (T, num_mels)."""
+    def normalised(self, frames: np.ndarray, heard: tuple[Any, int] = (0.0, 0)) -> np.ndarray:
+        """Steps (T // stack, size), float32, of frames (T, num_mels).
+
+        heard: the sum and the number of the frames before these, for a running mean.
+        """
         frames = frames[: len(frames) // self.stack * self.stack].astype(np.float32)
         if self.mean is not None and self.deviation is not None:
-            frames = (frames - self.mean) / self.deviation
+            mean = self.mean
+            if self.level == "running":
+                sums = heard[0] + frames.cumsum(0, dtype=np.float64) + PRIOR * self.mean
+                mean = (sums / (PRIOR + heard[1] + np.arange(1, len(frames) + 1)[:, None])).astype(np.float32)
+            elif self.level == "recording" and len(frames):
+                mean = frames.mean(0)
+            frames = (frames - mean) / self.deviation
         return frames.reshape(-1, self.size)
 
 
@@ -119,6 +133,7 @@ class StepStream:
         if rate != frontend.rate:
             self.resampler = soxr.ResampleStream(rate, frontend.rate, 1, dtype="float32")
         self.left = np.zeros((0, frontend.num_mels), np.float32)  # frames that are no whole step yet
+        self.heard: tuple[Any, int] = 0.0, 0
 
     def accept(self, wave: np.ndarray, *, is_last: bool) -> np.ndarray:
         """The steps (T, size) that a next piece, float32 in -1 to 1, completes; the last may be empty."""
@@ -127,10 +142,12 @@ class StepStream:
         frames = np.concatenate([self.left, self.frames.accept(wave)])
         whole = len(frames) // self.frontend.stack * self.frontend.stack
         self.left = frames[whole:]
-        return self.frontend.normalised(frames[:whole])
+        steps = self.frontend.normalised(frames[:whole], self.heard)
+        self.heard = self.heard[0] + frames[:whole].sum(0, dtype=np.float64), self.heard[1] + whole
+        return steps
 
 
-def check_frontend(rate: int, num_mels: int, stack: int) -> None:
+def check_frontend(rate: int, num_mels: int, stack: int, level: str) -> None:
     """ValueError for what Kaldi's code would stop the process at, and for what is no number of anything."""
     for name, value, low, high in (
         ("rate", rate, 1000, 200_000),
@@ -139,6 +156,8 @@ def check_frontend(rate: int, num_mels: int, stack: int) -> None:
     ):
         if type(value) is not int or not low <= value <= high:
             raise ValueError(f"data.{name}={value} must be a whole number, {low} to {high}")
+    if level not in LEVELS:
+        raise ValueError(f"data.level={level} must be one of {', '.join(LEVELS)}")
     try:
         FrameStream(Frontend(rate=rate, num_mels=num_mels))
     except ValueError as error:

@@ -92,7 +92,7 @@ def strings(recordings: Iterable[Utterance], digits: Sequence[int], repeats: int
     by_speaker: dict[str, list[Utterance]] = {}
     for recording in recordings:
         by_speaker.setdefault(recording.speaker, []).append(recording)
-    found = []
+    found: list[Utterance] = []
     for speaker, own in sorted(by_speaker.items()):
         for _ in range(repeats):
             left = generator.sample(own, len(own))

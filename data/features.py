@@ -35,6 +35,7 @@ class Utterance(NamedTuple):
     text: str
     speaker: str
     speed: float = 1.0  # 1.1 is heard faster, and higher
+    gain: float = 0.0  # in dB
 
 
 class Recorded:
@@ -79,7 +80,7 @@ def identity_of(utterances: Sequence[Utterance], frontend: Frontend) -> str:
                 found = path.stat() if path.exists() else None
                 seen[path] = (found.st_size, found.st_mtime_ns) if found else (-1, -1)
         files = [(str(path), *seen[path]) for path in utterance.files]
-        digest.update(json.dumps([utterance.id, utterance.text, utterance.speed, files]).encode())
+        digest.update(json.dumps([utterance.id, utterance.text, utterance.speed, utterance.gain, files]).encode())
     return digest.hexdigest()[:24]
 
 
@@ -198,4 +199,4 @@ def features_of(utterance: Utterance, frontend: Frontend) -> tuple[np.ndarray | 
             waves.append(resampled(wave, round(rate * utterance.speed), frontend.rate))
     except Damaged as error:
         return error, found
-    return frontend.frames(np.concatenate(waves)), found
+    return frontend.frames(np.concatenate(waves) * np.float32(10 ** (utterance.gain / 20))), found

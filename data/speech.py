@@ -18,6 +18,7 @@ from data.symbols import BLANK, UNITS, Symbols, frames_needed
 log = logging.getLogger(__name__)
 
 LABEL = "label"
+PERTURBATION_SEED = 1234  # a run's own seed never changes a recording
 
 
 class Item(NamedTuple):
@@ -72,15 +73,16 @@ class Recordings(pl.LightningDataModule):
     is its class. Features are computed once for all runs (data/features.py).
 
     cache: folder for what is computed.
-    rate, num_mels, stack: see data.audio.Frontend; stack frames of 10 ms are a step of the network.
-    unit: characters, bpe or unigram (subwords, vocab_size of them), or label.
+    rate, num_mels, stack, level: see data.audio.Frontend; stack frames of 10 ms are a step of the network.
+    unit: characters, words, bpe or unigram (subwords, vocab_size of them), or label.
     lowercase: of the transcripts.
     speeds: in training, each recording is heard at each of these speeds (Ko et al., 2015); 1.0 is as it is.
+    volume: and louder or softer by up to so many dB, drawn once for all runs.
     frames_per_batch: a batch of training has at most so many frames of 10 ms, with the padding.
     eval_frames_per_batch: the same in validation and test.
 
-    A recording with too few steps for its symbols is left out of training. Characters that no training transcript has
-    cannot be written, but count in the error rates. Both are counted in the log.
+    A recording with too few steps for its symbols is left out of training. Characters or words that no training
+    transcript has cannot be written, but count in the error rates. Both are counted in the log.
     """
 
     def __init__(
@@ -90,10 +92,12 @@ class Recordings(pl.LightningDataModule):
         rate: int = 16000,
         num_mels: int = 80,
         stack: int = 3,
+        level: str = "running",
         unit: str = "characters",
         vocab_size: int = 500,
         lowercase: bool = True,
         speeds: Sequence[float] = (1.0,),
+        volume: float = 0.0,
         frames_per_batch: int = 12000,
         eval_frames_per_batch: int = 24000,
         seed: int = 1234,
@@ -101,7 +105,7 @@ class Recordings(pl.LightningDataModule):
         super().__init__()
         if unit not in (*UNITS, LABEL):
             raise ValueError(f"data.unit={unit} must be one of {', '.join((*UNITS, LABEL))}")
-        check_frontend(rate, num_mels, stack)
+        check_frontend(rate, num_mels, stack, level)
         sizes = {"vocab_size": vocab_size, "frames_per_batch": frames_per_batch}
         for name, value in (sizes | {"eval_frames_per_batch": eval_frames_per_batch}).items():
             if type(value) is not int or value < 1:
@@ -112,10 +116,12 @@ class Recordings(pl.LightningDataModule):
             raise ValueError(
                 f"data.speeds={list(speeds)} must be a list of numbers, 0.5 to 2: type 'data.speeds=[1.0]'"
             )
+        if type(volume) not in (int, float) or not 0 <= volume <= 60:
+            raise ValueError(f"data.volume={volume} must be dB, 0 to 60")
         self.cache = Path(cache).expanduser()
-        self.options = {"rate": rate, "num_mels": num_mels, "stack": stack}
+        self.options: dict[str, Any] = {"rate": rate, "num_mels": num_mels, "stack": stack, "level": level}
         self.unit, self.vocab_size, self.lowercase = unit, vocab_size, lowercase
-        self.speeds = sorted({float(speed) for speed in speeds})
+        self.speeds, self.volume = sorted({float(speed) for speed in speeds}), volume
         self.frames_per_batch, self.eval_frames_per_batch, self.seed = frames_per_batch, eval_frames_per_batch, seed
         self.recorded: dict[str, Recorded] = {}
 
@@ -138,15 +144,10 @@ class Recordings(pl.LightningDataModule):
         if self.recorded:
             return
         frontend = Frontend(**self.options)
-        found = {
-            split: prepared(
-                [self.normalised(u, speed) for speed in self.speeds_of(split) for u in listed],
-                frontend,
-                self.cache,
-                split,
-            )
-            for split, listed in self.utterances().items()
-        }
+        listed = self.utterances()
+        heard = {split: [self.heard(utterance) for utterance in own] for split, own in listed.items()}
+        heard["train"] = perturbed(heard["train"], self.speeds, self.volume)
+        found = {split: prepared(own, frontend, self.cache, split) for split, own in heard.items()}
         train = found["train"]
         texts = train.texts
         symbols, labels = None, None
@@ -167,13 +168,10 @@ class Recordings(pl.LightningDataModule):
             log.info("%s: %d recordings, %.2f hours%s", split, len(recorded), hours, rare if unknown else "")
         self.recorded = found
 
-    def speeds_of(self, split: str) -> list[float]:
-        return self.speeds if split == "train" else [1.0]
-
-    def normalised(self, utterance: Utterance, speed: float) -> Utterance:
-        """The utterance at a speed, its text without spaces that nobody says."""
+    def heard(self, utterance: Utterance) -> Utterance:
+        """The utterance, its text without spaces that nobody says."""
         text = " ".join(utterance.text.split())
-        return utterance._replace(text=text.lower() if self.lowercase else text, speed=utterance.speed * speed)
+        return utterance._replace(text=text.lower() if self.lowercase else text)
 
     def trainable(self, train: Recorded, texts: Sequence[str]) -> np.ndarray:
         """The recordings that have a step for each of their symbols."""
@@ -212,8 +210,8 @@ class Recordings(pl.LightningDataModule):
             x[: len(frames), column] = torch.from_numpy(frames)
             pad[: len(frames), column] = False
         if symbols is None:
-            numbers = {label: number for number, label in enumerate(self.vocabulary.labels or ())}
-            return x, torch.tensor([numbers[text] for _, text, _ in found]), pad
+            classes = {label: number for number, label in enumerate(self.vocabulary.labels or ())}
+            return x, torch.tensor([classes[text] for _, text, _ in found]), pad
         encoded = [symbols.encode(text) for _, text, _ in found]
         lengths = torch.tensor([len(numbers) for numbers in encoded])
         targets = torch.full((len(rows), max(1, int(lengths.max()))), BLANK)
@@ -263,8 +261,8 @@ class Recordings(pl.LightningDataModule):
         if changed := [name for name in now if now[name] != state_dict.get(name)]:
             raise ValueError(
                 f"the checkpoint was trained on other data: {', '.join(changed)} differ. Use the files and options of "
-                "the checkpoint's run (data=, data.rate, data.num_mels, data.stack, data.unit, data.speeds), or train "
-                "again."
+                "the checkpoint's run (data=, data.rate, data.num_mels, data.stack, data.level, data.unit, "
+                "data.speeds, data.volume), or train again."
             )
 
     @staticmethod
@@ -274,8 +272,19 @@ class Recordings(pl.LightningDataModule):
             rate=state_dict["rate"],
             num_mels=state_dict["num_mels"],
             stack=state_dict["stack"],
+            level=state_dict["level"],
             mean=np.array(state_dict["mean"], np.float32),
             deviation=np.array(state_dict["deviation"], np.float32),
         )
         symbols = state_dict["symbols"] and Symbols(**state_dict["symbols"])
         return Vocabulary(frontend, symbols, state_dict["labels"])
+
+
+def perturbed(utterances: Sequence[Utterance], speeds: Sequence[float], volume: float) -> list[Utterance]:
+    """Each utterance at each of these speeds, and louder or softer by up to `volume` dB."""
+    generator = np.random.default_rng(PERTURBATION_SEED)
+    return [
+        utterance._replace(speed=speed, gain=round(generator.uniform(-volume, volume), 2))
+        for speed in speeds
+        for utterance in utterances
+    ]

@@ -66,7 +66,7 @@ EXAMPLE = '{"audio": "a/1.wav", "text": "what is said", "speaker": "anna"}'
 class LibriSpeech(Recordings):
     """LibriSpeech (Panayotov et al., 2015): root/LibriSpeech/PART/SPEAKER/CHAPTER/*.flac, downloaded where absent.
 
-    train, val, test: parts, as train-clean-100; of training there may be several.
+    train, val, test: parts, as train-clean-100; several are joined by a plus.
     parts: {url, md5, utterances} of each part.
     """
 
@@ -74,7 +74,7 @@ class LibriSpeech(Recordings):
         self,
         *,
         root: str,
-        train: Sequence[str],
+        train: str,
         val: str,
         test: str,
         parts: Mapping[str, Mapping[str, Any]],
@@ -82,7 +82,7 @@ class LibriSpeech(Recordings):
     ) -> None:
         super().__init__(**options)
         self.root = Path(root).expanduser()
-        self.names = {"train": [train] if isinstance(train, str) else [*train], "val": [val], "test": [test]}
+        self.names = {split: names.split("+") for split, names in (("train", train), ("val", val), ("test", test))}
         self.parts = parts
         for split, names in self.names.items():
             if unknown := [name for name in names if name not in parts]:

@@ -40,8 +40,8 @@ def spoken(words: Sequence[str], speaker: int, seed: int) -> tuple[np.ndarray, l
     for word in words:
         begin = position
         for letter in word:
-            low, high, noise = SOUNDS[letter]
-            add(np.tile([low * tract, high * tract, 1 + noise], (int(RATE * generator.uniform(0.07, 0.13)), 1)))
+            first, second, rough = SOUNDS[letter]
+            add(np.tile([first * tract, second * tract, 1 + rough], (int(RATE * generator.uniform(0.07, 0.13)), 1)))
         spans.append((begin, position))
         pause()
     track = np.concatenate(pieces)

@@ -127,8 +127,11 @@ class PrefixSearch:
 
     def best(self) -> list[tuple[float, list[int]]]:
         """The texts' symbols and their scores, the best first."""
-        end = (lambda beam: 0.0) if self.words is None else (lambda beam: self.words.end(beam.context))
-        scored = [(beam.score + end(beam), [*prefix]) for prefix, beam in self.beams.items()]
+        words = self.words
+        scored = [
+            (beam.score + (words.end(beam.context) if words is not None else 0.0), [*prefix])
+            for prefix, beam in self.beams.items()
+        ]
         return sorted(scored, key=lambda pair: -pair[0])
 
 

@@ -197,7 +197,8 @@ def check_data(cfg: DictConfig, data: Any, last: Path | None) -> None:
             f"data={cfg.choices.data} does not go with task={cfg.choices.task}, which knows no {', '.join(other)}; "
             "texts (pydoc_text, bytes, ptb, ...) are for task=lm, sentences (pydoc, cr, trec, ...) for "
             "task=classification, images (digits, mnist_rows, ...) for task=image, questions (squad, squad_sample) for "
-            "task=squad, pairs of texts (multi30k, ...) for task=translation"
+            "task=squad, pairs of texts (multi30k, ...) for task=translation, recordings (speech_sample, fsdd_strings, "
+            "librispeech_100, ...) for task=speech, and with data.unit=label for task=keywords"
         )
     if last is not None:
         data.load_state_dict(checkpoint(last)[type(data).__qualname__])

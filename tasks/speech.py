@@ -153,7 +153,8 @@ class SpeechRecognition(Task):
             input: a file of sound (wav, flac, ogg, mp3, ...), of any rate; or - for standard input, which is raw sound
                 of 16 bits, one channel, and `rate` samples a second.
             stream: true hears the sound in chunks as they come, by a model of one direction, and writes what it hears
-                at once, or with a beam or an n-gram at the end: the same text. Standard error says how long a chunk took.
+                at once, or with a beam or an n-gram at the end: the same text. Standard error says how long a chunk
+                took, by one thread.
             chunk: milliseconds of a chunk (100).
             beam: texts that are kept while searching; 1 takes the likeliest symbol of each step (1).
             ngram: an n-gram of words, in ARPA's or KenLM's format; it needs a beam, 16 say, and package kenlm.
@@ -175,7 +176,11 @@ class SpeechRecognition(Task):
         symbols: list[int] = []
         last, written = BLANK, ""
         seconds = []
-        if stream:  # what runs for the first time is compiled
+        if stream:
+            if vocabulary.frontend.level == "recording":
+                raise ValueError("stream=true does not go with data.level=recording, which needs the whole of it first")
+            torch.set_num_threads(1)  # a chunk is too little for more
+            # What runs for the first time is compiled.
             self(torch.zeros(1, 1, vocabulary.frontend.size, device=self.device))
         for piece in (*pieces, None):
             start = time.perf_counter()
