@@ -211,8 +211,8 @@ class SpeechRecognition(Task):
 
 def stretch(sizes: Tensor, most: Tensor | float, length: int) -> Tensor:
     """(length, B): in each column, of which `sizes` (B,) are there, one stretch of up to `most`, drawn at random."""
-    wide = (torch.rand(len(sizes), device=sizes.device) * (most + 1)).floor()
-    first = (torch.rand(len(sizes), device=sizes.device) * (sizes - wide + 1).clamp(min=0)).floor()
+    wide = (torch.rand(len(sizes), device=sizes.device) * (most + 1)).floor().minimum(sizes)
+    first = (torch.rand(len(sizes), device=sizes.device) * (sizes - wide + 1)).floor()
     places = torch.arange(length, device=sizes.device)[:, None]
     return (places >= first) & (places < first + wide)
 
