@@ -23,8 +23,9 @@ class SpokenDigits(Recordings):
     """The Free Spoken Digit Dataset (Jackson et al.): 3,000 digits of six speakers, alone or put together to strings.
 
     root: of fsdd/, which holds recordings/ or the archive; it is downloaded where absent.
-    speakers: who is heard in `val` and `test`, and nobody else is; null for the official split, by the recordings'
-        numbers, of which 0 to 4 are the test's, and 5 to 9 our validation's.
+    speakers: who is heard in `val` and `test`, and nobody else is; where that is nobody for val, validation has the
+        recordings 0 to 4 of all others. null for the official split, whose test is the recordings 0 to 4 of all, and
+        validation, ours, 5 to 9.
     digits: shortest and longest string of one speaker's digits; null for single digits.
     repeats: in how many strings of training each recording is; in validation and test in one.
     """
@@ -71,7 +72,8 @@ class SpokenDigits(Recordings):
                 if self.speakers is None:
                     split = "test" if number < 5 else "val" if number < 10 else "train"
                 else:
-                    split = next((split for split, known in self.speakers.items() if speaker in known), "train")
+                    other = "val" if number < 5 and not self.speakers["val"] else "train"
+                    split = next((split for split, known in self.speakers.items() if speaker in known), other)
                 found[split].append(Utterance(path.stem, (path,), DIGITS[digit], speaker))
         if not heard:
             raise ValueError(f"{folder} has no recordings/DIGIT_SPEAKER_NUMBER.wav: put the corpus there again")

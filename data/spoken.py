@@ -119,6 +119,7 @@ class HubSpeech(Recordings):
     def __init__(
         self,
         *,
+        root: str = "",
         rows: Mapping[str, Mapping[str, Any]],
         audio: str = "audio",
         text: str = "text",

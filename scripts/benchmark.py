@@ -328,6 +328,13 @@ def translation(options: argparse.Namespace) -> None:
     benchmark_translation.run(options)
 
 
+def speech(options: argparse.Namespace) -> None:
+    """Features, recognisers, streams, and sequences of 16,000 steps."""
+    import benchmark_speech
+
+    benchmark_speech.run(options)
+
+
 SECTIONS = {
     "recurrence": recurrence,
     "layer": layer,
@@ -335,6 +342,7 @@ SECTIONS = {
     "lm": lm,
     "squad": squad,
     "translation": translation,
+    "speech": speech,
     "import": imports,
 }
 
@@ -348,8 +356,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--root", help="where that corpus lies (data.root)")
     parser.add_argument("--turns", type=int, default=3, help="epochs that `epoch` measures for each model (default: 3)")
     parser.add_argument("--official", help="a Python whose environment holds sru 2.6.0, for `layer` to compare with")
-    parser.add_argument("--parameters", type=float, help="of each model of `lm` (default: 1e6), `translation` (6e6)")
-    parser.add_argument("--depth", type=int, help="layers of each model of `lm` (default: 4), `translation` (3 a side)")
+    parser.add_argument(
+        "--parameters", type=float, help="of each model of `lm` (default: 1e6), `translation` (6e6), `speech` (2e6)"
+    )
+    parser.add_argument(
+        "--depth", type=int, help="layers of each model of `lm`, `speech` (default: 4), `translation` (3 a side)"
+    )
     device = parser.add_argument_group("the SRU beside others on one device: accuracy, recurrence, layer, stack, step")
     device.add_argument("--device", choices=("cpu", "cuda"), help="measure these levels, instead of the sections")
     device.add_argument("--shapes", help="A,B,C,D,E or TxBxD, with commas (default: those for the device and level)")

@@ -17,6 +17,7 @@ from tasks.ctc import BLANK, PrefixSearch, Words, check_beam, greedy, search
 from tasks.record import write_text
 from tasks.translation import MEMORY
 
+POINTS = 5
 NO_SOUND = np.zeros(0, np.float32)
 
 
@@ -38,6 +39,8 @@ class SpeechRecognition(Task):
         frequency_masks, frequency_width: SpecAugment (Park et al., 2019): so many bands of up to so many frequencies
             are hidden from the network in training.
         time_masks, time_width: and so many stretches of up to this part of a recording.
+        colour: FilterAugment (Nam et al., 2022): in training a recording is louder or softer by up to so many
+            deviations at each of POINTS frequencies, and evenly between them.
         beam: prefixes that are kept in validation and test; 1 takes the likeliest symbol of each step.
     """
 
@@ -59,6 +62,7 @@ class SpeechRecognition(Task):
         frequency_width: int = 0,
         time_masks: int = 0,
         time_width: float = 0.0,
+        colour: float = 0.0,
         beam: int = 1,
     ) -> None:
         super().__init__(optimizer, scheduler)
@@ -73,6 +77,9 @@ class SpeechRecognition(Task):
             )
         if not 0 <= time_width <= 1:
             raise ValueError(f"task.time_width={time_width} must be a part of a recording, 0 to 1")
+        if type(colour) not in (int, float) or not 0 <= colour <= 10:
+            raise ValueError(f"task.colour={colour} must be a number of deviations, 0 to 10")
+        self.colour = colour
         self.num_mels, self.decode, self.beam, self.bidirectional = num_mels, decode, beam, bidirectional
         self.frequency_masks, self.frequency_width = frequency_masks, frequency_width
         self.time_masks, self.time_width = time_masks, time_width
@@ -102,9 +109,13 @@ class SpeechRecognition(Task):
         return loss / max(1, count), {}, count
 
     def masked(self, x: Tensor, steps: Tensor) -> Tensor:
-        """x (T, B, n), of which each recording, of `steps` (B,), misses bands of frequencies and stretches of time."""
+        """x (T, B, n), each recording, of `steps` (B,), in another colour, without some frequencies and some times."""
         frames = x.unflatten(2, (-1, self.num_mels))
         batch, device = x.shape[1], x.device
+        if self.colour:
+            points = self.colour * (2 * torch.rand(1, batch, POINTS, device=device) - 1)
+            curve = F.interpolate(points, self.num_mels, mode="linear", align_corners=True)
+            frames = frames + curve[:, :, None]
         hidden = torch.zeros(1, batch, self.num_mels, dtype=torch.bool, device=device)
         for _ in range(self.frequency_masks):
             hidden |= stretch(

@@ -1,0 +1,166 @@
+"""What `scripts/benchmark.py speech` measures: features, recognisers beside one another, streams, long sequences."""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from itertools import cycle
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from benchmark import medians, table
+from benchmark_lm import of_size
+
+import sru
+from data.audio import Frontend, StepStream
+from data.synthesis import WORDS, spoken
+from tasks.classification import Classification
+from tasks.ctc import BLANK, greedy
+from tasks.memory import keep_freed_memory
+from tasks.speech import SpeechRecognition
+
+RATE, MELS, STACK = 16000, 80, 3
+SYMBOLS = 29
+RECORDINGS, SECONDS, SAID = 16, 10, 120  # of a batch: so many, so long, and of so many letters
+CHUNK = RATE // 10
+ENCODERS: dict[str, Callable[..., Any]] = {"SRU": sru.SRU, "QRNN": sru.QRNN, "GRU": sru.GRU, "LSTM": sru.LSTM}
+LENGTHS = 1000, 4000, 16000
+
+
+def network(name: str, depth: int, width: int) -> SpeechRecognition:
+    return SpeechRecognition(
+        encoder=partial(ENCODERS[name], hidden_size=width, num_layers=depth),
+        optimizer=torch.optim.SGD,
+        input_size=MELS * STACK,
+        num_mels=MELS,
+        vocab_size=SYMBOLS,
+        decode=lambda symbols: "",
+        bidirectional=False,
+    )
+
+
+def training(task: SpeechRecognition) -> Callable[[], None]:
+    """Forward and backward of a batch."""
+    steps = 100 * SECONDS // STACK
+    batch = (
+        torch.randn(steps, RECORDINGS, MELS * STACK),
+        torch.zeros(steps, RECORDINGS, dtype=torch.bool),
+        torch.randint(1, SYMBOLS, (RECORDINGS, SAID)),
+        torch.full((RECORDINGS,), SAID),
+        [SimpleNamespace(id=str(i), text="") for i in range(RECORDINGS)],
+    )
+    task.train()
+
+    def step() -> None:
+        for parameter in task.parameters():
+            parameter.grad = None
+        task.loss(batch)[0].backward()
+
+    return step
+
+
+def streaming(task: SpeechRecognition) -> Callable[[], None]:
+    """A chunk of 100 ms: features, network and search."""
+    frontend = Frontend(
+        rate=RATE, num_mels=MELS, stack=STACK, level="running", mean=np.zeros(MELS), deviation=np.ones(MELS)
+    )
+    stream, wave = StepStream(frontend, RATE), sound(1.0)
+    chunks: Iterator[np.ndarray] = cycle(wave[i : i + CHUNK] for i in range(0, RATE, CHUNK))
+    state, last = None, BLANK
+    task.eval()
+
+    def hear() -> None:
+        nonlocal state, last
+        x = torch.from_numpy(stream.accept(next(chunks), is_last=False))
+        log_p, state = task(x[:, None], None, state)
+        _, last = greedy(log_p[:, 0], last)
+
+    return hear
+
+
+def sound(seconds: float) -> np.ndarray:
+    """Computed speech of that length."""
+    wave, _ = spoken(WORDS, 3, 1)
+    return np.tile(wave, 1 + int(seconds * RATE / len(wave)))[: int(seconds * RATE)]
+
+
+def features() -> tuple[float, float]:
+    """Seconds of sound whose features take a second, by one thread and by two."""
+    frontend, wave, speeds = Frontend(rate=RATE, num_mels=MELS), sound(10), []
+    frontend.frames(wave)
+    for threads in (1, 2):
+        with ThreadPoolExecutor(threads) as pool:
+            times = []
+            for _ in range(5):
+                start = time.perf_counter()
+                list(pool.map(frontend.frames, [wave] * 20))
+                times.append(time.perf_counter() - start)
+        speeds.append(200 / statistics.median(times))
+    return speeds[0], speeds[1]
+
+
+def long(steps: int) -> tuple[float, float]:
+    """Seconds of a training step on 8 sequences of so many numbers, and MiB it takes at most; in a process anew."""
+    keep_freed_memory()
+    task = Classification(
+        encoder=partial(sru.SRU, hidden_size=128, num_layers=3),
+        optimizer=torch.optim.SGD,
+        num_classes=10,
+        input_size=1,
+        dropout=0.1,
+    )
+    batch = torch.randn(steps, 8, 1), torch.zeros(8, dtype=torch.long)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        task.loss(batch)[0].backward()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def run(options: argparse.Namespace) -> None:
+    keep_freed_memory()  # as train.py does
+    one, two = features()
+    print(f"Features ({MELS} log-mel energies): {one:,.0f}x real time with one thread, {two:,.0f}x with two.\n")
+    depth, size = options.depth or 4, int(options.parameters or 2e6)
+    chosen = {name: of_size(partial(network, name, depth), size) for name in ENCODERS}
+    trained = medians({name: training(task) for name, (_, task) in chosen.items()}, seconds=options.seconds * 4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        heard = medians({name: streaming(task) for name, (_, task) in chosen.items()}, seconds=options.seconds)
+    torch.set_num_threads(threads)
+    print(
+        f"Recognisers of {depth} layers and about {size / 1e6:g}M parameters, float32; training: forward and backward "
+        f"of {RECORDINGS} recordings of {SECONDS} s, {STACK} frames a step, CTC of {SAID} letters; streaming: 100 ms "
+        "of sound to letters, one thread.\n"
+    )
+    frames = 100 * SECONDS * RECORDINGS
+    table(
+        ["model", "width", "parameters", "training, frames/s", "/ LSTM's", "100 ms chunk, ms"],
+        [
+            [
+                name,
+                str(width),
+                f"{sum(p.numel() for p in task.parameters()) / 1e6:.2f}M",
+                f"{frames / trained[name]:,.0f}",
+                f"{trained['LSTM'] / trained[name]:.2f}x",
+                f"{1000 * heard[name]:.2f}",
+            ]
+            for name, (width, task) in chosen.items()
+        ],
+    )
+    print("An SRU of 3 layers of 128 on 8 sequences of single numbers, forward and backward:\n")
+    rows = []
+    for steps in LENGTHS:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            seconds, memory = pool.submit(long, steps).result()
+        rows.append([f"{steps:,}", f"{seconds:.3f}", f"{1e6 * seconds / steps:.1f}", f"{memory:,.0f}"])
+    table(["steps", "seconds", "us a step", "memory, MiB"], rows)
