@@ -183,11 +183,8 @@ class SpokenWords(Kaldi):
     SPEAKERS = {"train": range(8), "val": range(8, 10), "test": range(10, 12)}
     UTTERANCES = {"train": 200, "val": 30, "test": 30}
 
-    def __init__(self, *, root: str = "", cache: str, num_mel_bins: int = 40, **options: Any) -> None:
-        if type(num_mel_bins) is not int or not 4 <= num_mel_bins <= 80:
-            raise ValueError(f"data.num_mel_bins={num_mel_bins} must be a whole number, 4 to 80")
-        self.num_mel_bins = num_mel_bins
-        folder = Path(cache).expanduser() / f"spoken_words_{num_mel_bins}"
+    def __init__(self, *, root: str = "", cache: str, **options: Any) -> None:
+        folder = Path(cache).expanduser() / "spoken_words"
         folders = {split: str(folder / split) for split in self.UTTERANCES}
         super().__init__(root=root, cache=cache, **folders, **options)
 
@@ -213,7 +210,7 @@ class SpokenWords(Kaldi):
                 chosen = np.random.default_rng([speaker, number])
                 words = chosen.integers(len(synthesis.WORDS), size=chosen.integers(2, 6))
                 wave, spans = synthesis.spoken([synthesis.WORDS[word] for word in words], speaker, number)
-                frames = log_mel(wave, self.num_mel_bins)
+                frames = log_mel(wave)
                 middle = 80 * np.arange(len(frames)) + 100  # of each frame, in samples
                 targets = np.zeros(len(frames), np.int32)
                 for word, (begin, end) in zip(words, spans, strict=True):
@@ -223,13 +220,13 @@ class SpokenWords(Kaldi):
                 alignments.write(key, targets)
 
 
-def log_mel(wave: np.ndarray, bins: int) -> np.ndarray:
-    """Kaldi's log-mel features (T, bins), float32, of 25 ms each 10 ms of a wave at synthesis.RATE."""
+def log_mel(wave: np.ndarray) -> np.ndarray:
+    """Kaldi's 40 log-mel features (T, 40), float32, of 25 ms each 10 ms of a wave at synthesis.RATE."""
     from kaldi_native_fbank import FbankOptions, OnlineFbank
 
     options = FbankOptions()
     options.frame_opts.samp_freq, options.frame_opts.dither = synthesis.RATE, 0.0
-    options.mel_opts.num_bins = bins
+    options.mel_opts.num_bins = 40
     fbank = OnlineFbank(options)
     fbank.accept_waveform(synthesis.RATE, (wave * 32768).tolist())
     fbank.input_finished()

@@ -48,6 +48,10 @@ RANGES: dict[str, tuple[float, float, float]] = {
     "data.tokens_per_batch": (1, 10**9, 4096),
     "data.eval_tokens_per_batch": (1, 10**9, 4096),
     "task.tuned_words": (0, 10**9, 1000),
+    "data.delay": (0, 10**4, 10),
+    "data.segment": (1, 10**6, 20),
+    "data.right": (0, 10**6, 20),
+    "data.eval_frames_per_batch": (1, 10**9, 8000),
     "data.window": (1, 10**6, 1000),
     "data.seed": (0, 2**32 - 1, 1234),
     "trainer.max_steps": (-1, 10**9, 400_000),
@@ -198,7 +202,8 @@ def check_data(cfg: DictConfig, data: Any, last: Path | None) -> None:
             "texts (pydoc_text, bytes, ptb, ...) are for task=lm, sentences (pydoc, cr, trec, ...) for "
             "task=classification, images (digits, mnist_rows, ...) for task=image, questions (squad, squad_sample) for "
             "task=squad, pairs of texts (multi30k, ...) for task=translation, recordings (speech_sample, fsdd_strings, "
-            "librispeech_100, ...) for task=speech, and with data.unit=label for task=keywords"
+            "librispeech_100, ...) for task=speech, and with data.unit=label for task=keywords, Kaldi's folders "
+            "(frames_sample, kaldi) for task=hybrid"
         )
     if last is not None:
         data.load_state_dict(checkpoint(last)[type(data).__qualname__])
