@@ -65,9 +65,10 @@ class Frames:
                 left_out["without a frame"] += 1
                 continue
             if input_size is not None and columns != input_size:
+                other = f"those of {first} have {input_size}" if first else f"needed are {input_size}"
                 raise ValueError(
-                    f"{name}: the frames of {key} have {columns} features, {f'those of {first}' if first else 'needed'} "
-                    f"{'have' if first else 'are'} {input_size}; make all with the same configuration of features"
+                    f"{name}: the frames of {key} have {columns} features, {other}; make all with the same "
+                    "configuration of features"
                 )
             input_size, first = columns, first or key
             aligned = None
@@ -125,9 +126,11 @@ class Frames:
         """The counts with those of an utterance."""
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or (num_targets is not None and high >= num_targets):
+            told = f"{self.name}: utterance {key} has the target"
+            if low < 0 or num_targets is None:
+                raise ValueError(f"{told} {low}: targets are 0 or more, as ali-to-pdf writes them")
             raise ValueError(
-                f"{self.name}: utterance {key} has the target {low if low < 0 else high}, which is none of 0 to "
-                + (f"{num_targets - 1}; type data.num_targets={high + 1} or more" if low >= 0 else "the largest")
+                f"{told} {high}, which is none of 0 to {num_targets - 1}; type data.num_targets={high + 1} or more"
             )
         found = np.bincount(targets, minlength=len(counts))
         found[: len(counts)] += counts
@@ -206,7 +209,7 @@ class Frames:
                     x = self.read(i).astype(np.float64)
                     sums += np.stack([x.sum(0), np.square(x).sum(0)])
                 temporary = path.with_suffix(".tmp.npy")
-                np.save(temporary, mean_and_scale(*sums, int(self.lengths.sum())))
+                np.save(temporary, mean_and_scale(sums[0], sums[1], int(self.lengths.sum())))
                 os.replace(temporary, path)
             return np.load(path, allow_pickle=False)
 

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -111,8 +111,8 @@ class Kaldi(pl.LightningDataModule):
         found = next((path for path in places if path.is_dir()), None)
         if found is None:
             raise FileNotFoundError(
-                f"data.{split}={name} is no folder, neither below {self.root} nor here; type the path of a Kaldi folder "
-                "with feats.scp and ali.scp (docs/kaldi.md), or data=frames_sample to try it without one"
+                f"data.{split}={name} is no folder, neither below {self.root} nor here; type the path of a Kaldi "
+                "folder with feats.scp and ali.scp (docs/kaldi.md), or data=frames_sample to try it without one"
             )
         return found
 
@@ -180,12 +180,12 @@ class SpokenWords(Kaldi):
     There are 31 targets: 0 is a pause, and each of ten words has three of a third of its length.
     """
 
-    SPEAKERS = {"train": range(8), "val": range(8, 10), "test": range(10, 12)}
-    UTTERANCES = {"train": 200, "val": 30, "test": 30}
+    SPEAKERS: ClassVar = {"train": range(8), "val": range(8, 10), "test": range(10, 12)}
+    UTTERANCES: ClassVar = {"train": 200, "val": 30, "test": 30}
 
     def __init__(self, *, root: str = "", cache: str, **options: Any) -> None:
         folder = Path(cache).expanduser() / "spoken_words"
-        folders = {split: str(folder / split) for split in self.UTTERANCES}
+        folders: dict[str, Any] = {split: str(folder / split) for split in self.UTTERANCES}
         super().__init__(root=root, cache=cache, **folders, **options)
 
     def setup(self, stage: str | None = None) -> None:

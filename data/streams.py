@@ -148,7 +148,7 @@ class Streams:
                 targets[: len(wanted[:segment]), column] = wanted[:segment]
                 begins[column] = part == 0 or position == 0
             pad = np.arange(steps)[:, None] >= lengths
-            yield Batch(*map(torch.from_numpy, (x, targets, pad, begins)))
+            yield Batch(*[torch.from_numpy(a) for a in (x, targets, pad, begins)])  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}

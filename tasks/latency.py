@@ -49,8 +49,9 @@ class LatencyControlled(nn.Module):
         self.segment, self.right = segment, right
         self.layers = nn.ModuleList()
         for _ in range(num_layers):
-            self.layers.append(encoder(input_size=input_size, num_layers=1, bidirectional=True))
-            input_size = self.layers[-1].output_size
+            layer = encoder(input_size=input_size, num_layers=1, bidirectional=True)
+            self.layers.append(layer)
+            input_size = layer.output_size
         self.output_size: int = input_size
         self.dropout = Dropout(dropout)
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -17,8 +18,8 @@ class Newbob(LRScheduler):
     def __init__(self, optimizer: Optimizer, *, factor: float, momentum: float) -> None:
         if not 0 < factor <= 1 or not 0 <= momentum < 1:
             raise ValueError(
-                f"task.scheduler.factor={factor} must be above 0 and at most 1, task.scheduler.momentum={momentum} 0 or "
-                "above and below 1; type for example task.scheduler.factor=0.5 task.scheduler.momentum=0.9"
+                f"task.scheduler.factor={factor} must be above 0 and at most 1, task.scheduler.momentum={momentum} "
+                "0 or above and below 1; type for example task.scheduler.factor=0.5 task.scheduler.momentum=0.9"
             )
         if any("momentum" not in group for group in optimizer.param_groups):
             raise ValueError(
@@ -31,7 +32,7 @@ class Newbob(LRScheduler):
             group["momentum"] = 0.0
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Steps and epochs change nothing."""
         return [group["lr"] for group in self.optimizer.param_groups]
 

@@ -61,7 +61,9 @@ def corpus(tmp_path):
 def test_matrices_of_every_form_are_read(tmp_path, method):
     wanted = features()
     given = {key: x.astype(np.float64) for key, x in wanted.items()} if method == "double" else wanted
-    options = {"text": True} if method == "text" else {"compression_method": method if isinstance(method, int) else None}
+    options = (
+        {"text": True} if method == "text" else {"compression_method": method if isinstance(method, int) else None}
+    )
     found = frames(write(tmp_path / "x", given, alignments(), **options))
     assert found.keys == list(LENGTHS)
     assert found.lengths.tolist() == list(LENGTHS.values())
@@ -176,7 +178,9 @@ def test_utterances_without_their_part_are_left_out_and_told_of(tmp_path):
 
 def test_alignments_of_a_chain_model_are_told_of(tmp_path):
     ali = {key: np.zeros(-(-length // 3), np.int32) for key, length in LENGTHS.items() if length > 1}
-    with pytest.raises(ValueError, match="nothing is left: .* about 3 frames to a target: .* chain model are subsampled"):
+    with pytest.raises(
+        ValueError, match=r"nothing is left: .* about 3 frames to a target: .* chain model are subsampled"
+    ):
         frames(write(tmp_path / "x", features({"a1": 7, "a2": 12, "b2": 9}), ali))
 
 
@@ -297,7 +301,9 @@ def test_a_global_normalisation_is_that_of_training_and_computed_once(tmp_path, 
     np.testing.assert_array_equal(alone.features(2), data.splits["val"].features(2))
 
 
-@pytest.mark.parametrize(("segment", "right", "delay", "batch_size"), [(4, 0, 0, 2), (5, 3, 0, 3), (4, 0, 2, 2), (50, 9, 0, 1)])
+@pytest.mark.parametrize(
+    ("segment", "right", "delay", "batch_size"), [(4, 0, 0, 2), (5, 3, 0, 3), (4, 0, 2, 2), (50, 9, 0, 1)]
+)
 def test_segments_cover_each_frame_once(corpus, segment, right, delay, batch_size):
     data = corpus(segment=segment, right=right, delay=delay, batch_size=batch_size)
     data.setup()
@@ -314,7 +320,7 @@ def test_segments_cover_each_frame_once(corpus, segment, right, delay, batch_siz
                 assert (batch.targets[:, column] == -1).all()
                 continue
             assert bool(batch.begins[column]) or position
-            if batch.begins[column] and position or not parts:
+            if (batch.begins[column] and position) or not parts:
                 parts.append([])
             parts[-1].append((batch.x[:length, column], batch.targets[:, column]))
             found.append(batch.x[:length, column])
@@ -322,7 +328,9 @@ def test_segments_cover_each_frame_once(corpus, segment, right, delay, batch_siz
             ahead = batch.x[segment:, column][~batch.pad[segment:, column]]
             rows = torch.cat([batch.x[:length, column], ahead]).numpy()
             assert any(
-                (x[i : i + len(rows)] == rows).all() for x, _ in wanted.values() for i in range(0, len(x), segment)
+                (x[i : i + len(rows)] == rows).all()
+                for x, _ in wanted.values()
+                for i in range(0, len(x), segment)
                 if len(x[i : i + len(rows)]) == len(rows)
             )
     everything = np.sort(torch.cat(found).numpy(), axis=0)
@@ -430,7 +438,8 @@ def test_an_archive_is_there_when_it_is_whole(tmp_path):
             archive.write("c", np.ones((2, 3), np.float32))
             raise KeyboardInterrupt
 
-    pytest.raises(KeyboardInterrupt, fail)
+    with pytest.raises(KeyboardInterrupt):
+        fail()
     assert before == {file: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=r"must end in \.ark"):
         Archive(tmp_path / "x.scp")
@@ -445,7 +454,7 @@ def test_the_sample_is_the_same_everywhere_and_its_voices_are_apart(tmp_path, mo
         assert data.dims["num_targets"] == 31
     content = [(tmp_path / name / "spoken_words/train/feats.ark").read_bytes() for name in ("one", "two")]
     assert content[0] == content[1]
-    voices = [{key.partition("-")[0] for key in frames.keys} for frames in data.splits.values()]  # noqa: SIM118
+    voices = [{key.partition("-")[0] for key in frames.keys} for frames in data.splits.values()]
     assert not voices[0] & voices[1] | voices[0] & voices[2] | voices[1] & voices[2]
     assert data.recipe.counts[0] > data.recipe.counts[1:].max()
     (tmp_path / "two").rename(tmp_path / "three")
