@@ -1,7 +1,6 @@
 """Kaldi folders for the hybrid of a network and HMMs: frames with targets (SRU 2017, section 4.5)."""
 
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -147,7 +146,7 @@ class Kaldi(pl.LightningDataModule):
         """What a checkpoint needs to read frames, and to know the corpus that it was trained on."""
         self.setup()
         checks = {split: frames.check for split, frames in self.splits.items()}
-        return {name: getattr(self.recipe, name) for name in asdict(self.recipe)} | {"files": checks}
+        return vars(self.recipe) | {"files": checks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """ValueError if the checkpoint was trained on another corpus, or read it in another way."""

@@ -116,9 +116,7 @@ class Hybrid(Task):
 
     def segment_logits(self, batch: Any) -> Tensor:
         """Logits (S, B, num_targets) of a segment of each stream, whose state goes on."""
-        state = self.state
-        if state is not None and (has_memory(state) or batch.begins.all()):
-            state = None
+        state = None if batch.begins.all() else self.state
         if state is not None and batch.begins.any():
             state = cleared(state, batch.begins)
         right = len(batch.x) - len(batch.targets)
@@ -127,7 +125,7 @@ class Hybrid(Task):
             h, state = self.encoder(batch.x, state, mask, right)
         else:  # padding comes last in its utterance, so that it changes nothing that counts
             h, state = self.encoder(batch.x, state)
-        self.state = detached(state)
+        self.state = None if has_memory(state) else detached(state)
         return self.logits(h)
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], int]:
