@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data import synthesis
 from data.archives import Archive
+from data.audio import Frontend
 from data.batches import Batches
 from data.frames import NORMALISATIONS, Frames
 from data.streams import Batch, Recipe, Streams
@@ -199,6 +200,7 @@ class SpokenWords(Kaldi):
 
     def write(self, split: str, folder: Path) -> None:
         """The archives of a split; that of the features comes last."""
+        frontend = Frontend(rate=synthesis.RATE, num_mels=40)  # of 25 ms, each 10 ms
         place = f"../../{folder.parent.name}/{split}"  # as seen from the table, so that the cache may be moved
         with (
             Archive(folder / "ali.ark", f"{place}/ali.ark") as alignments,
@@ -209,7 +211,7 @@ class SpokenWords(Kaldi):
                 chosen = np.random.default_rng([speaker, number])
                 words = chosen.integers(len(synthesis.WORDS), size=chosen.integers(2, 6))
                 wave, spans = synthesis.spoken([synthesis.WORDS[word] for word in words], speaker, number)
-                frames = log_mel(wave)
+                frames = frontend.frames(wave)
                 middle = 80 * np.arange(len(frames)) + 100  # of each frame, in samples
                 targets = np.zeros(len(frames), np.int32)
                 for word, (begin, end) in zip(words, spans, strict=True):
@@ -217,16 +219,3 @@ class SpokenWords(Kaldi):
                     targets[inside] = 1 + 3 * word + 3 * (middle[inside] - begin) // (end - begin)
                 features.write(key := f"speaker{speaker:02}-{number:03}", frames)
                 alignments.write(key, targets)
-
-
-def log_mel(wave: np.ndarray) -> np.ndarray:
-    """Kaldi's 40 log-mel features (T, 40), float32, of 25 ms each 10 ms of a wave at synthesis.RATE."""
-    from kaldi_native_fbank import FbankOptions, OnlineFbank
-
-    options = FbankOptions()
-    options.frame_opts.samp_freq, options.frame_opts.dither = synthesis.RATE, 0.0
-    options.mel_opts.num_bins = 40
-    fbank = OnlineFbank(options)
-    fbank.accept_waveform(synthesis.RATE, (wave * 32768).tolist())
-    fbank.input_finished()
-    return np.stack([fbank.get_frame(i) for i in range(fbank.num_frames_ready)]).astype(np.float32)
