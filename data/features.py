@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -36,6 +37,7 @@ class Utterance(NamedTuple):
     speaker: str
     speed: float = 1.0  # 1.1 is heard faster, and higher
     gain: float = 0.0  # in dB
+    noise: float | None = None  # white, in dB below the sound; None: without
 
 
 class Recorded:
@@ -80,7 +82,9 @@ def identity_of(utterances: Sequence[Utterance], frontend: Frontend) -> str:
                 found = path.stat() if path.exists() else None
                 seen[path] = (found.st_size, found.st_mtime_ns) if found else (-1, -1)
         files = [(str(path), *seen[path]) for path in utterance.files]
-        digest.update(json.dumps([utterance.id, utterance.text, utterance.speed, utterance.gain, files]).encode())
+        digest.update(
+            json.dumps([utterance.id, utterance.text, utterance.speed, utterance.gain, utterance.noise, files]).encode()
+        )
     return digest.hexdigest()[:24]
 
 
@@ -199,4 +203,9 @@ def features_of(utterance: Utterance, frontend: Frontend) -> tuple[np.ndarray | 
             waves.append(resampled(wave, round(rate * utterance.speed), frontend.rate))
     except Damaged as error:
         return error, found
-    return frontend.frames(np.concatenate(waves) * np.float32(10 ** (utterance.gain / 20))), found
+    wave = np.concatenate(waves)
+    if utterance.noise is not None:
+        generator = np.random.default_rng(zlib.crc32(f"{utterance.id} {utterance.speed}".encode()))
+        loudness = np.sqrt(np.square(wave).mean()) * 10 ** (-utterance.noise / 20)
+        wave = wave + (loudness * generator.normal(size=len(wave))).astype(np.float32)
+    return frontend.frames(wave * np.float32(10 ** (utterance.gain / 20))), found

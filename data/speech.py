@@ -77,7 +77,9 @@ class Recordings(pl.LightningDataModule):
     unit: characters, words, bpe or unigram (subwords, vocab_size of them), or label.
     lowercase: of the transcripts.
     speeds: in training, each recording is heard at each of these speeds (Ko et al., 2015); 1.0 is as it is.
-    volume: and louder or softer by up to so many dB, drawn once for all runs.
+    volume: and louder or softer by up to so many dB.
+    noise: and with white noise, at least and at most so many dB below it; null for none. Both are drawn once for all
+        runs.
     frames_per_batch: a batch of training has at most so many frames of 10 ms, with the padding.
     eval_frames_per_batch: the same in validation and test.
 
@@ -98,6 +100,7 @@ class Recordings(pl.LightningDataModule):
         lowercase: bool = True,
         speeds: Sequence[float] = (1.0,),
         volume: float = 0.0,
+        noise: Sequence[float] | None = None,
         frames_per_batch: int = 12000,
         eval_frames_per_batch: int = 24000,
         seed: int = 1234,
@@ -121,6 +124,10 @@ class Recordings(pl.LightningDataModule):
         self.cache = Path(cache).expanduser()
         self.options: dict[str, Any] = {"rate": rate, "num_mels": num_mels, "stack": stack, "level": level}
         self.unit, self.vocab_size, self.lowercase = unit, vocab_size, lowercase
+        numbers = noise is None or (len(noise) == 2 and all(type(level) in (int, float) for level in noise))
+        if not numbers or (noise is not None and not -20 <= noise[0] <= noise[1] <= 100):
+            raise ValueError(f"data.noise={noise} must be two numbers of dB, as [5,40], or null")
+        self.noise = None if noise is None else (float(noise[0]), float(noise[1]))
         self.speeds, self.volume = sorted({float(speed) for speed in speeds}), volume
         self.frames_per_batch, self.eval_frames_per_batch, self.seed = frames_per_batch, eval_frames_per_batch, seed
         self.recorded: dict[str, Recorded] = {}
@@ -146,7 +153,7 @@ class Recordings(pl.LightningDataModule):
         frontend = Frontend(**self.options)
         listed = self.utterances()
         heard = {split: [self.heard(utterance) for utterance in own] for split, own in listed.items()}
-        heard["train"] = perturbed(heard["train"], self.speeds, self.volume)
+        heard["train"] = perturbed(heard["train"], self.speeds, self.volume, self.noise)
         found = {split: prepared(own, frontend, self.cache, split) for split, own in heard.items()}
         train = found["train"]
         texts = train.texts
@@ -262,7 +269,7 @@ class Recordings(pl.LightningDataModule):
             raise ValueError(
                 f"the checkpoint was trained on other data: {', '.join(changed)} differ. Use the files and options of "
                 "the checkpoint's run (data=, data.rate, data.num_mels, data.stack, data.level, data.unit, "
-                "data.speeds, data.volume), or train again."
+                "data.speeds, data.volume, data.noise), or train again."
             )
 
     @staticmethod
@@ -280,11 +287,17 @@ class Recordings(pl.LightningDataModule):
         return Vocabulary(frontend, symbols, state_dict["labels"])
 
 
-def perturbed(utterances: Sequence[Utterance], speeds: Sequence[float], volume: float) -> list[Utterance]:
-    """Each utterance at each of these speeds, and louder or softer by up to `volume` dB."""
+def perturbed(
+    utterances: Sequence[Utterance], speeds: Sequence[float], volume: float, noise: tuple[float, float] | None
+) -> list[Utterance]:
+    """Each utterance at each of these speeds, louder or softer by up to `volume` dB, and with noise."""
     generator = np.random.default_rng(PERTURBATION_SEED)
     return [
-        utterance._replace(speed=speed, gain=round(generator.uniform(-volume, volume), 2))
+        utterance._replace(
+            speed=speed,
+            gain=round(generator.uniform(-volume, volume), 2),
+            noise=None if noise is None else round(generator.uniform(*noise), 2),
+        )
         for speed in speeds
         for utterance in utterances
     ]

@@ -48,7 +48,8 @@ class SRUCell(nn.Module):
         c_t = f_t * c_{t-1} + (1 - f_t) * (W x_t)
         h_t = r_t * g(c_t) + (1 - r_t) * x_t * alpha
 
-    Where input_size differs from D, a fourth matrix projects x_t for the last line, as the released code does.
+    Where input_size differs from D, a fourth matrix projects x_t for the last line, as the released code does, and
+    alpha is 1.
 
     Args:
         input_size: features of x.
@@ -65,6 +66,7 @@ class SRUCell(nn.Module):
         forget_bias: the forget gate's bias b_f at the start. The published 0 halves c at every step; 2 remembers for
             about eight, which trains better where embeddings start at random (README, results).
         has_skip_term: False removes the highway: h_t = r_t * g(c_t).
+        project_skip: a fourth matrix projects the highway where the sizes are the same too (speech networks of 2017).
         rescale: the scaling correction alpha = sqrt(1 + 2 exp(highway_bias)); False sets alpha to 1 (section 3.2).
         has_vc_term: False removes v * c_{t-1} from both gates, which is the cell of 2017.
         weight_c_init: v starts uniformly within plus or minus this; None for the published square root of 3/2.
@@ -98,6 +100,7 @@ class SRUCell(nn.Module):
         highway_bias: float = 0.0,
         forget_bias: float = 0.0,
         has_skip_term: bool = True,
+        project_skip: bool = False,
         rescale: bool = True,
         has_vc_term: bool = True,
         weight_c_init: float | None = None,
@@ -121,6 +124,7 @@ class SRUCell(nn.Module):
         check_probabilities(dropout=dropout, rnn_dropout=rnn_dropout, zoneout=zoneout)
         check_biases(highway_bias=highway_bias, forget_bias=forget_bias)
         check_flags(bidirectional=bidirectional, layer_norm=layer_norm, normalize_after=normalize_after)
+        check_flags(project_skip=project_skip)
         check_flags(has_skip_term=has_skip_term, rescale=rescale, has_vc_term=has_vc_term, use_tanh=use_tanh, v1=v1)
         if weight_c_init is not None and not 0 <= weight_c_init < math.inf:
             raise ValueError(f"weight_c_init must be None or at least 0, not {weight_c_init}")
@@ -147,13 +151,16 @@ class SRUCell(nn.Module):
         self.normalize_after = normalize_after
         self.highway_bias = highway_bias
         self.forget_bias = forget_bias
+        if project_skip and not has_skip_term:
+            raise ValueError("project_skip=True has no highway to project: leave out has_skip_term=False")
         self.has_skip_term = has_skip_term
+        self.project_skip = project_skip
         self.rescale = rescale
         self.has_vc_term = has_vc_term and not v1
         self.weight_c_init = weight_c_init
         self.zoneout = zoneout
         self.backend = backend
-        self.has_projected_skip = has_skip_term and input_size != self.output_size
+        self.has_projected_skip = has_skip_term and (project_skip or input_size != self.output_size)
         self.matrices = 4 if self.has_projected_skip else 3
         alpha = math.sqrt(1 + 2 * math.exp(highway_bias)) if rescale else 1.0
         self._alpha = float(np.float32(alpha))  # as in the official package, whatever the dtype of the layer

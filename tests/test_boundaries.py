@@ -47,7 +47,15 @@ def test_the_library_needs_torch_numpy_and_numba_only():
 
 
 @pytest.mark.parametrize(
-    ("package", "file"), [("torchtext", "text.py"), ("spacy", "tagging.py"), ("sentencepiece", "subwords.py")]
+    ("package", "file"),
+    [
+        ("torchtext", "text.py"),
+        ("spacy", "tagging.py"),
+        ("sentencepiece", "subwords.py"),
+        ("kaldiio", "archives.py"),
+        ("kaldi_native_fbank", "audio.py"),
+        ("soxr", "audio.py"),
+    ],
 )
 def test_what_may_be_missing_or_die_out_is_imported_in_one_file(package, file):
     assert [path.name for path in FILES if package in imported(path)] == [file]

@@ -14,6 +14,7 @@ OPTIONS = {
     "tanh": {"activation": "tanh"},
     "relu": {"activation": "relu"},
     "no_skip": {"has_skip_term": False},
+    "project_skip": {"input_size": 3, "project_skip": True},
     "no_vc": {"has_vc_term": False},
     "projection": {"projection_size": 2},
     "norm": {"layer_norm": True},

@@ -22,14 +22,13 @@ from tasks.newbob import newbob
 
 RECURRENT = {"sru": SRU, "lstm": LSTM, "gru": GRU, "qrnn": QRNN}
 WAYS = [False, True]
-# Millions of parameters, which are the published ones but for the highway's matrices (see the files).
+# Millions of parameters, which rounded are the published ones.
 SIZES = {
     "switchboard_lstm_5l": 47.15,
     "switchboard_bilstm_5l": 59.94,
-    "switchboard_sru_12l": 43.99,
-    "switchboard_bisru_12l": 58.52,
+    "switchboard_sru_12l": 55.52,
+    "switchboard_bisru_12l": 74.36,
 }
-SKIPS = {"switchboard_sru_12l": 11 * 1024**2, "switchboard_bisru_12l": 11 * 1200**2}
 
 
 def controlled(model, num_layers=2, segment=4, right=3, size=3, **options):
@@ -401,5 +400,5 @@ def test_the_papers_rows_have_the_sizes_that_their_files_say(configure, name):
         task = instantiate(cfg.task)(encoder=instantiate(cfg.model), **dims)
     count = sum(p.numel() for p in task.parameters())
     assert round(count / 1e6, 2) == SIZES[name]
-    assert round((count + SKIPS.get(name, 0)) / 1e6) == cfg.paper.parameters
+    assert round(count / 1e6) == pytest.approx(cfg.paper.parameters, abs=0.5)
     assert not cfg.paper.verified

@@ -38,7 +38,9 @@ def by_hand(cell: SRUCell, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("sizes", [(6, 6), (4, 6)])
-@pytest.mark.parametrize("options", [{}, {"has_skip_term": False}, {"has_vc_term": False}, {"rescale": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"has_skip_term": False}, {"has_vc_term": False}, {"rescale": False}, {"project_skip": True}]
+)
 def test_a_layer_follows_the_paper(sizes, options):
     torch.manual_seed(0)
     cell = SRUCell(*sizes, highway_bias=-1.0, **options).double()
@@ -47,6 +49,13 @@ def test_a_layer_follows_the_paper(sizes, options):
     torch.testing.assert_close(h, by_hand(cell, x), rtol=1e-10, atol=1e-10)
     assert h.shape == (9, 3, 6)
     assert c.shape == (3, 6)
+    has_fourth = options != {"has_skip_term": False} and ("project_skip" in options or sizes[0] != 6)
+    assert len(cell.weight) == (4 if has_fourth else 3) * 6
+
+
+def test_no_highway_is_projected():
+    with pytest.raises(ValueError, match="project_skip=True has no highway to project"):
+        SRUCell(6, 6, has_skip_term=False, project_skip=True)
 
 
 def test_a_bidirectional_layer_is_two_layers_one_on_the_reversed_sequence():

@@ -207,6 +207,10 @@ def test_another_file_has_other_features(tmp_path):
     # Ten times the amplitude is ln(100) more of every energy that is well above the noise.
     loud = second[0][2] > 12
     assert np.allclose((louder[0][2] - second[0][2])[loud], np.log(100), atol=0.05)
+    noisy = prepared([utterance._replace(noise=-40.0)], frontend, tmp_path / "cache", "train")
+    # White noise a hundred times as strong as the sound: hardly anything of it is left.
+    assert np.corrcoef(noisy[0][2].mean(1), second[0][2].mean(1))[0, 1] < 0.6
+    assert noisy[0][2].mean() - second[0][2].mean() > 6
     faster = prepared([utterance._replace(speed=1.25)], frontend, tmp_path / "cache", "train")
     assert faster.sizes[0] == pytest.approx(second.sizes[0] / 1.25, abs=2)
 
@@ -341,14 +345,15 @@ def test_what_no_training_transcript_has_is_counted(listed, caplog):
 
 
 def test_speeds_and_volume_are_of_training_alone(listed):
-    data = listed(speeds=[0.9, 1.0, 1.1], volume=10.0)
+    data = listed(speeds=[0.9, 1.0, 1.1], volume=10.0, noise=[5, 30])
     data.setup()
     assert {split: len(found) for split, found in data.recorded.items()} == {"train": 18, "val": 2, "test": 2}
-    drawn = perturbed(data.parts["train"], [1.0, 1.1], 10.0)
+    drawn = perturbed(data.parts["train"], [1.0, 1.1], 10.0, (5.0, 30.0))
     assert [u.speed for u in drawn] == [1.0] * 6 + [1.1] * 6
     assert len({u.gain for u in drawn}) == 12
     assert max(abs(u.gain) for u in drawn) <= 10
-    assert drawn == perturbed(data.parts["train"], [1.0, 1.1], 10.0)
+    assert all(5 <= u.noise <= 30 for u in drawn)
+    assert drawn == perturbed(data.parts["train"], [1.0, 1.1], 10.0, (5.0, 30.0))
 
 
 def test_a_checkpoint_knows_what_it_was_trained_on(listed):
@@ -376,6 +381,8 @@ def test_a_checkpoint_knows_what_it_was_trained_on(listed):
         ({"speeds": []}, "data.speeds=.* must be a list"),
         ({"speeds": [3.0]}, "0.5 to 2"),
         ({"volume": -1}, "data.volume=-1"),
+        ({"noise": [30, 5]}, "data.noise=.* must be two numbers"),
+        ({"noise": [5]}, "data.noise=.* must be two numbers"),
         ({"frames_per_batch": 0}, "data.frames_per_batch=0"),
         ({"lowercase": "yes"}, "data.lowercase=yes"),
     ],
