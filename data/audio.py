@@ -1,12 +1,15 @@
 """Sound from files, and Kaldi's log-mel features of it: of whole recordings, and of sound as it comes."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+SYSTEM_ERROR = 2  # of libsndfile
 SCALE = 32768  # Kaldi computes on 16-bit numbers
-# The mean of all the training set's frames; of those of the recording so far, as a stream has it; or of all its own.
+# The mean of all the training set's frames; of those of the recording so far, as a stream has it; or mean and deviation
+# of all its own.
 LEVELS = ("global", "running", "recording")
 PRIOR = 30  # frames of the training set's mean that a running mean begins with
 
@@ -20,15 +23,29 @@ def read(path: Path) -> tuple[np.ndarray, int, int]:
     import soundfile
 
     try:
+        with open(path, "rb"):  # a fault of the machine, as too many open files, is no fault of the recording
+            pass
         wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (RuntimeError, OSError, TypeError, ValueError) as error:  # TypeError: a name that ends as raw sound does
-        reason = getattr(error, "error_string", None) or str(error)
-        raise Damaged(f"{path} is no sound that can be read: {reason}") from error
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise Damaged(f"{path} is no sound that can be read: {error.strerror}") from error
+    except (RuntimeError, TypeError, ValueError) as error:  # TypeError: a name that ends as raw sound does
+        if getattr(error, "code", None) == SYSTEM_ERROR:
+            raise OSError(f"{path} cannot be read: {error}") from error
+        raise Damaged(f"{path} is no sound that can be read: {getattr(error, 'error_string', error)}") from error
     if not len(wave):
         raise Damaged(f"{path} has no sample")
     if not np.isfinite(wave).all():
         raise Damaged(f"{path} has samples that are no numbers")
     return wave.mean(1), rate, wave.shape[1]
+
+
+def write(path: Path, wave: np.ndarray, rate: int) -> None:
+    """Replace a file of sound in one step; two processes may write it at once."""
+    import soundfile
+
+    part = path.with_name(f"{path.stem}-{os.getpid()}.part{path.suffix}")
+    soundfile.write(part, wave, rate)
+    os.replace(part, path)
 
 
 def resampled(wave: np.ndarray, rate: float, wanted: float) -> np.ndarray:
@@ -86,13 +103,13 @@ class Frontend:
         """
         frames = frames[: len(frames) // self.stack * self.stack].astype(np.float32)
         if self.mean is not None and self.deviation is not None:
-            mean = self.mean
+            mean, deviation = self.mean, self.deviation
             if self.level == "running":
                 sums = heard[0] + frames.cumsum(0, dtype=np.float64) + PRIOR * self.mean
                 mean = (sums / (PRIOR + heard[1] + np.arange(1, len(frames) + 1)[:, None])).astype(np.float32)
             elif self.level == "recording" and len(frames):
-                mean = frames.mean(0)
-            frames = (frames - mean) / self.deviation
+                mean, deviation = frames.mean(0), np.maximum(frames.std(0), 0.1)
+            frames = (frames - mean) / deviation
         return frames.reshape(-1, self.size)
 
 

@@ -11,7 +11,32 @@ POOL = 20  # batches of a fixed number whose examples are sorted by length toget
 Batch = TypeVar("Batch")
 
 
-class Batches(Generic[Batch]):
+class Resumable:
+    """Batches of epochs, in a loader that goes on within one; Lightning calls `state_dict` and `load_state_dict`."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length  # batches of an epoch, which Lightning may cut short
+        self.epoch = -1
+        self.position = 0  # batches that the current epoch has yielded
+        self.start = 0  # where the next epoch begins
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def limit(self, limit: int | float) -> None:
+        """Lightning's `limit_train_batches`: an epoch of so many is over after them, also when resumed."""
+        self.length = min(limit, len(self)) if isinstance(limit, int) else int(limit * len(self))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """The next epoch goes on at that position, or is the one after it where that was finished."""
+        self.epoch, self.position = state_dict["epoch"], state_dict["position"]
+        self.start = self.position if self.position < self.length else 0
+
+
+class Batches(Resumable, Generic[Batch]):
     """`make` of the examples of each batch, which are of about the same size.
 
     batch_size: so many examples are a batch; or
@@ -45,17 +70,10 @@ class Batches(Generic[Batch]):
             self.rank, self.processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
         count = len(self.cuts(np.sort(self.sizes))) + 1 if len(self.sizes) else 0
         self.count = len(self.part(range(count)))
-        self.length = len(self)  # batches of an epoch, which Lightning may cut short
-        self.epoch = -1
-        self.position = 0  # batches that the current epoch has yielded
-        self.start = 0  # where the next epoch begins
+        super().__init__(self.count)
 
     def __len__(self) -> int:
         return self.count
-
-    def limit(self, limit: int | float) -> None:
-        """Lightning's `limit_train_batches`: an epoch of so many is over after them, also when resumed."""
-        self.length = min(limit, len(self)) if isinstance(limit, int) else int(limit * len(self))
 
     def part(self, batches: Sequence[Any]) -> Sequence[Any]:
         """This process's part of the batches of an epoch."""
@@ -96,11 +114,3 @@ class Batches(Generic[Batch]):
         for position, batch in enumerate(self.part(self.order())[begin:], start=begin):
             self.position = position + 1
             yield self.make([self.examples[i] for i in batch])
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """The next epoch goes on at that position, or is the one after it where that was finished."""
-        self.epoch, self.position = state_dict["epoch"], state_dict["position"]
-        self.start = self.position if self.position < self.length else 0

@@ -1,6 +1,5 @@
 """Spoken digits, recorded, and words that are computed: recordings alone, or put together to strings."""
 
-import os
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from data import synthesis
+from data.audio import write
 from data.features import Utterance
 from data.fetch import fetch, find, require_writable, unpacked
 from data.speech import Recordings
@@ -90,12 +90,14 @@ class SpokenDigits(Recordings):
 
 def strings(recordings: Iterable[Utterance], digits: Sequence[int], repeats: int) -> list[Utterance]:
     """Recordings of one speaker, each in `repeats` strings of a length within `digits`, put together at random."""
-    generator = random.Random(SPLIT_SEED)
     by_speaker: dict[str, list[Utterance]] = {}
     for recording in recordings:
         by_speaker.setdefault(recording.speaker, []).append(recording)
     found: list[Utterance] = []
     for speaker, own in sorted(by_speaker.items()):
+        generator = random.Random(f"{SPLIT_SEED} {speaker}")  # nobody says what another says
+        if len(own) < digits[0]:
+            raise ValueError(f"data.digits={list(digits)}: {speaker} has {len(own)} recordings only in a split")
         for _ in range(repeats):
             left = generator.sample(own, len(own))
             while left:
@@ -122,10 +124,8 @@ class SpokenWords(Recordings):
         super().__init__(**options)
 
     def utterances(self) -> dict[str, list[Utterance]]:
-        import soundfile
-
         is_single = self.unit == "label"
-        folder = self.cache / "speech_sample" / ("words" if is_single else "sentences")
+        folder = self.cache / f"speech_sample-{synthesis.VERSION}" / ("words" if is_single else "sentences")
         require_writable(folder)
         found: dict[str, list[Utterance]] = {}
         seed = 0
@@ -138,8 +138,6 @@ class SpokenWords(Recordings):
                 words = generator.choice(synthesis.WORDS, 1 if is_single else generator.integers(2, 6)).tolist()
                 path = folder / f"{split}-{i}.wav"
                 if not path.is_file():
-                    part = path.with_name(f"{path.stem}-{os.getpid()}.part.wav")
-                    soundfile.write(part, synthesis.spoken(words, speaker, seed)[0], synthesis.RATE)
-                    os.replace(part, path)
+                    write(path, synthesis.spoken(words, speaker, seed)[0], synthesis.RATE)
                 found[split].append(Utterance(path.stem, (path,), " ".join(words), str(speaker)))
         return found

@@ -8,6 +8,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,10 +47,10 @@ class Recorded:
     report: of damaged files, those resampled, and others, for the log. mean, deviation: (num_mels,), of all frames.
     """
 
-    def __init__(self, table: pa.Table, meta: dict[str, Any], key: str) -> None:
+    def __init__(self, table: pa.Table, meta: dict[str, Any]) -> None:
         self.batches = table.to_batches()
         self.starts = np.cumsum([0, *(len(batch) for batch in self.batches)])
-        self.key, self.report, self.num_mels = key, meta["report"], meta["num_mels"]
+        self.report, self.num_mels = meta["report"], meta["num_mels"]
         self.mean, self.deviation = (np.array(meta[name], np.float32) for name in ("mean", "deviation"))
         offsets = [batch.column(2).buffers()[1] for batch in self.batches]
         bytes_of = [
@@ -71,10 +72,19 @@ class Recorded:
     def texts(self) -> list[str]:
         return [text for batch in self.batches for text in batch.column(1).to_pylist()]
 
+    @property
+    def checksum(self) -> str:
+        """Of the recordings' names, texts and lengths."""
+        digest = hashlib.sha256(self.sizes.tobytes())
+        for batch in self.batches:
+            digest.update(json.dumps([batch.column(i).to_pylist() for i in (0, 1)]).encode())
+        return digest.hexdigest()
+
 
 def identity_of(utterances: Sequence[Utterance], frontend: Frontend) -> str:
     """What the features depend on: a file counts as another one when its size or its time of change is."""
-    digest = hashlib.sha256(json.dumps([FORMAT, frontend.rate, frontend.num_mels]).encode())
+    versions = [version(package) for package in ("kaldi-native-fbank", "soxr")]
+    digest = hashlib.sha256(json.dumps([FORMAT, versions, frontend.rate, frontend.num_mels]).encode())
     seen: dict[Path, tuple[int, int]] = {}
     for utterance in utterances:
         for path in utterance.files:
@@ -121,7 +131,7 @@ def opened(place: Path) -> Recorded | None:
         meta = json.loads((place / "meta.json").read_bytes())
         if (place / "features.arrow").stat().st_size != meta["bytes"]:
             return None
-        return Recorded(pa.ipc.open_stream(pa.memory_map(str(place / "features.arrow"))).read_all(), meta, place.name)
+        return Recorded(pa.ipc.open_stream(pa.memory_map(str(place / "features.arrow"))).read_all(), meta)
     except (OSError, ValueError, KeyError):
         return None
 
@@ -139,7 +149,7 @@ def write(utterances: Sequence[Utterance], frontend: Frontend, folder: Path, nam
         ) as pool,
         pa.OSFile(str(folder / "features.arrow"), "wb") as file,
         pa.ipc.new_stream(file, SCHEMA) as writer,
-        tqdm(total=len(utterances), desc=f"features of {name}", unit=" utterances", delay=2) as bar,
+        tqdm(total=len(utterances), desc=f"features of {name}", unit=" utterances", delay=2, disable=None) as bar,
     ):
         for group in grouped(utterances, GROUP):
             rows: list[tuple[str, str, bytes]] = []

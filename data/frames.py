@@ -12,6 +12,7 @@ import numpy as np
 from filelock import FileLock
 
 from data.archives import Place, lines_of, read_head, read_ints, read_matrix, read_table, scan_archive
+from data.fetch import require_writable
 
 log = logging.getLogger(__name__)
 
@@ -200,18 +201,31 @@ class Frames:
         files = {path: (os.stat(path).st_size, os.stat(path).st_mtime_ns) for path, _ in self.places}
         content = repr((self.keys, self.places, sorted(files.items())))
         path = cache / "kaldi" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        found = kept(path)
+        if found is not None:
+            return found
+        require_writable(path.parent)
         with FileLock(f"{path}.lock"):  # a second process waits here, and then finds what the first has computed
-            if not path.exists():
+            found = kept(path)
+            if found is None:
                 log.info("%s: computing mean and variance of all frames, once", self.name)
                 sums = np.zeros((2, self.input_size))
                 for i in range(len(self)):
                     x = self.read(i).astype(np.float64)
                     sums += np.stack([x.sum(0), np.square(x).sum(0)])
                 temporary = path.with_suffix(".tmp.npy")
-                np.save(temporary, mean_and_scale(sums[0], sums[1], int(self.lengths.sum())))
+                found = mean_and_scale(sums[0], sums[1], int(self.lengths.sum()))
+                np.save(temporary, found)
                 os.replace(temporary, path)
-            return np.load(path, allow_pickle=False)
+            return found
+
+
+def kept(path: Path) -> np.ndarray | None:
+    """An array of the cache; None if there is none, or it is damaged."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
 
 
 def mean_and_scale(sums: np.ndarray, squares: np.ndarray, count: float) -> np.ndarray:

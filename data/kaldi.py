@@ -14,6 +14,7 @@ from data import synthesis
 from data.archives import Archive
 from data.audio import Frontend
 from data.batches import Batches
+from data.fetch import require_writable
 from data.frames import NORMALISATIONS, Frames
 from data.streams import Batch, Recipe, Streams
 
@@ -184,7 +185,7 @@ class SpokenWords(Kaldi):
     UTTERANCES: ClassVar = {"train": 200, "val": 30, "test": 30}
 
     def __init__(self, *, root: str = "", cache: str, **options: Any) -> None:
-        folder = Path(cache).expanduser() / "spoken_words"
+        folder = Path(cache).expanduser() / f"spoken_words-{synthesis.VERSION}"
         folders: dict[str, Any] = {split: str(folder / split) for split in self.UTTERANCES}
         super().__init__(root=root, cache=cache, **folders, **options)
 
@@ -192,7 +193,9 @@ class SpokenWords(Kaldi):
         """Writes the folders where they are not there."""
         for split in self.UTTERANCES:
             folder = Path(self.names[split])
-            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / "feats.scp").exists():
+                continue
+            require_writable(folder)
             with FileLock(f"{folder}.lock"):  # a second process waits here, and then finds what the first has written
                 if not (folder / "feats.scp").exists():
                     self.write(split, folder)
@@ -202,9 +205,9 @@ class SpokenWords(Kaldi):
         """The archives of a split; that of the features comes last."""
         frontend = Frontend(rate=synthesis.RATE, num_mels=40)  # of 25 ms, each 10 ms
         place = f"../../{folder.parent.name}/{split}"  # as seen from the table, so that the cache may be moved
-        with (
-            Archive(folder / "ali.ark", f"{place}/ali.ark") as alignments,
+        with (  # the last is the first that is closed
             Archive(folder / "feats.ark", f"{place}/feats.ark") as features,
+            Archive(folder / "ali.ark", f"{place}/ali.ark") as alignments,
         ):
             for number in range(self.UTTERANCES[split]):
                 speaker = self.SPEAKERS[split][number % len(self.SPEAKERS[split])]

@@ -115,6 +115,7 @@ class Recordings(pl.LightningDataModule):
                 raise ValueError(f"data.{name}={value} must be a whole number, 1 or more")
         if type(lowercase) is not bool:
             raise ValueError(f"data.lowercase={lowercase} must be true or false")
+        speeds = speeds if isinstance(speeds, Sequence) else []
         if not speeds or any(type(speed) not in (int, float) or not 0.5 <= speed <= 2 for speed in speeds):
             raise ValueError(
                 f"data.speeds={list(speeds)} must be a list of numbers, 0.5 to 2: type 'data.speeds=[1.0]'"
@@ -124,7 +125,9 @@ class Recordings(pl.LightningDataModule):
         self.cache = Path(cache).expanduser()
         self.options: dict[str, Any] = {"rate": rate, "num_mels": num_mels, "stack": stack, "level": level}
         self.unit, self.vocab_size, self.lowercase = unit, vocab_size, lowercase
-        numbers = noise is None or (len(noise) == 2 and all(type(level) in (int, float) for level in noise))
+        numbers = noise is None or (
+            isinstance(noise, Sequence) and len(noise) == 2 and all(type(level) in (int, float) for level in noise)
+        )
         if not numbers or (noise is not None and not -20 <= noise[0] <= noise[1] <= 100):
             raise ValueError(f"data.noise={noise} must be two numbers of dB, as [5,40], or null")
         self.noise = None if noise is None else (float(noise[0]), float(noise[1]))
@@ -174,6 +177,11 @@ class Recordings(pl.LightningDataModule):
             rare = f"; no training transcript has {' '.join(map(repr, unknown[:9]))}, which cannot be written"
             log.info("%s: %d recordings, %.2f hours%s", split, len(recorded), hours, rare if unknown else "")
         self.recorded = found
+        voices = {split: {u.speaker for u in own} - {""} for split, own in listed.items()}
+        for split in ("val", "test"):
+            both = voices[split] & voices["train"]
+            if voices[split]:
+                log.info("%s: %d speakers, %d of them heard in training", split, len(voices[split]), len(both))
 
     def heard(self, utterance: Utterance) -> Utterance:
         """The utterance, its text without spaces that nobody says."""
@@ -259,7 +267,7 @@ class Recordings(pl.LightningDataModule):
             "deviation": frontend.deviation.tolist(),
             "symbols": symbols and symbols.options,
             "labels": self.vocabulary.labels,
-            "sizes": {split: len(recorded) for split, recorded in self.recorded.items()},
+            "recordings": {split: recorded.checksum for split, recorded in self.recorded.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

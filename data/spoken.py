@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from data.features import Utterance
-from data.fetch import fetch, require_writable, unpacked
+from data.fetch import NO_NETWORK, fetch, require_writable, unpacked
 from data.speech import Recordings
 
 
@@ -40,7 +42,7 @@ def listed(path: Path) -> list[Utterance]:
     """What a manifest lists; ValueError with the line of the first thing that is not so."""
     found = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -95,18 +97,23 @@ class LibriSpeech(Recordings):
         folder = self.root / "LibriSpeech" / name
         if not folder.is_dir():
             known = self.parts[name]
-            archive = fetch(self.root / "LibriSpeech" / f"{name}.tar.gz", known["url"], known["md5"])
-            folder = (
-                unpacked(archive, self.cache / "LibriSpeech" / name, (".flac", ".trans.txt")) / "LibriSpeech" / name
-            )
+            place = self.cache / "LibriSpeech" / name
+            if not place.is_dir():
+                archive = fetch(self.root / "LibriSpeech" / f"{name}.tar.gz", known["url"], known["md5"])
+                unpacked(archive, place, (".flac", ".trans.txt"))
+            folder = place / "LibriSpeech" / name
         found = []
         for transcripts in sorted(folder.glob("*/*/*.trans.txt")):
             for line in transcripts.read_text(encoding="utf-8").splitlines():
                 key, _, text = line.partition(" ")
-                found.append(Utterance(key, (transcripts.parent / f"{key}.flac",), text, key.partition("-")[0]))
+                path = transcripts.parent / f"{key}.flac"
+                if path.is_file():
+                    found.append(Utterance(key, (path,), text, key.partition("-")[0]))
         if len(found) != self.parts[name]["utterances"]:
             expected = self.parts[name]["utterances"]
-            raise ValueError(f"{folder} has {len(found):,} transcripts, {name} has {expected:,}: it is not whole")
+            raise ValueError(
+                f"{folder} has {len(found):,} recordings with transcripts, {name} has {expected:,}: it is not whole"
+            )
         return found
 
 
@@ -139,24 +146,32 @@ class HubSpeech(Recordings):
 
         name = " ".join(map(str, rows.values()))
         try:
-            dataset = load_dataset(**rows).cast_column(self.columns["audio"], Audio(decode=False))
+            dataset = load_dataset(**rows)
         except Exception as error:  # the hub's client raises what its layers raise
             reason = str(error).partition("\n")[0]
-            raise ConnectionError(f"cannot get {name} from the hub: {reason}. Run the same command again") from error
+            raise ConnectionError(
+                f"cannot get {name} from the hub: {reason}. Run the same command again. {NO_NETWORK}"
+            ) from error
+        for key, column in self.columns.items():
+            if column is not None and column not in dataset.column_names:
+                raise ValueError(f"data.{key}={column}: {name} on the hub has {', '.join(dataset.column_names)}")
         folder = self.cache / "hub" / dataset._fingerprint
         require_writable(folder)
         found = []
-        for number, row in enumerate(dataset):
-            sound = row[self.columns["audio"]]
-            path = folder / f"{number}{Path(sound['path'] or '').suffix}"
-            if sound["bytes"] is None:
-                path = Path(sound["path"])
-            elif not path.is_file():
-                part = path.with_name(path.name + ".part")
-                part.write_bytes(sound["bytes"])
-                os.replace(part, path)
-            speaker = str(row[self.columns["speaker"]]) if self.columns["speaker"] else ""
-            found.append(Utterance(f"{name}-{number}", (path,), row[self.columns["text"]], speaker))
+        with FileLock(f"{folder}.lock"):  # a second process waits here, and then finds what the first has written
+            for number, row in enumerate(dataset.cast_column(self.columns["audio"], Audio(decode=False))):
+                sound, text = row[self.columns["audio"]], row[self.columns["text"]]
+                if not isinstance(text, str) or sound is None:
+                    raise ValueError(f"row {number} of {name} on the hub has no text, or no sound")
+                path = folder / f"{number}{Path(sound['path'] or '').suffix}"
+                if sound["bytes"] is None:
+                    path = Path(sound["path"])
+                elif not path.is_file():
+                    part = path.with_name(path.name + ".part")
+                    part.write_bytes(sound["bytes"])
+                    os.replace(part, path)
+                speaker = str(row[self.columns["speaker"]]) if self.columns["speaker"] else ""
+                found.append(Utterance(f"{name}-{number}", (path,), text, speaker))
         return found
 
 
@@ -178,8 +193,10 @@ class SpeechCommands(Recordings):
     def utterances(self) -> dict[str, list[Utterance]]:
         folder = self.folder
         if not (folder / "testing_list.txt").is_file():
-            archive = fetch(folder / self.archive, self.url, self.sha256)
-            folder = unpacked(archive, self.cache / "speech_commands" / self.sha256[:16], (".wav", ".txt"))
+            place = self.cache / "speech_commands" / self.sha256[:16]
+            if not place.is_dir():
+                unpacked(fetch(folder / self.archive, self.url, self.sha256), place, (".wav", ".txt"))
+            folder = place
         lists = {
             split: {*(folder / f"{name}_list.txt").read_text().split()}
             for split, name in (("val", "validation"), ("test", "testing"))

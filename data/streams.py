@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.archives import Archive
-from data.batches import Batches
+from data.batches import Batches, Resumable
 from data.frames import Frames
 
 
@@ -92,7 +92,7 @@ class Recipe:
         return frames, self.batches(frames, frames_per_batch)
 
 
-class Streams:
+class Streams(Resumable):
     """Utterances in parallel streams, cut in time: batches of `segment` steps, and `right` steps that follow them.
 
     The utterances of an epoch, in an order of seed and epoch, are cut into segments, the last of each padded, and these
@@ -109,17 +109,10 @@ class Streams:
         self.streams = range(rank * batch_size, (rank + 1) * batch_size)
         self.pieces = -(-(frames.lengths + recipe.delay) // recipe.segment)
         self.steps = -(-int(self.pieces.sum()) // (batch_size * world_size))
-        self.length = len(self)  # batches of an epoch, which Lightning may cut short
-        self.epoch = -1
-        self.position = 0  # batches that the current epoch has yielded
-        self.start = 0  # where the next epoch begins
+        super().__init__(self.steps)
 
     def __len__(self) -> int:
         return self.steps
-
-    def limit(self, limit: int | float) -> None:
-        """Lightning's `limit_train_batches`: an epoch of so many is over after them, also when resumed."""
-        self.length = min(limit, len(self)) if isinstance(limit, int) else int(limit * len(self))
 
     def __iter__(self) -> Iterator[Batch]:
         begin, self.start = self.start, 0
@@ -149,11 +142,3 @@ class Streams:
                 begins[column] = part == 0 or position == 0
             pad = np.arange(steps)[:, None] >= lengths
             yield Batch(*[torch.from_numpy(a) for a in (x, targets, pad, begins)])  # type: ignore[arg-type]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """The next epoch goes on at that position, or is the one after it where that was finished."""
-        self.epoch, self.position = state_dict["epoch"], state_dict["position"]
-        self.start = self.position if self.position < self.length else 0

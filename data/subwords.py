@@ -96,7 +96,7 @@ def batch_of(pairs: Sequence[tuple[Item, Numbers, Numbers]]) -> Batch:
     return Batch(torch.from_numpy(source), torch.from_numpy(target), [item for item, _, _ in pairs])
 
 
-def learn(texts: Iterable[str], kind: str, vocab_size: int) -> bytes:
+def learn(texts: Iterable[str], kind: str, vocab_size: int, option: str = "data.subword") -> bytes:
     """A model of so many subwords, <pad>, <unk>, <s>, </s> and 256 bytes among them; the same texts give the same.
 
     ValueError if the texts do not have so many, or have more characters than that.
@@ -125,7 +125,7 @@ def learn(texts: Iterable[str], kind: str, vocab_size: int) -> bytes:
         reason = str(error)
         if found := re.search(r"set it to a value <= (\d+)", reason):
             raise ValueError(
-                f"data.vocab_size={vocab_size} is more than the training text has: with data.subword={kind} it has "
+                f"data.vocab_size={vocab_size} is more than the training text has: with {option}={kind} it has "
                 f"{found[1]} subwords; type data.vocab_size={found[1]} or less, or train on more text"
             ) from None
         if found := re.search(rf"{vocab_size} vs (\d+)", reason):

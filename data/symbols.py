@@ -27,7 +27,7 @@ class Symbols:
     def learnt(cls, texts: Iterable[str], unit: str, vocab_size: int) -> "Symbols":
         """Of transcripts: all their characters or words, or vocab_size subwords."""
         if unit not in ("characters", "words"):
-            return cls(unit=unit, model=learn(texts, unit, vocab_size))
+            return cls(unit=unit, model=learn(texts, unit, vocab_size, "data.unit"))
         found = sorted({token for text in texts for token in pieces(text, unit)})
         if not found:
             raise ValueError("the transcripts to train on are all empty: nothing can be learnt from them")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+VERSION = 1  # of the sound; a change of it counts it up
 RATE = 8000  # samples a second
 # Frequencies (Hz) of the two formants of each sound, and how much of it is noise.
 SOUNDS = {

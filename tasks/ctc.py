@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 BLANK = 0
-Prefix = tuple[int, ...]
 NOTHING = -math.inf
 
 
@@ -70,6 +69,22 @@ class Words:
         return after, self.weight * math.log(10) * found + self.bonus
 
 
+class Node:
+    """A prefix: its last symbol, and what came before it. Two prefixes are the same only as one object."""
+
+    __slots__ = ("before", "symbol")
+
+    def __init__(self, before: "Node | None", symbol: int) -> None:
+        self.before, self.symbol = before, symbol
+
+    def symbols(self) -> list[int]:
+        found, node = [], self
+        while node.before is not None:
+            found.append(node.symbol)
+            node = node.before
+        return found[::-1]
+
+
 class Beam(NamedTuple):
     """A prefix's probability, of the steps that end in a blank, and of those that end in its last symbol."""
 
@@ -86,13 +101,13 @@ class Beam(NamedTuple):
 class PrefixSearch:
     """The likeliest texts, each with the probability of all the ways to say it (Graves, 2012; Hannun et al., 2014).
 
-    It goes on from piece to piece of a sound. beam: prefixes that are kept after each step; each is gone on with by the
-    `beam` likeliest symbols of the step.
+    It goes on from piece to piece of a sound, at a cost that does not grow. beam: prefixes that are kept after each
+    step; each is gone on with by the `beam` likeliest symbols of the step.
     """
 
     def __init__(self, beam: int, words: Words | None = None) -> None:
         self.beam, self.words = beam, words
-        self.beams: dict[Prefix, Beam] = {(): Beam(0.0, NOTHING, words and words.start())}
+        self.beams = {Node(None, BLANK): Beam(0.0, NOTHING, words and words.start())}
 
     def accept(self, log_p: Tensor) -> None:
         """Go on by log_p (T, V)."""
@@ -101,20 +116,23 @@ class PrefixSearch:
             self.step(row, [symbol for symbol in likely if symbol != BLANK])
 
     def step(self, log_p: Sequence[float], likely: Iterable[int]) -> None:
-        found: dict[Prefix, Beam] = {}
-        for prefix, beam in self.beams.items():
+        # A prefix that was kept goes by its node, a new one by the node before it and its symbol.
+        kept = {(node.before, node.symbol): node for node in self.beams}
+        found: dict[Node | tuple[Node, int], Beam] = {}
+        for node, beam in self.beams.items():
             total = plus(beam.blank, beam.symbol)
-            last = prefix[-1] if prefix else BLANK
             # The same prefix, by a blank or by its last symbol once more.
-            before = found.get(prefix)
-            stays = beam._replace(blank=total + log_p[BLANK], symbol=beam.symbol + log_p[last] if prefix else NOTHING)
-            found[prefix] = stays if before is None else stays._replace(symbol=plus(stays.symbol, before.symbol))
+            before = found.get(node)
+            stays = beam._replace(
+                blank=total + log_p[BLANK], symbol=NOTHING if node.before is None else beam.symbol + log_p[node.symbol]
+            )
+            found[node] = stays if before is None else stays._replace(symbol=plus(stays.symbol, before.symbol))
             for symbol in likely:
                 # Behind itself a symbol is a new one only after a blank.
-                value = (beam.blank if symbol == last else total) + log_p[symbol]
-                longer = (*prefix, symbol)
+                value = (beam.blank if symbol == node.symbol else total) + log_p[symbol]
                 if value == NOTHING:
                     continue
+                longer = kept.get((node, symbol), (node, symbol))
                 if longer in found:
                     found[longer] = found[longer]._replace(symbol=plus(found[longer].symbol, value))
                     continue
@@ -122,15 +140,15 @@ class PrefixSearch:
                 if self.words is not None:
                     context, worth = self.words.extend(context, symbol)
                 found[longer] = Beam(NOTHING, value, context, beam.worth + worth)
-        kept = sorted(found.items(), key=lambda pair: -pair[1].score)[: self.beam]
-        self.beams = dict(kept)
+        best = sorted(found.items(), key=lambda pair: -pair[1].score)[: self.beam]
+        self.beams = {place if isinstance(place, Node) else Node(*place): beam for place, beam in best}
 
     def best(self) -> list[tuple[float, list[int]]]:
         """The texts' symbols and their scores, the best first."""
         words = self.words
         scored = [
-            (beam.score + (words.end(beam.context) if words is not None else 0.0), [*prefix])
-            for prefix, beam in self.beams.items()
+            (beam.score + (words.end(beam.context) if words is not None else 0.0), node.symbols())
+            for node, beam in self.beams.items()
         ]
         return sorted(scored, key=lambda pair: -pair[0])
 

@@ -162,6 +162,15 @@ class Hybrid(Task):
             self.likelihoods.__exit__(None, None, None)
             self.likelihoods = None
 
+    def test_step(self, batch: Any) -> None:
+        try:
+            super().test_step(batch)
+        except BaseException as error:
+            if self.likelihoods is not None:  # half an archive is none
+                self.likelihoods.__exit__(type(error), error, error.__traceback__)
+                self.likelihoods = None
+            raise
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["state"] = self.state

@@ -1,6 +1,7 @@
 """Speech recognition from end to end, by connectionist temporal classification (Graves et al., 2006)."""
 
 import inspect
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from tasks.record import write_text
 from tasks.translation import MEMORY
 
 POINTS = 5
+WIDTH, POOL = 7, 3  # frequencies of a filter, and of which the best is kept
 NO_SOUND = np.zeros(0, np.float32)
 
 
@@ -26,7 +28,7 @@ class SpeechRecognition(Task):
 
     A batch is (x (T, B, input_size), pad (T, B), targets (B, L), lengths (B,), items), where items have the `id` and
     the `text` of a recording. The loss is a mean over steps. In validation and test a recording that has fewer steps
-    than its text needs adds nothing to the loss; to the error rates every recording counts.
+    than its text needs adds nothing to the loss; to the error rates each counts.
 
     Args:
         encoder: builds the encoder from `input_size` and `bidirectional`.
@@ -41,6 +43,10 @@ class SpeechRecognition(Task):
         time_masks, time_width: and so many stretches of up to this part of a recording.
         colour: FilterAugment (Nam et al., 2022): in training a recording is louder or softer by up to so many
             deviations at each of POINTS frequencies, and evenly between them.
+        warp: and its frequencies are stretched or pressed by up to this part, as by another vocal tract (Jaitly and
+            Hinton, 2013).
+        channels: so many filters along the frequencies of each step, whose best place of POOL is kept, lie before the
+            encoder, to which another vocal tract changes less (Abdel-Hamid et al., 2012); 0 for none.
         beam: prefixes that are kept in validation and test; 1 takes the likeliest symbol of each step.
     """
 
@@ -63,11 +69,14 @@ class SpeechRecognition(Task):
         time_masks: int = 0,
         time_width: float = 0.0,
         colour: float = 0.0,
+        warp: float = 0.0,
+        channels: int = 0,
         beam: int = 1,
     ) -> None:
         super().__init__(optimizer, scheduler)
         check_beam(beam, "task.")
         counts = {"frequency_masks": frequency_masks, "frequency_width": frequency_width, "time_masks": time_masks}
+        counts["channels"] = channels
         for name, value in counts.items():
             if type(value) is not int or value < 0:
                 raise ValueError(f"task.{name}={value} must be a whole number, 0 or more")
@@ -75,17 +84,27 @@ class SpeechRecognition(Task):
             raise ValueError(
                 f"task.frequency_width={frequency_width} is more than the {num_mels} that data.num_mels has"
             )
-        if not 0 <= time_width <= 1:
+        if type(time_width) not in (int, float) or not 0 <= time_width <= 1:
             raise ValueError(f"task.time_width={time_width} must be a part of a recording, 0 to 1")
         if type(colour) not in (int, float) or not 0 <= colour <= 10:
             raise ValueError(f"task.colour={colour} must be a number of deviations, 0 to 10")
-        self.colour = colour
+        if type(warp) not in (int, float) or not 0 <= warp < 1:
+            raise ValueError(f"task.warp={warp} must be a part of a frequency, 0 or more and below 1")
+        self.colour, self.warp = colour, warp
         self.num_mels, self.decode, self.beam, self.bidirectional = num_mels, decode, beam, bidirectional
         self.frequency_masks, self.frequency_width = frequency_masks, frequency_width
         self.time_masks, self.time_width = time_masks, time_width
         known = inspect.signature(encoder).parameters
         # What attends sees all that was heard, in a stream too.
         memory = {name: None for name in MEMORY if name in known}
+        self.filters: nn.Conv1d | None = None
+        if channels:
+            if num_mels < POOL:
+                raise ValueError(
+                    f"task.channels={channels} needs {POOL} frequencies: type data.num_mels={POOL} or more"
+                )
+            self.filters = nn.Conv1d(input_size // num_mels, channels, WIDTH, padding=WIDTH // 2)
+            input_size = channels * (num_mels // POOL)
         self.encoder = encoder(input_size=input_size, bidirectional=bidirectional, **memory)
         self.dropout = Dropout(dropout)
         self.output = nn.Linear(self.encoder.output_size, vocab_size)
@@ -93,6 +112,9 @@ class SpeechRecognition(Task):
 
     def forward(self, x: Tensor, pad: Tensor | None = None, state: Any = None) -> tuple[Tensor, Any]:
         """Logarithms of the symbols' probabilities (T, B, vocab_size), and the encoder's state."""
+        if self.filters is not None:
+            found = self.filters(x.flatten(0, 1).unflatten(1, (-1, self.num_mels)))
+            x = F.max_pool1d(found, POOL).relu().flatten(1).unflatten(0, x.shape[:2])
         h, state = self.encoder(x, state, pad)
         return self.output(self.dropout(h)).float().log_softmax(2), state
 
@@ -112,6 +134,15 @@ class SpeechRecognition(Task):
         """x (T, B, n), each recording, of `steps` (B,), in another colour, without some frequencies and some times."""
         frames = x.unflatten(2, (-1, self.num_mels))
         batch, device = x.shape[1], x.device
+        if self.warp:
+            factors = 1 + self.warp * (2 * torch.rand(batch, 1, device=device) - 1)
+            places = (torch.arange(self.num_mels, device=device) * factors).clamp(max=self.num_mels - 1)
+            below, part = places.long(), places.frac()[:, None]
+            low, high = (
+                frames.gather(3, index[:, None].expand(frames.shape))
+                for index in (below, (below + 1).clamp(max=self.num_mels - 1))
+            )
+            frames = low + part * (high - low)
         if self.colour:
             points = self.colour * (2 * torch.rand(1, batch, POINTS, device=device) - 1)
             curve = F.interpolate(points, self.num_mels, mode="linear", align_corners=True)
@@ -193,9 +224,14 @@ class SpeechRecognition(Task):
             torch.set_num_threads(1)  # a chunk is too little for more
             # What runs for the first time is compiled.
             self(torch.zeros(1, 1, vocabulary.frontend.size, device=self.device))
-        for piece in (*pieces, None):
+        if stream:
+            parts: Iterable[tuple[np.ndarray, bool]] = ((p, p is NO_SOUND) for p in itertools.chain(pieces, [NO_SOUND]))
+        else:  # at once, for a network that reads both ways
+            parts = [(np.concatenate([NO_SOUND, *pieces]), True)]
+        for wave, is_last in parts:
             start = time.perf_counter()
-            x = torch.from_numpy(steps.accept(NO_SOUND if piece is None else piece, is_last=piece is None))
+            x = torch.from_numpy(steps.accept(wave, is_last=is_last))
+            more: list[int] = []
             if len(x):
                 log_p, state = self(x[:, None].to(self.device), None, state)
                 log_p = log_p[:, 0].cpu()
@@ -206,8 +242,9 @@ class SpeechRecognition(Task):
                 else:
                     more, last = greedy(log_p, last)
                     symbols += more
+            text = vocabulary.symbols.decode(symbols) if more else written
             seconds.append(time.perf_counter() - start)
-            if found is None and len(text := vocabulary.symbols.decode(symbols)) > len(written):
+            if len(text) > len(written):
                 yield text[len(written) :]
                 written = text
         yield "\n" if found is None else vocabulary.symbols.decode(found.best()[0][1]) + "\n"

@@ -86,6 +86,19 @@ def test_the_search_goes_on_from_piece_to_piece():
     assert search(log_p, 6) == whole.best()[0][1]
 
 
+def test_the_cost_of_a_step_does_not_grow():
+    """A prefix shares what came before it with the others."""
+    found = PrefixSearch(4)
+    found.accept(probabilities(2000, 3))
+    nodes = set()
+    for node in found.beams:
+        while node is not None:
+            nodes.add(id(node))
+            node = node.before
+    assert len(nodes) < 4 * 2000
+    assert max(len(text) for _, text in found.best()) > 500
+
+
 def test_the_likeliest_text_is_not_that_of_the_likeliest_symbols():
     log_p = torch.tensor([[0.6, 0.4], [0.6, 0.4]]).log()  # no symbol: 0.36; one: 0.64
     assert search(log_p, 1) == []

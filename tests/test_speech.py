@@ -16,6 +16,7 @@ from test_ctc import every_text
 import predict
 import train
 from data import synthesis
+from data.audio import resampled
 from sru import SRU
 from tasks.speech import SpeechRecognition, stretch
 
@@ -140,9 +141,46 @@ def test_bands_and_stretches_are_hidden_in_training_alone():
     assert torch.equal(network().masked(x, torch.full((400,), 8)), x)
 
 
+def test_colour_and_warp_change_a_recording_as_a_whole():
+    torch.manual_seed(0)
+    steps = torch.full((200,), 5)
+    x = torch.linspace(0, 5, 6).repeat(2).expand(5, 200, 12)
+    task = network(num_mels=6, input_size=12, colour=0.5)
+    change = (task.masked(x, steps) - x).unflatten(2, (2, 6))
+    assert torch.allclose(change, change[:1, :, :1].expand_as(change), atol=1e-6)  # of all frames
+    assert 0.4 < change.abs().max() <= 0.5
+    assert change[0, :, 0].std(0).min() > 0.1  # and of each recording its own
+    task = network(num_mels=6, input_size=12, warp=0.2)
+    ratio = task.masked(x, steps)[..., 1:5] / x[..., 1:5]
+    assert torch.allclose(ratio, ratio[:1, :, :1].expand_as(ratio), atol=1e-5)
+    assert 0.8 <= ratio.min() < 0.85
+    assert 1.15 < ratio.max() <= 1.2
+    assert torch.equal(network(num_mels=6, input_size=12).masked(x, steps), x)
+
+
+def test_filters_along_the_frequencies_know_each_step_alone():
+    task = network(num_mels=6, input_size=12, channels=4).eval()
+    x = torch.randn(7, 2, 12)
+    whole, _ = task(x)
+    first, state = task(x[:3])
+    rest, _ = task(x[3:], None, state)
+    assert torch.allclose(torch.cat([first, rest]), whole, atol=1e-6)
+    # By hand: the largest of three places, of filters over seven frequencies of both frames.
+    frames = torch.nn.functional.pad(x[0, 0].unflatten(0, (2, 6)), (3, 3))
+    found = torch.stack(
+        [(task.filters.weight * frames[:, i : i + 7]).sum((1, 2)) + task.filters.bias for i in range(6)]
+    )
+    expected = found.unflatten(0, (2, 3)).amax(1).clamp(min=0).T.flatten()
+    h, _ = task.encoder(torch.cat([expected[None, None], torch.zeros(0, 1, 8)]))
+    assert torch.allclose(task.output(h).log_softmax(2)[0, 0], whole[0, 0], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"colour": -1}, "task.colour=-1"),
+        ({"warp": 1}, "task.warp=1"),
+        ({"channels": 2, "num_mels": 2}, "task.channels=2 needs 3"),
         ({"beam": 0}, "task.beam=0 must be"),
         ({"frequency_width": 4}, "task.frequency_width=4 is more than the 3"),
         ({"time_masks": -1}, "task.time_masks=-1"),
@@ -176,7 +214,7 @@ def test_a_run_learns_writes_and_is_used(settings, cache, tmp_path, capsys, monk
     assert "test/wer" in report
     assert "test/cer" in report
 
-    folder = cache / "speech_sample/sentences"
+    folder = cache / f"speech_sample-{synthesis.VERSION}/sentences"
     for name in ("test-0", "test-5"):
         run = f"checkpoint={tmp_path / 'run'}", f"input={folder / name}.wav"
         predict.main([*run])
@@ -226,6 +264,22 @@ def test_a_stream_hears_what_the_whole_recording_is(settings, model):
                 pieces.append(log_p)
     assert len(pieces) > 5
     assert torch.allclose(torch.cat(pieces), whole, atol=1e-5)
+
+
+def test_a_recording_of_another_rate_is_heard_as_a_whole(settings, tmp_path, capsys, monkeypatch):
+    """By a network of both ways: what the resampler gives last belongs to the same recording."""
+    train.run(settings(*FEW, "bidirectional=true", "data.level=recording"))
+    path = tmp_path / "sound.wav"
+    soundfile.write(path, resampled(synthesis.spoken(["ami", "oso"], 9, 5)[0], 8000, 44100), 44100)
+    task, vocabulary = predict.load(str(tmp_path / "run"))
+    calls = []
+    monkeypatch.setattr(type(task), "forward", lambda self, x, *_: calls.append(x) or (torch.zeros(len(x), 1, 9), None))
+    list(task.predict(vocabulary, input=str(path)))
+    assert len(calls) == 1
+    frontend = vocabulary.frontend
+    wave, rate = vocabulary.read(path)
+    expected = frontend.normalised(frontend.frames(resampled(wave, rate, 8000)))
+    assert np.allclose(calls[0][:, 0], expected, atol=1e-5)
 
 
 def test_predictions_refuse_what_is_wrong(settings, tmp_path):

@@ -155,7 +155,8 @@ def test_levels_by_hand():
         "deviation": np.array([2.0], np.float32),
     }
     assert Frontend(level="global", **options).normalised(frames).ravel().tolist() == [1, 3, 2]
-    assert Frontend(level="recording", **options).normalised(frames).ravel().tolist() == [-1, 1, 0]
+    own = Frontend(level="recording", **options).normalised(frames).ravel()
+    assert own == pytest.approx(np.array([-2, 2, 0]) / np.sqrt(8 / 3))
     running = [(4 - 64 / 31) / 2, (8 - 72 / 32) / 2, (6 - 78 / 33) / 2]  # 30 frames of 2 come first
     assert Frontend(level="running", **options).normalised(frames).ravel() == pytest.approx(running)
     assert Frontend(level="running", **options).normalised(frames[1:], (4.0, 1)).ravel() == pytest.approx(running[1:])
@@ -188,9 +189,9 @@ def test_features_are_computed_once_and_read_back(tmp_path, monkeypatch, caplog)
     assert np.allclose(found.mean, every.mean(0), rtol=1e-4)
     assert np.allclose(found.deviation, every.std(0), rtol=1e-3)
     monkeypatch.setattr("data.features.write", lambda *_: pytest.fail("computed again"))
-    assert prepared(utterances, frontend, tmp_path / "cache", "train").key == found.key
+    assert prepared(utterances, frontend, tmp_path / "cache", "train").checksum == found.checksum
     # A cut file of the cache is not taken for whole.
-    place = tmp_path / "cache/speech" / found.key / "features.arrow"
+    (place,) = (tmp_path / "cache/speech").glob("*/features.arrow")
     monkeypatch.undo()
     place.write_bytes(place.read_bytes()[:-100])
     assert len(prepared(utterances, frontend, tmp_path / "cache", "train")) == 70
@@ -202,7 +203,7 @@ def test_another_file_has_other_features(tmp_path):
     first = prepared([utterance], frontend, tmp_path / "cache", "train")
     write(tmp_path / "a.wav", said("umi", 5))
     second = prepared([utterance], frontend, tmp_path / "cache", "train")
-    assert len({first.key, second.key}) == 2
+    assert not np.array_equal(first[0][2], second[0][2])
     louder = prepared([utterance._replace(gain=20.0)], frontend, tmp_path / "cache", "train")
     # Ten times the amplitude is ln(100) more of every energy that is well above the noise.
     loud = second[0][2] > 12
@@ -372,6 +373,10 @@ def test_a_checkpoint_knows_what_it_was_trained_on(listed):
     for options, name in (({"stack": 2}, "stack"), ({"unit": "words"}, "symbols"), ({"speeds": [0.9]}, "mean")):
         with pytest.raises(ValueError, match=f"trained on other data: .*{name}"):
             listed(**options).load_state_dict(state)
+    other = listed()
+    other.parts["test"].reverse()
+    with pytest.raises(ValueError, match="trained on other data: recordings differ"):
+        other.load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +384,8 @@ def test_a_checkpoint_knows_what_it_was_trained_on(listed):
     [
         ({"unit": "syllables"}, "data.unit=syllables must be one of characters, words"),
         ({"speeds": []}, "data.speeds=.* must be a list"),
+        ({"speeds": 1.0}, "data.speeds=.* must be a list"),
+        ({"noise": 5}, "data.noise=5 must be two numbers"),
         ({"speeds": [3.0]}, "0.5 to 2"),
         ({"volume": -1}, "data.volume=-1"),
         ({"noise": [30, 5]}, "data.noise=.* must be two numbers"),
@@ -399,7 +406,7 @@ def test_a_manifest_lists_recordings(tmp_path):
     write(tmp_path / "sound/a.wav")
     row = {"audio": "sound/a.wav", "text": "ami oso", "speaker": "anna"}
     for name in ("train", "dev", "test"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n\n")
+        (tmp_path / f"{name}.jsonl").write_text("\ufeff" + json.dumps(row) + "\r\n\n", encoding="utf-8")
     options = {"root": str(tmp_path), "cache": str(tmp_path / "cache"), "rate": RATE, "num_mels": 24}
     data = Manifest(train="train.jsonl", val=str(tmp_path / "dev.jsonl"), test="test.jsonl", **options)
     (found,) = data.utterances()["train"]
@@ -461,7 +468,7 @@ def test_librispeech_is_read_from_its_folders(tmp_path):
         librispeech(tmp_path, val="dev-noisy")
     transcripts = tmp_path / "LibriSpeech/dev/19/198/19-198.trans.txt"
     transcripts.write_text("19-198-0000 AMI OSO\n")
-    with pytest.raises(ValueError, match="has 1 transcripts, dev has 2: it is not whole"):
+    with pytest.raises(ValueError, match="has 1 recordings with transcripts, dev has 2: it is not whole"):
         librispeech(tmp_path).utterances()
 
 
@@ -481,6 +488,26 @@ def test_librispeech_is_unpacked_from_its_archive(tmp_path):
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(ValueError, match=r"test.tar.gz is damaged"):
         librispeech(tmp_path).utterances()
+
+
+def test_an_archive_that_is_unpacked_is_not_needed(tmp_path):
+    for part in PARTS:
+        write_part(tmp_path / "cache/LibriSpeech" / part, part)
+    assert len(librispeech(tmp_path).utterances()["test"]) == 2
+    (tmp_path / "cache/LibriSpeech/test/LibriSpeech/test/19/198/19-198-0001.flac").unlink()
+    with pytest.raises(ValueError, match="has 1 recordings with transcripts, test has 2: it is not whole"):
+        librispeech(tmp_path).utterances()
+
+
+def test_a_fault_of_the_machine_is_none_of_a_recording(tmp_path, monkeypatch):
+    utterance = Utterance("a", (write(tmp_path / "a.wav"),), "a", "")
+
+    def no_more(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("builtins.open", no_more)
+    with pytest.raises(OSError, match="Too many open files"):
+        read(utterance.files[0])
 
 
 def test_an_archive_writes_nowhere_else(tmp_path):
@@ -540,6 +567,8 @@ def test_recordings_of_the_hub_are_written_down(tmp_path):
     found = data.utterances()["test"]
     assert [(u.text, u.speaker) for u in found] == [("AMI", "7")] * 2
     assert np.allclose(read(found[1].files[0])[0], said(), atol=1e-4)
+    with pytest.raises(ValueError, match=r"data\.text=words: parquet .* on the hub has audio, text, speaker_id"):
+        HubSpeech(rows={"train": split}, text="words", cache=str(tmp_path / "cache")).utterances()
     absent = HubSpeech(rows={"train": {"path": str(tmp_path / "nothing")}}, cache=str(tmp_path / "cache"))
     with pytest.raises(ConnectionError, match=r"cannot get .*nothing from the hub"):
         absent.utterances()
@@ -589,6 +618,8 @@ def test_speakers_and_strings_of_digits(fsdd):
         assert len(counts) == 12
         assert {*counts.values()} == {times}
     assert found == data.utterances()
+    orders = [[int(u.id.split("-")[1]), u.text] for own in found.values() for u in own if len(u.text.split()) > 3]
+    assert len({text for _, text in orders}) == len(orders)  # of other speakers too
     with pytest.raises(ValueError, match=r"data\.speakers\.test: 'dora' is none of anna, bob, cleo"):
         spoken_digits(fsdd, speakers={"val": ["bob"], "test": ["dora"]}).utterances()
     for options, message in (
