@@ -97,6 +97,11 @@ def main(words: list[str]) -> None:
     known = {
         name: p.annotation for name, p in inspect.signature(task.predict).parameters.items() if name != "vocabulary"
     }
+    required = [
+        name for name, p in inspect.signature(task.predict).parameters.items() if p.default is p.empty and name in known
+    ]
+    if missing := [name for name in required if name not in options]:
+        raise ValueError(f"{missing[0]} is missing; type {missing[0]}=FILE")
     values: dict[str, Any] = {}
     for name, value in options.items():
         if name not in known:

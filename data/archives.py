@@ -74,7 +74,7 @@ def read_table(path: Path, copy: str) -> tuple[dict[str, Place], dict[str, int]]
 def lines_of(path: Path) -> list[str]:
     """The lines of a text of Kaldi's that are not empty."""
     try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}") from error
     except OSError as error:

@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 SYSTEM_ERROR = 2  # of libsndfile
+LOUDEST = 1000
+PIPED = 0x7FFFF000  # bytes that a header says where it was written before the sound
 SCALE = 32768  # Kaldi computes on 16-bit numbers
 # The mean of all the training set's frames; of those of the recording so far, as a stream has it; or mean and deviation
 # of all its own.
@@ -22,21 +24,42 @@ def read(path: Path) -> tuple[np.ndarray, int, int]:
     """The sound of a file: float32 samples in -1 to 1, the mean of its channels; samples a second; and channels."""
     import soundfile
 
+    if not path.is_file():
+        raise Damaged(f"{path} is no sound that can be read: there is no such file")
     try:
-        with open(path, "rb"):  # a fault of the machine, as too many open files, is no fault of the recording
-            pass
+        with open(path, "rb") as file:  # a fault of the machine, as too many open files, is no fault of the recording
+            check_riff(file, path)
+        rate = soundfile.info(path).samplerate
+        if not 1000 <= rate <= 1_000_000:
+            raise Damaged(f"{path} is no sound that can be read: it says it has {rate} samples a second")
         wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise Damaged(f"{path} is no sound that can be read: {error.strerror}") from error
-    except (RuntimeError, TypeError, ValueError) as error:  # TypeError: a name that ends as raw sound does
+    except Damaged:
+        raise
+    # TypeError: a name that ends as raw sound does; MemoryError: a header that says there is more than there can be.
+    except (RuntimeError, TypeError, ValueError, MemoryError) as error:
         if getattr(error, "code", None) == SYSTEM_ERROR:
             raise OSError(f"{path} cannot be read: {error}") from error
         raise Damaged(f"{path} is no sound that can be read: {getattr(error, 'error_string', error)}") from error
     if not len(wave):
         raise Damaged(f"{path} has no sample")
-    if not np.isfinite(wave).all():
-        raise Damaged(f"{path} has samples that are no numbers")
+    if not np.abs(wave).max() <= LOUDEST:
+        raise Damaged(f"{path} has samples that are no numbers, or beyond {LOUDEST} times the loudest that is usual")
     return wave.mean(1), rate, wave.shape[1]
+
+
+def check_riff(file: IO[bytes], path: Path) -> None:
+    """Refuse a wav file that ends before its header says so; one that was written to a pipe does not know its end."""
+    if file.read(4) != b"RIFF":
+        return
+    file.seek(12)
+    while len(head := file.read(8)) == 8:
+        size = int.from_bytes(head[4:], "little")
+        if head[:4] == b"data":
+            there = path.stat().st_size - file.tell()
+            if there < size < PIPED:
+                raise Damaged(f"{path} is cut: its header says {size:,} bytes of sound, and {there:,} are there")
+            return
+        file.seek(size + size % 2, os.SEEK_CUR)
 
 
 def write(path: Path, wave: np.ndarray, rate: int) -> None:

@@ -44,18 +44,28 @@ class SpokenDigits(Recordings):
         super().__init__(**options)
         self.folder = Path(root).expanduser() / "fsdd"
         self.url, self.archive = url, archive
-        self.speakers = None if speakers is None else {split: {*names} for split, names in speakers.items()}
-        self.digits, self.repeats = digits, repeats
-        whole = digits is None or (
-            len(digits) == 2 and all(type(n) is int for n in digits) and 1 <= digits[0] <= digits[1]
-        )
-        if not whole or type(repeats) is not int or repeats < 1:
+        both = speakers if isinstance(speakers, Mapping) else {}
+        named: list[list[Any]] = [
+            [*both[split]] if isinstance(both.get(split), Sequence) else [None] for split in ("val", "test")
+        ]
+        if speakers is not None and (
+            {*both} != {"val", "test"}
+            or not all(isinstance(name, str) and len(name) > 1 for names in named for name in names)
+            or {*named[0]} & {*named[1]}
+        ):
+            raise ValueError(
+                f"data.speakers={speakers} must name those of val and of test, and nobody for both, or be null: type "
+                "'data.speakers={val: [theo], test: [yweweler]}'"
+            )
+        self.speakers = None if speakers is None else dict(zip(("val", "test"), map(set, named), strict=True))
+        lengths = list(digits) if isinstance(digits, Sequence) else []
+        whole = len(lengths) == 2 and all(type(n) is int for n in lengths) and 1 <= lengths[0] <= lengths[1]
+        if (digits is not None and not whole) or type(repeats) is not int or repeats < 1:
             raise ValueError(
                 f"data.digits={digits} must be two whole numbers, as [3,7], or null, and data.repeats={repeats} 1 or "
                 "more"
             )
-        if self.speakers is not None and {*self.speakers} != {"val", "test"}:
-            raise ValueError(f"data.speakers={speakers} must name those of val and of test, or be null")
+        self.digits, self.repeats = lengths or None, repeats
 
     def utterances(self) -> dict[str, list[Utterance]]:
         folder = self.folder
@@ -80,6 +90,8 @@ class SpokenDigits(Recordings):
         for split, known in (self.speakers or {}).items():
             if unknown := sorted(known - heard):
                 raise ValueError(f"data.speakers.{split}: {unknown[0]!r} is none of {', '.join(sorted(heard))}")
+        if empty := [split for split, own in found.items() if not own]:
+            raise ValueError(f"data.speakers leaves nobody for {empty[0]}: there are {', '.join(sorted(heard))}")
         if self.digits is None:
             return found
         return {
@@ -126,7 +138,6 @@ class SpokenWords(Recordings):
     def utterances(self) -> dict[str, list[Utterance]]:
         is_single = self.unit == "label"
         folder = self.cache / f"speech_sample-{synthesis.VERSION}" / ("words" if is_single else "sentences")
-        require_writable(folder)
         found: dict[str, list[Utterance]] = {}
         seed = 0
         for split, count, speakers in self.COUNTS:
@@ -138,6 +149,7 @@ class SpokenWords(Recordings):
                 words = generator.choice(synthesis.WORDS, 1 if is_single else generator.integers(2, 6)).tolist()
                 path = folder / f"{split}-{i}.wav"
                 if not path.is_file():
+                    require_writable(folder)
                     write(path, synthesis.spoken(words, speaker, seed)[0], synthesis.RATE)
                 found[split].append(Utterance(path.stem, (path,), " ".join(words), str(speaker)))
         return found

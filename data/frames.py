@@ -17,6 +17,7 @@ from data.fetch import require_writable
 log = logging.getLogger(__name__)
 
 NORMALISATIONS = (None, "utterance", "speaker", "global")
+MOST_TARGETS = 1_000_000
 SCORED = ("all", "some", "none")
 
 
@@ -126,6 +127,10 @@ class Frames:
     def counted(self, targets: np.ndarray, counts: np.ndarray, num_targets: int | None, key: str) -> np.ndarray:
         """The counts with those of an utterance."""
         low, high = int(targets.min()), int(targets.max())
+        if high >= MOST_TARGETS:
+            raise ValueError(
+                f"{self.name}: utterance {key} has the target {high}, beyond {MOST_TARGETS:,}: no pdf is that"
+            )
         if low < 0 or (num_targets is not None and high >= num_targets):
             told = f"{self.name}: utterance {key} has the target"
             if low < 0 or num_targets is None:
@@ -162,6 +167,12 @@ class Frames:
                 raise ValueError(
                     f"{self.folder / 'cmvn.scp'}: the sums of {speaker} must be 2 x {self.input_size + 1} with a count "
                     f"above 0, not {' x '.join(map(str, both.shape))}"
+                )
+            squared = np.square(both[0, :-1]) / both[0, -1]
+            if not np.isfinite(both).all() or (squared > 1.001 * both[1, :-1] + 1e-3).any():
+                raise ValueError(
+                    f"{self.folder / 'cmvn.scp'}: the sums of {speaker} cannot be those of frames; make them anew by "
+                    "compute-cmvn-stats"
                 )
             return mean_and_scale(both[0, :-1], both[1, :-1], both[0, -1])
 

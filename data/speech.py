@@ -12,13 +12,12 @@ from torch import Tensor
 
 from data.audio import Frontend, StepStream, check_frontend, read
 from data.batches import Batches
-from data.features import Recorded, Utterance, prepared
+from data.features import Recorded, Utterance, perturbed, prepared
 from data.symbols import BLANK, UNITS, Symbols, frames_needed
 
 log = logging.getLogger(__name__)
 
 LABEL = "label"
-PERTURBATION_SEED = 1234  # a run's own seed never changes a recording
 
 
 class Item(NamedTuple):
@@ -157,20 +156,22 @@ class Recordings(pl.LightningDataModule):
         listed = self.utterances()
         heard = {split: [self.heard(utterance) for utterance in own] for split, own in listed.items()}
         heard["train"] = perturbed(heard["train"], self.speeds, self.volume, self.noise)
+        texts = {split: [utterance.text for utterance in own] for split, own in heard.items()}
+        symbols, labels = self.written(texts)
         found = {split: prepared(own, frontend, self.cache, split) for split, own in heard.items()}
         train = found["train"]
-        texts = train.texts
-        symbols, labels = None, None
-        if self.unit == LABEL:
-            labels = sorted({*texts})
-            for split, recorded in found.items():
-                if unknown := sorted({*recorded.texts} - {*labels}):
-                    raise ValueError(f"labels {', '.join(map(repr, unknown[:5]))} of data.{split} are none to train on")
-        else:
-            symbols = Symbols.learnt(texts, self.unit, self.vocab_size)
         frontend = Frontend(**self.options, mean=train.mean, deviation=train.deviation)
         self.vocabulary = Vocabulary(frontend, symbols, labels)
-        self.rows = self.trainable(train, texts)
+        self.rows = self.fitting("train", train)
+        if not len(self.rows):
+            raise ValueError(
+                f"all {len(train)} recordings of data.train are too short for their transcripts: type a smaller "
+                f"data.stack than {self.options['stack']}, or data.unit=bpe"
+            )
+        for split in ("val", "test"):
+            self.fitting(split, found[split])
+            if not (frontend.steps(found[split].sizes) > 0).any():
+                raise ValueError(f"all {len(found[split])} recordings of data.{split} are shorter than a step")
         for split, recorded in found.items():
             hours = recorded.sizes.sum() / 360_000
             unknown = sorted({c for text in recorded.texts for c in symbols.unknown(text)}) if symbols else []
@@ -188,22 +189,36 @@ class Recordings(pl.LightningDataModule):
         text = " ".join(utterance.text.split())
         return utterance._replace(text=text.lower() if self.lowercase else text)
 
-    def trainable(self, train: Recorded, texts: Sequence[str]) -> np.ndarray:
+    def written(self, texts: dict[str, list[str]]) -> tuple[Symbols | None, list[str] | None]:
+        """The symbols or the labels of the transcripts of each split, before any feature is computed."""
+        if self.unit != LABEL:
+            if not any(texts["val"]):
+                raise ValueError(
+                    "the transcripts of data.val are all empty: there is no error rate to choose a network by"
+                )
+            return Symbols.learnt(dict.fromkeys(texts["train"]), self.unit, self.vocab_size), None
+        labels = sorted({*texts["train"]})
+        if len(labels) < 2:
+            raise ValueError(f"data.train has one label, {labels[0]!r}: there is nothing to tell apart")
+        for split, own in texts.items():
+            if unknown := sorted({*own} - {*labels}):
+                raise ValueError(f"labels {', '.join(map(repr, unknown[:5]))} of data.{split} are none to train on")
+        return None, labels
+
+    def fitting(self, split: str, recorded: Recorded) -> np.ndarray:
         """The recordings that have a step for each of their symbols."""
         symbols = self.vocabulary.symbols
-        steps = self.vocabulary.frontend.steps(train.sizes)
-        needed = [1 if symbols is None else frames_needed(symbols.encode(text)) for text in texts]
+        steps = self.vocabulary.frontend.steps(recorded.sizes)
+        needed = [1 if symbols is None else frames_needed(symbols.encode(text)) for text in recorded.texts]
         fits = steps >= np.maximum(needed, 1)
-        if left_out := len(fits) - int(fits.sum()):
+        if short := len(fits) - int(fits.sum()):
+            what = "left out" if split == "train" else "that add nothing to the loss"
             log.warning(
-                "train: %d left out, too short for their transcripts with data.stack=%d",
-                left_out,
+                "%s: %d %s, too short for their transcripts with data.stack=%d",
+                split,
+                short,
+                what,
                 self.options["stack"],
-            )
-        if not fits.any():
-            raise ValueError(
-                f"all {len(fits)} recordings of data.train are too short for their transcripts: type a smaller "
-                f"data.stack than {self.options['stack']}, or data.unit=bpe"
             )
         return np.flatnonzero(fits)
 
@@ -291,21 +306,8 @@ class Recordings(pl.LightningDataModule):
             mean=np.array(state_dict["mean"], np.float32),
             deviation=np.array(state_dict["deviation"], np.float32),
         )
+        check_frontend(frontend.rate, frontend.num_mels, frontend.stack, frontend.level)
+        if {len(state_dict["mean"]), len(state_dict["deviation"])} != {frontend.num_mels}:
+            raise ValueError(f"the checkpoint has no mean and deviation of {frontend.num_mels} energies: it is damaged")
         symbols = state_dict["symbols"] and Symbols(**state_dict["symbols"])
         return Vocabulary(frontend, symbols, state_dict["labels"])
-
-
-def perturbed(
-    utterances: Sequence[Utterance], speeds: Sequence[float], volume: float, noise: tuple[float, float] | None
-) -> list[Utterance]:
-    """Each utterance at each of these speeds, louder or softer by up to `volume` dB, and with noise."""
-    generator = np.random.default_rng(PERTURBATION_SEED)
-    return [
-        utterance._replace(
-            speed=speed,
-            gain=round(generator.uniform(-volume, volume), 2),
-            noise=None if noise is None else round(generator.uniform(*noise), 2),
-        )
-        for speed in speeds
-        for utterance in utterances
-    ]

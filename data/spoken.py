@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,9 @@ def listed(path: Path) -> list[Utterance]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: no JSON ({error}): a line is {EXAMPLE}") from error
         for key in ("audio", "text"):
-            if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                raise ValueError(f"{path}:{number}: there is no text {key!r}: a line is {EXAMPLE}")
+            value = row.get(key) if isinstance(row, dict) else None
+            if not isinstance(value, str) or re.search("[\ud800-\udfff\0]", value):
+                raise ValueError(f"{path}:{number}: {key!r} is no text, but {value!r:.60}: a line is {EXAMPLE}")
         audio = path.parent / row["audio"]
         found.append(Utterance(f"{path.stem}-{number}", (audio,), row["text"], str(row.get("speaker", ""))))
     if not found:
@@ -134,6 +136,8 @@ class HubSpeech(Recordings):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if not isinstance(rows, Mapping) or {*rows} != {"train", "val", "test"}:
+            raise ValueError(f"data.rows={rows} must have the keywords of load_dataset for train, val and test")
         self.sets = rows
         self.columns = {"audio": audio, "text": text, "speaker": speaker}
 
@@ -161,12 +165,10 @@ class HubSpeech(Recordings):
         with FileLock(f"{folder}.lock"):  # a second process waits here, and then finds what the first has written
             for number, row in enumerate(dataset.cast_column(self.columns["audio"], Audio(decode=False))):
                 sound, text = row[self.columns["audio"]], row[self.columns["text"]]
-                if not isinstance(text, str) or sound is None:
-                    raise ValueError(f"row {number} of {name} on the hub has no text, or no sound")
+                if not isinstance(text, str) or sound is None or sound["bytes"] is None:
+                    raise ValueError(f"row {number} of {name} on the hub has no text, or no sound within it")
                 path = folder / f"{number}{Path(sound['path'] or '').suffix}"
-                if sound["bytes"] is None:
-                    path = Path(sound["path"])
-                elif not path.is_file():
+                if not path.is_file():
                     part = path.with_name(path.name + ".part")
                     part.write_bytes(sound["bytes"])
                     os.replace(part, path)

@@ -26,12 +26,12 @@ class Symbols:
     @classmethod
     def learnt(cls, texts: Iterable[str], unit: str, vocab_size: int) -> "Symbols":
         """Of transcripts: all their characters or words, or vocab_size subwords."""
+        texts = list(texts)
+        if not any(texts):
+            raise ValueError("the transcripts to train on are all empty: nothing can be learnt from them")
         if unit not in ("characters", "words"):
             return cls(unit=unit, model=learn(texts, unit, vocab_size, "data.unit"))
-        found = sorted({token for text in texts for token in pieces(text, unit)})
-        if not found:
-            raise ValueError("the transcripts to train on are all empty: nothing can be learnt from them")
-        return cls(unit=unit, tokens=found)
+        return cls(unit=unit, tokens=sorted({token for text in texts for token in pieces(text, unit)}))
 
     def __len__(self) -> int:
         """All numbers, the blank's among them."""

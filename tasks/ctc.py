@@ -36,7 +36,7 @@ class Words:
         self.kenlm, self.write, self.weight, self.bonus = kenlm, write, weight, bonus
         try:
             self.model = kenlm.Model(path)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"ngram={path} is no n-gram in ARPA's or KenLM's format: {error}") from error
 
     def start(self) -> tuple[Any, str]:
@@ -161,8 +161,8 @@ def plus(a: float, b: float) -> float:
 
 
 def check_beam(beam: int, prefix: str = "") -> None:
-    if type(beam) is not int or beam < 1:
-        raise ValueError(f"{prefix}beam={beam} must be a whole number, 1 (the likeliest symbol of each step) or more")
+    if type(beam) is not int or not 1 <= beam <= 1000:
+        raise ValueError(f"{prefix}beam={beam} must be a whole number, 1 (the likeliest symbol of each step) to 1000")
 
 
 def search(log_p: Tensor, beam: int, words: Words | None = None) -> list[int]:

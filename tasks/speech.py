@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,6 @@ from tasks.record import write_text
 from tasks.translation import MEMORY
 
 POINTS = 5
-WIDTH, POOL = 7, 3  # frequencies of a filter, and of which the best is kept
 NO_SOUND = np.zeros(0, np.float32)
 
 
@@ -45,8 +45,6 @@ class SpeechRecognition(Task):
             deviations at each of POINTS frequencies, and evenly between them.
         warp: and its frequencies are stretched or pressed by up to this part, as by another vocal tract (Jaitly and
             Hinton, 2013).
-        channels: so many filters along the frequencies of each step, whose best place of POOL is kept, lie before the
-            encoder, to which another vocal tract changes less (Abdel-Hamid et al., 2012); 0 for none.
         beam: prefixes that are kept in validation and test; 1 takes the likeliest symbol of each step.
     """
 
@@ -70,13 +68,11 @@ class SpeechRecognition(Task):
         time_width: float = 0.0,
         colour: float = 0.0,
         warp: float = 0.0,
-        channels: int = 0,
         beam: int = 1,
     ) -> None:
         super().__init__(optimizer, scheduler)
         check_beam(beam, "task.")
         counts = {"frequency_masks": frequency_masks, "frequency_width": frequency_width, "time_masks": time_masks}
-        counts["channels"] = channels
         for name, value in counts.items():
             if type(value) is not int or value < 0:
                 raise ValueError(f"task.{name}={value} must be a whole number, 0 or more")
@@ -97,14 +93,6 @@ class SpeechRecognition(Task):
         known = inspect.signature(encoder).parameters
         # What attends sees all that was heard, in a stream too.
         memory = {name: None for name in MEMORY if name in known}
-        self.filters: nn.Conv1d | None = None
-        if channels:
-            if num_mels < POOL:
-                raise ValueError(
-                    f"task.channels={channels} needs {POOL} frequencies: type data.num_mels={POOL} or more"
-                )
-            self.filters = nn.Conv1d(input_size // num_mels, channels, WIDTH, padding=WIDTH // 2)
-            input_size = channels * (num_mels // POOL)
         self.encoder = encoder(input_size=input_size, bidirectional=bidirectional, **memory)
         self.dropout = Dropout(dropout)
         self.output = nn.Linear(self.encoder.output_size, vocab_size)
@@ -112,9 +100,6 @@ class SpeechRecognition(Task):
 
     def forward(self, x: Tensor, pad: Tensor | None = None, state: Any = None) -> tuple[Tensor, Any]:
         """Logarithms of the symbols' probabilities (T, B, vocab_size), and the encoder's state."""
-        if self.filters is not None:
-            found = self.filters(x.flatten(0, 1).unflatten(1, (-1, self.num_mels)))
-            x = F.max_pool1d(found, POOL).relu().flatten(1).unflatten(0, x.shape[:2])
         h, state = self.encoder(x, state, pad)
         return self.output(self.dropout(h)).float().log_softmax(2), state
 
@@ -123,12 +108,14 @@ class SpeechRecognition(Task):
         steps = (~pad).sum(0)
         x = self.masked(x, steps) if self.training else x
         log_p, _ = self(x, pad if pad.any() else None)
-        loss = F.ctc_loss(log_p, targets, steps, lengths, reduction="sum", zero_infinity=True)
-        count = int(steps.sum())
+        losses = F.ctc_loss(log_p, targets, steps, lengths, reduction="none", zero_infinity=True)
+        # What has fewer steps than its symbols need has an infinite loss, which is taken for 0, and so do its steps.
+        repeated = (targets[:, 1:] == targets[:, :-1]) & (targets[:, 1:] != BLANK)
+        count = int(steps[steps >= lengths + repeated.sum(1)].sum())
         if not self.training:
             for i, item in enumerate(items):
                 self.hypotheses[item.id] = self.decode(search(log_p[: steps[i], i], self.beam)), item.text
-        return loss / max(1, count), {}, count
+        return losses.sum() / max(1, count), {}, count
 
     def masked(self, x: Tensor, steps: Tensor) -> Tensor:
         """x (T, B, n), each recording, of `steps` (B,), in another colour, without some frequencies and some times."""
@@ -173,7 +160,7 @@ class SpeechRecognition(Task):
             return {}
         words, characters = jiwer.process_words(said, heard), jiwer.process_characters(said, heard)
         rates = {"wer": 100 * words.wer, "cer": 100 * characters.cer}
-        return {name: means["loss"].new_tensor(rate) for name, rate in rates.items()}
+        return {name: torch.tensor(rate, device=self.device) for name, rate in rates.items()}
 
     @torch.inference_mode()
     def predict(
@@ -209,6 +196,8 @@ class SpeechRecognition(Task):
             raise ValueError("stream=true needs a model of one direction: this one hears the whole first; leave it out")
         if not 0 < chunk < 1e6 or not 1000 <= rate <= 1_000_000:
             raise ValueError(f"chunk={chunk} must be milliseconds above 0, and rate={rate} samples a second, from 1000")
+        if not math.isfinite(ngram_weight) or not math.isfinite(word_bonus):
+            raise ValueError(f"ngram_weight={ngram_weight} and word_bonus={word_bonus} must be numbers")
         if ngram and beam == 1:
             raise ValueError("ngram= needs a beam: type beam=16")
         words = Words(ngram, vocabulary.symbols.piece, ngram_weight, word_bonus) if ngram else None

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 
 import predict
 import train
+from data import synthesis
 from data.archives import Archive
 from data.kaldi import Kaldi
 from data.streams import Batch, Recipe
@@ -304,7 +305,7 @@ def test_likelihoods_are_posteriors_over_priors_of_the_features_frames(small, tm
     train.run(small("epochs=1", "data.delay=4", *both))
     found = kaldiio.load_scp(str(tmp_path / "run/likelihoods.scp"))
     task, recipe = predict.load(str(tmp_path / "run"))
-    frames, _ = recipe.read(str(cache / "spoken_words/test"), 100)
+    frames, _ = recipe.read(str(cache / f"spoken_words-{synthesis.VERSION}/test"), 100)
     assert sorted(found) == sorted(frames.keys)
     counts = recipe.counts.clamp(min=1).double()
     for i in (0, 7, 29):
@@ -321,16 +322,16 @@ def test_likelihoods_are_posteriors_over_priors_of_the_features_frames(small, tm
 def test_predictions_are_those_of_the_test(small, tmp_path, cache, capsys):
     train.run(small("epochs=1"))
     capsys.readouterr()
-    output = tmp_path / "some.ark"
+    output, sample = tmp_path / "some.ark", cache / f"spoken_words-{synthesis.VERSION}"
     words = [f"checkpoint={tmp_path / 'run'}", f"output={output}"]
-    predict.main([*words, f"input={cache / 'spoken_words/test/feats.scp'}", "frames_per_batch=500"])
+    predict.main([*words, f"input={sample / 'test/feats.scp'}", "frames_per_batch=500"])
     assert "30 utterances, 5,022 frames: their likelihoods of 31 targets are in" in capsys.readouterr().out
     one, two = (kaldiio.load_scp(str(path)) for path in (tmp_path / "run/likelihoods.scp", tmp_path / "some.scp"))
     assert list(one) == list(two)
     for key in one:
         np.testing.assert_allclose(one[key], two[key], rtol=1e-4, atol=1e-4)
     with pytest.raises(FileExistsError, match=r"some\.ark and .*some\.scp would be overwritten"):
-        predict.main([*words, f"input={cache / 'spoken_words/test'}"])
+        predict.main([*words, f"input={sample / 'test'}"])
     before = sorted(path.name for path in tmp_path.iterdir())
     refused = [words[0], f"output={tmp_path / 'other.ark'}"]
     with Archive(tmp_path / "narrow.ark") as archive:
@@ -343,7 +344,7 @@ def test_predictions_are_those_of_the_test(small, tmp_path, cache, capsys):
     with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere; type the path of a Kaldi folder"):
         predict.main([*refused, f"input={tmp_path / 'nowhere'}"])
     with pytest.raises(ValueError, match=r"must end in \.ark"):
-        predict.main([*words[:1], f"output={tmp_path / 'x.scp'}", f"input={cache / 'spoken_words/test'}"])
+        predict.main([*words[:1], f"output={tmp_path / 'x.scp'}", f"input={sample / 'test'}"])
     assert sorted({path.name for path in tmp_path.iterdir()} - {"narrow.ark", "narrow.scp", "piped.scp"}) == before
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import synthesis
 from data.archives import Archive, read_matrix, read_table, scan_archive
 from data.frames import Frames
 from data.kaldi import Kaldi, SpokenWords
@@ -452,10 +453,12 @@ def test_the_sample_is_the_same_everywhere_and_its_voices_are_apart(tmp_path, mo
     for name in ("one", "two"):
         data = SpokenWords(cache=str(tmp_path / name), cmvn=None, batch_size=2)
         assert data.dims["num_targets"] == 31
-    content = [(tmp_path / name / "spoken_words/train/feats.ark").read_bytes() for name in ("one", "two")]
+    content = [
+        (tmp_path / name / f"spoken_words-{synthesis.VERSION}/train/feats.ark").read_bytes() for name in ("one", "two")
+    ]
     assert content[0] == content[1]
     voices = [{key.partition("-")[0] for key in frames.keys} for frames in data.splits.values()]
     assert not voices[0] & voices[1] | voices[0] & voices[2] | voices[1] & voices[2]
     assert data.recipe.counts[0] > data.recipe.counts[1:].max()
     (tmp_path / "two").rename(tmp_path / "three")
-    assert not read_table(tmp_path / "three/spoken_words/train/feats.scp", "copy-feats")[1]
+    assert not read_table(tmp_path / f"three/spoken_words-{synthesis.VERSION}/train/feats.scp", "copy-feats")[1]

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import shutil
 import struct
 import tarfile
@@ -13,11 +14,11 @@ import soundfile
 import torch
 from conftest import ROOT
 
-from data import digits, synthesis
+from data import digits, features, synthesis
 from data.audio import Damaged, Frontend, StepStream, check_frontend, read, resampled
 from data.digits import DIGITS, SpokenDigits, SpokenWords, strings
-from data.features import Utterance, prepared
-from data.speech import Recordings, perturbed
+from data.features import Utterance, perturbed, prepared
+from data.speech import Recordings
 from data.spoken import HubSpeech, LibriSpeech, Manifest, SpeechCommands
 from data.symbols import Symbols, frames_needed
 
@@ -101,6 +102,29 @@ def test_damaged_sound_is_told(tmp_path):
     for name in ("empty.wav", "text.wav", "noise.raw", "short.wav", "nan.wav", "cut.flac", "missing.wav", "."):
         with pytest.raises(Damaged, match=str(tmp_path)):
             read(tmp_path / name)
+
+
+def test_wav_files_that_lie_are_told(tmp_path):
+    whole = write(tmp_path / "whole.wav").read_bytes()
+    place = whole.index(b"data") + 4
+    files = {
+        "cut": whole[:-1000],
+        "huge": whole[:place] + (0x7FFFEFFF).to_bytes(4, "little") + whole[place + 4 :],
+        "slow": whole[:24] + (1).to_bytes(4, "little") + whole[28:],
+    }
+    for name, message in (("cut", "is cut: its header says"), ("huge", "is cut"), ("slow", "1 samples a second")):
+        (tmp_path / f"{name}.wav").write_bytes(files[name])
+        with pytest.raises(Damaged, match=message):
+            read(tmp_path / f"{name}.wav")
+    # What was written to a pipe does not know its end.
+    (tmp_path / "piped.wav").write_bytes(whole[:place] + b"\xff\xff\xff\xff" + whole[place + 4 :])
+    assert len(read(tmp_path / "piped.wav")[0]) == len(said())
+    soundfile.write(tmp_path / "loud.wav", np.full(100, 1e30, np.float32), RATE, subtype="FLOAT")
+    with pytest.raises(Damaged, match="beyond 1000 times the loudest"):
+        read(tmp_path / "loud.wav")
+    os.mkfifo(tmp_path / "pipe.wav")
+    with pytest.raises(Damaged, match="no such file"):
+        read(tmp_path / "pipe.wav")
 
 
 # Features
@@ -195,6 +219,48 @@ def test_features_are_computed_once_and_read_back(tmp_path, monkeypatch, caplog)
     monkeypatch.undo()
     place.write_bytes(place.read_bytes()[:-100])
     assert len(prepared(utterances, frontend, tmp_path / "cache", "train")) == 70
+
+
+def test_parts_that_are_computed_are_kept(tmp_path, monkeypatch):
+    """Who breaks off goes on with the part that was begun."""
+    utterances = [Utterance(f"u{i}", (write(tmp_path / f"{i}.wav", said(seed=i)),), "", "") for i in range(5)]
+    frontend = Frontend(rate=RATE, num_mels=24)
+    whole = prepared(utterances, frontend, tmp_path / "whole", "train")
+    monkeypatch.setattr("data.features.PART", 2)
+    compute, seen = features.features_of, []
+
+    def breaks(utterance, frontend):
+        seen.append(utterance.id)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return compute(utterance, frontend)
+
+    monkeypatch.setattr("data.features.features_of", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(utterances, frontend, tmp_path / "cache", "train")
+    seen.clear()
+    monkeypatch.setattr("data.features.features_of", lambda *given: seen.append(given[0].id) or compute(*given))
+    found = prepared(utterances, frontend, tmp_path / "cache", "train")
+    assert sorted(seen) == ["u2", "u3", "u4"]
+    assert found.checksum == whole.checksum
+    assert np.allclose(found.mean, whole.mean)
+    assert np.allclose(found.deviation, whole.deviation)
+    assert all(np.array_equal(found[i][2], whole[i][2]) for i in range(5))
+
+
+def test_a_damaged_cache_is_told(tmp_path):
+    utterance = Utterance("a", (write(tmp_path / "a.wav"),), "a", "")
+    frontend = Frontend(rate=RATE, num_mels=24)
+    prepared([utterance], frontend, tmp_path / "cache", "train")
+    (place,) = (tmp_path / "cache/speech").glob("*/features.arrow")
+    content = bytearray(place.read_bytes())
+    content[2000:2400] = b"\x7f" * 400
+    place.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: `rm -r"):
+        prepared([utterance], frontend, tmp_path / "cache", "train")[0]
+    for content in ("[]", "null", "{}"):
+        (place.parent / "meta.json").write_text(content)
+        assert len(prepared([utterance], frontend, tmp_path / "cache", "train")) == 1
 
 
 def test_another_file_has_other_features(tmp_path):
@@ -334,6 +400,28 @@ def test_transcripts_longer_than_the_sound_are_left_out_of_training(listed, capl
         hopeless.setup()
 
 
+def test_nothing_to_learn_is_told_before_features_are_computed(listed, monkeypatch):
+    monkeypatch.setattr("data.speech.prepared", lambda *_: pytest.fail("computed"))
+    for split, options, message in (
+        ("train", {}, "transcripts to train on are all empty"),
+        ("train", {"unit": "bpe"}, "transcripts to train on are all empty"),
+        ("val", {}, r"transcripts of data\.val are all empty"),
+        ("train", {"unit": "label"}, r"data\.train has one label, ''"),
+    ):
+        data = listed(**options)
+        data.parts[split] = [utterance._replace(text=" ") for utterance in data.parts[split]]
+        with pytest.raises(ValueError, match=message):
+            data.setup()
+
+
+def test_a_test_without_a_step_is_refused(listed):
+    data = listed()
+    for utterance in data.parts["test"]:
+        write(utterance.files[0], said()[:250])
+    with pytest.raises(ValueError, match=r"all 2 recordings of data\.test are shorter than a step"):
+        data.setup()
+
+
 def test_what_no_training_transcript_has_is_counted(listed, caplog):
     caplog.set_level(logging.INFO)
     data = listed()
@@ -418,8 +506,10 @@ def test_a_manifest_lists_recordings(tmp_path):
         Manifest(train="train.jsonl", val=None, test="test.jsonl", **options)
     for content, message in (
         ("{", r"bad.jsonl:1: no JSON"),
-        ('{"audio": "a.wav"}', "there is no text 'text'"),
-        ("\n[1]", "bad.jsonl:2: there is no text 'audio'"),
+        ('{"audio": "a.wav"}', "bad.jsonl:1: 'text' is no text, but None"),
+        ('{"audio": "a.wav", "text": 5}', "'text' is no text, but 5"),
+        ('{"audio": "a.wav", "text": "\\ud800"}', "'text' is no text"),
+        ("\n[1]", "bad.jsonl:2: 'audio' is no text"),
         ("", "lists no recording"),
     ):
         (tmp_path / "bad.jsonl").write_text(content)
@@ -568,8 +658,13 @@ def test_recordings_of_the_hub_are_written_down(tmp_path):
     assert [(u.text, u.speaker) for u in found] == [("AMI", "7")] * 2
     assert np.allclose(read(found[1].files[0])[0], said(), atol=1e-4)
     with pytest.raises(ValueError, match=r"data\.text=words: parquet .* on the hub has audio, text, speaker_id"):
-        HubSpeech(rows={"train": split}, text="words", cache=str(tmp_path / "cache")).utterances()
-    absent = HubSpeech(rows={"train": {"path": str(tmp_path / "nothing")}}, cache=str(tmp_path / "cache"))
+        HubSpeech(
+            rows=dict.fromkeys(("train", "val", "test"), split), text="words", cache=str(tmp_path / "cache")
+        ).utterances()
+    with pytest.raises(ValueError, match=r"data\.rows=.* for train, val and test"):
+        HubSpeech(rows={"train": split}, cache=str(tmp_path / "cache"))
+    nothing = {key: {"path": str(tmp_path / "nothing")} for key in ("train", "val", "test")}
+    absent = HubSpeech(rows=nothing, cache=str(tmp_path / "cache"))
     with pytest.raises(ConnectionError, match=r"cannot get .*nothing from the hub"):
         absent.utterances()
 
@@ -622,11 +717,16 @@ def test_speakers_and_strings_of_digits(fsdd):
     assert len({text for _, text in orders}) == len(orders)  # of other speakers too
     with pytest.raises(ValueError, match=r"data\.speakers\.test: 'dora' is none of anna, bob, cleo"):
         spoken_digits(fsdd, speakers={"val": ["bob"], "test": ["dora"]}).utterances()
+    with pytest.raises(ValueError, match=r"data\.speakers leaves nobody for train"):
+        spoken_digits(fsdd, speakers={"val": ["bob"], "test": ["cleo", "anna"]}).utterances()
     for options, message in (
         ({"digits": [3]}, "must be two whole numbers"),
         ({"digits": [5, 3]}, "must be two whole numbers"),
         ({"repeats": 0}, "data.repeats=0 1 or more"),
         ({"speakers": {"test": ["bob"]}}, "must name those of val and of test"),
+        ({"speakers": {"val": ["bob"], "test": ["bob"]}}, "nobody for both"),
+        ({"speakers": {"val": "bob", "test": ["cleo"]}}, "must name those of val and of test"),
+        ({"digits": 3}, "must be two whole numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             spoken_digits(fsdd, **options)
