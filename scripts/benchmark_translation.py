@@ -67,14 +67,14 @@ def training(task: Translation) -> Callable[[], None]:
 
 
 class Recomputing:
-    """A decoder that keeps nothing but the words: each step reads all of them again."""
+    """A decoder that keeps the words alone: each step reads all of them, and what the encoder gave, again."""
 
     def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
 
     def step(self, x: Tensor, state: tuple[Tensor] | None, source: Any) -> tuple[Tensor, tuple[Tensor]]:
         words = x[None] if state is None else torch.cat([state[0], x[None]])
-        return self.decoder(words, None, None, source)[0][-1], (words,)
+        return self.decoder(words, None, None, self.decoder.read(*source))[0][-1], (words,)
 
 
 def decoding(task: Translation, decoder: Any, beam: int) -> Callable[[], None]:
@@ -89,7 +89,10 @@ def decoding(task: Translation, decoder: Any, beam: int) -> Callable[[], None]:
 
     def translate() -> None:
         task.eval()
-        state, seen = task.read(source)
+        if isinstance(decoder, Recomputing):
+            state, seen = None, (task.encoder(task.source_embedding(source))[0], source == 0)
+        else:
+            state, seen = task.read(source)
         limits = torch.full((TRANSLATED,), WORDS)
         found = beam_search(step, state, seen, limits, bos=BOS, eos=EOS, beam=beam, length_penalty=0.6)
         assert all(len(sentence) == WORDS - 1 for ((_, sentence),) in found)

@@ -55,6 +55,7 @@ def test_the_library_needs_torch_numpy_and_numba_only():
         ("kaldiio", "archives.py"),
         ("kaldi_native_fbank", "audio.py"),
         ("soxr", "audio.py"),
+        ("soundfile", "audio.py"),
     ],
 )
 def test_what_may_be_missing_or_die_out_is_imported_in_one_file(package, file):
