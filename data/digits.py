@@ -11,7 +11,7 @@ import numpy as np
 from data import synthesis
 from data.audio import write
 from data.features import Utterance
-from data.fetch import fetch, find, require_writable, unpacked
+from data.fetch import fetch, require_writable, unpacked
 from data.speech import Recordings
 
 SPLIT_SEED = 1234  # a run's own seed never moves a recording to another split
@@ -70,7 +70,7 @@ class SpokenDigits(Recordings):
     def utterances(self) -> dict[str, list[Utterance]]:
         folder = self.folder
         if not (folder / "recordings").is_dir():
-            archive = find(folder / self.archive) or fetch(folder / self.archive, self.url)
+            archive = fetch(folder / self.archive, self.url)
             folder = unpacked(archive, self.cache / "fsdd" / str(archive.stat().st_size), (".wav",))
         names = re.compile(r"(\d)_(\w+)_(\d+)\.wav")
         found: dict[str, list[Utterance]] = {"train": [], "val": [], "test": []}

@@ -82,8 +82,8 @@ def test_padding_changes_nothing():
     )
     alone = task.loss((x[:3, 1:], pad[:3, 1:], targets[1:], lengths[1:], items[1:]))[0]
     first = task.loss((x[:, :1], pad[:, :1], targets[:1], lengths[:1], items[:1]))[0]
-    assert float(task.loss((x, pad, targets, lengths, items))[0]) == pytest.approx(
-        float(3 * alone + 5 * first) / 8, abs=1e-6
+    assert task.loss((x, pad, targets, lengths, items))[0].item() == pytest.approx(
+        (3 * alone + 5 * first).item() / 8, abs=1e-6
     )
 
 
