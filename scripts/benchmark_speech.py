@@ -68,7 +68,12 @@ def training(task: SpeechRecognition) -> Callable[[], None]:
 def streaming(task: SpeechRecognition) -> Callable[[], None]:
     """A chunk of 100 ms: features, network and search."""
     frontend = Frontend(
-        rate=RATE, num_mels=MELS, stack=STACK, level="running", mean=np.zeros(MELS), deviation=np.ones(MELS)
+        rate=RATE,
+        num_mels=MELS,
+        stack=STACK,
+        level="running",
+        mean=np.zeros(MELS, np.float32),
+        deviation=np.ones(MELS, np.float32),
     )
     stream, wave = StepStream(frontend, RATE), sound(1.0)
     chunks: Iterator[np.ndarray] = cycle(wave[i : i + CHUNK] for i in range(0, RATE, CHUNK))

@@ -110,12 +110,15 @@ def run(options: argparse.Namespace) -> None:
         calls[name, "greedy"] = decoding(task, task.decoder, 1)
         calls[name, "beam"] = decoding(task, task.decoder, BEAM)
         calls[name, "without"] = decoding(task, Recomputing(task.decoder), BEAM)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a step is some hundred small calls: a second thread gains a quarter, and noise
     with torch.inference_mode():
         decoded = medians(calls, seconds=options.seconds)
+    torch.set_num_threads(threads)
     print(
         f"Translators of {depth} layers a side and about {size / 1e6:g}M parameters, float32, {VOCABULARY} words; "
         f"training: forward and backward of {SENTENCES} pairs of {WORDS} words; decoding: {TRANSLATED} sentences of "
-        f"{WORDS} words at once.\n"
+        f"{WORDS} words at once, by one thread.\n"
     )
     rows = []
     for name, (width, task) in chosen.items():
