@@ -291,7 +291,10 @@ def explain(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, OSError) and error.filename is not None:
         # From the system or Hydra, which cannot say what to type.
-        return f"{error.filename}: {error.strerror}. Where runs are written: hydra.run.dir=FOLDER, or hydra.sweep.dir."
+        return (
+            f"{error.filename}: {error.strerror}. Runs are written below hydra.run.dir=FOLDER (hydra.sweep.dir), "
+            "corpora lie in data.root=FOLDER, what is prepared of them in data.cache=FOLDER"
+        )
     text = (
         f"{error}" if isinstance(error, (ValueError, OSError, HydraException)) else f"{type(error).__name__}: {error}"
     )
