@@ -213,7 +213,6 @@ class SpeechRecognition(Task):
             torch.set_num_threads(1)  # a chunk is too little for more
             # What runs for the first time is compiled.
             self(torch.zeros(1, 1, vocabulary.frontend.size, device=self.device))
-        if stream:
             parts: Iterable[tuple[np.ndarray, bool]] = ((p, p is NO_SOUND) for p in itertools.chain(pieces, [NO_SOUND]))
         else:  # at once, for a network that reads both ways
             parts = [(np.concatenate([NO_SOUND, *pieces]), True)]
