@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LambdaCallback
 
-from tasks import average, door, memory, record
+from tasks import average, door, memory, record, sweep
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -69,6 +69,8 @@ def run(cfg: DictConfig) -> float | None:
 
 @hydra.main(version_base="1.3", config_path=str(door.ROOT / "conf"), config_name="config")
 def main(cfg: DictConfig) -> float | None:
+    if sweep.is_job():
+        return sweep.job(run, cfg)
     try:
         return run(cfg)
     finally:
@@ -77,8 +79,10 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def command() -> None:
-    sys.argv[1:] = door.resumed(sys.argv[1:])
-    main()
+    words = sys.argv[1:]
+    sys.argv[1:] = sweep.resumed(words) if sweep.is_resumed(words) else door.resumed(words)
+    with sweep.told():
+        main()
 
 
 if __name__ == "__main__":

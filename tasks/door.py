@@ -262,14 +262,22 @@ def resumed(arguments: list[str]) -> list[str]:
         raise FileNotFoundError(f"resume={folder} is no run folder (it has no run.json); runs lie below runs/.")
     if any(word.startswith(("run_dir=", "hydra.run.dir=")) for word in arguments):
         raise ValueError(f"resume={folder} goes on in that folder: leave run_dir out.")
-    try:
-        overrides = [str(word) for word in json.loads((folder / "run.json").read_text(encoding="utf-8"))["overrides"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'run.json'} is damaged; use a copy of the folder, or start a new run.") from error
+    overrides = recorded(folder / "run.json")
     quoted = "'" + str(folder).replace("'", "\\'") + "'"
     own = ("resume=", "run_dir=", "hydra.run.dir=")
     kept = [word for word in [*overrides, *arguments] if not word.startswith(own)]
     return [*kept, f"resume={quoted}", f"run_dir={quoted}", f"hydra.run.dir={quoted}"]
+
+
+def recorded(path: Path) -> list[str]:
+    """The overrides that run.json or sweep.json keeps."""
+    try:
+        words = json.loads(path.read_text(encoding="utf-8"))["overrides"]
+        if not isinstance(words, list) or not all(isinstance(word, str) and word[:1] != "-" for word in words):
+            raise ValueError("overrides are a list of KEY=VALUE")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged; use a copy of the folder, or start anew.") from error
+    return words
 
 
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:

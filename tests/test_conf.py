@@ -22,6 +22,7 @@ EVERY = [
     *(f"trainer={name}" for name in options("trainer")),
     *(f"logger={name}" for name in options("logger")),
     *(f"experiment={name}" for name in options("experiment")),
+    *(f"sweep={name}" for name in options("sweep")),  # their jobs: test_sweeps.py
 ]
 
 
@@ -107,7 +108,7 @@ def test_every_yaml_file_is_reached_by_a_test():
 def test_help_is_short_and_lists_every_choice():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) < 40
-    for group in ("task", "data", "model", "ablation", "trainer", "logger", "experiment"):
+    for group in ("task", "data", "model", "ablation", "trainer", "logger", "experiment", "sweep"):
         assert re.search(rf"^ *{group}: .*{', '.join(options(group))}$", done.stdout, re.MULTILINE)
     assert "KEY=VALUE" in done.stdout
 
