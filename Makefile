@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS ?= train,sweeps,tensorboard,word2vec,spacy,onnx,dev
+EXTRAS ?= train,sweeps,tensorboard,word2vec,spacy,onnx,report,dev
 RUNS ?= runs
 
 .PHONY: setup train test slow check bench gpu results

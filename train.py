@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LambdaCallback
 
-from tasks import average, door, memory, processes, record, sweep
+from tasks import average, dashboard, door, memory, processes, record, sweep
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -51,8 +51,8 @@ def run(cfg: DictConfig) -> float | None:
             if not processes.rank():
                 record.write_config(config, origin, folder)
 
+        trainer = instantiate(cfg.trainer)
         try:
-            trainer = instantiate(cfg.trainer)
             # Not before the checkpoint of a resumed run was read: a run that cannot go on keeps its record.
             trainer.callbacks.append(LambdaCallback(on_train_start=begin))
             for logger in trainer.loggers:
@@ -69,7 +69,7 @@ def run(cfg: DictConfig) -> float | None:
                 record.write_result(found, folder)
             outcome = found
         finally:
-            record.finish_wandb(outcome and outcome["metrics"])
+            dashboard.finish(trainer.loggers, outcome)
             if outcome is None and has_begun and (folder / "checkpoints/last.ckpt").exists():
                 print(f"The run stopped early. Go on with: python train.py resume={shlex.quote(str(folder))}")
         print(record.summary_table(outcome, folder))

@@ -23,7 +23,7 @@ from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tasks import failures, processes, record
+from tasks import dashboard, failures, processes, record
 
 ROOT = Path(__file__).parent.parent
 # Key: lowest and highest value, example. An example with a point takes any number, one without only whole ones.
@@ -118,6 +118,8 @@ def check(cfg: DictConfig) -> None:
             (isinstance(value, str) and value) or (value is None and may_be_null)
         ):
             raise ValueError(f"{key}={value} must be a text{', or null for none' if may_be_null else ''}")
+    if "wandb" in cfg.loggers:
+        dashboard.check(cfg.loggers.wandb)
     for part in ("data", "model", "task"):
         target = get_class(cfg[part]._target_)
         ours = [

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: checkpoints, metrics.csv, the wandb run and the closing summary."""
+"""What a run leaves in its folder: checkpoints, metrics.csv and the closing summary."""
 
 import contextlib
 import csv
@@ -6,10 +6,8 @@ import io
 import json
 import os
 import platform
-import secrets
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -138,50 +136,6 @@ class MetricsFile(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
-
-
-class Wandb(WandbLogger):
-    """Lightning's wandb logger: offline unless the user is logged in, and one run of wandb for a run folder.
-
-    Args:
-        run_dir: keeps wandb's files and, in wandb_id.txt, the id that a resume goes on with.
-        project: as in wandb.init.
-        choices: names of the configuration's parts; the experiment is the group, the rest become tags.
-    """
-
-    def __init__(self, run_dir: str, project: str, choices: dict[str, Any]) -> None:
-        import wandb
-
-        id_file = Path(run_dir) / "wandb_id.txt"
-        if not id_file.exists():
-            write_text(id_file, secrets.token_hex(4))
-        if "WANDB_MODE" in os.environ:
-            mode = os.environ["WANDB_MODE"]
-        else:
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        parts = [choices["data"], choices["model"], *choices["ablation"]]
-        super().__init__(
-            project=project,
-            group=choices["experiment"],
-            tags=[choices["task"], *parts],
-            name=" ".join([*parts, Path(run_dir).name]),
-            id=id_file.read_text(encoding="utf-8").strip(),
-            save_dir=run_dir,
-            resume="allow",
-            mode=mode,
-            settings=wandb.Settings(quiet=True),
-        )
-        # Lightning hands on an option that wandb has ended, which then warns.
-        self._wandb_init.pop("anonymous", None)
-
-
-def finish_wandb(summary: dict[str, Any] | None) -> None:
-    """Close wandb's run, if there is one, so that the next job of a sweep gets its own; no summary: it failed."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        if summary is not None:
-            wandb.run.summary.update(summary)
-        wandb.finish(exit_code=0 if summary is not None else 1)
 
 
 def result(trainer: Any, task: Any) -> dict[str, Any]:

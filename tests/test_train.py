@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, options
 from hydra.utils import instantiate
+from offline_runs import read_offline_run
 
 import train
 from tasks import door
@@ -26,31 +27,6 @@ def start(*words, **options):
 
 def checkpoint(folder, name="last"):
     return torch.load(folder / f"checkpoints/{name}.ckpt", weights_only=True)
-
-
-def run_records(path):
-    """Id, config, tags and summary of an offline run: wandb's own records, in the blocks of LevelDB's log format."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content, place, parts = path.read_bytes(), 7, []
-    run = {"config": {}, "summary": {}}
-    while place + 7 <= len(content):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
-        parts.append(content[place + 7 : place + 7 + length])
-        place += 7 + length
-        if kind not in (1, 4):  # a whole record, or the last part of one
-            continue
-        record = Record.FromString(b"".join(parts))
-        parts = []
-        if record.HasField("run"):
-            run |= {"id": record.run.run_id, "tags": list(record.run.tags), "group": record.run.run_group}
-        for source, kept in ((record.config, "config"), (record.run.config, "config"), (record.summary, "summary")):
-            run[kept] |= {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in source.update}
-    return run
 
 
 def rows(folder):
@@ -287,7 +263,7 @@ def test_a_sweep_gives_a_folder_and_a_wandb_run_a_job(tmp_path):
     assert done.returncode == 0, done.stderr
     folders = sorted(path.parent for path in tmp_path.glob("*/metrics.json"))
     assert len(folders) == 4
-    found = [run_records(next(folder.glob("wandb/offline-run-*/run-*.wandb"))) for folder in folders]
+    found = [read_offline_run(folder) for folder in folders]
     assert len({run["id"] for run in found}) == 4
     assert {run["config"]["depth"] for run in found} == {1, 2}
     assert {"sru", "pydoc", "classification"} <= set(found[0]["tags"])

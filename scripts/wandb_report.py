@@ -1,0 +1,153 @@
+"""Save a report that compares the runs of a task on wandb: `python scripts/wandb_report.py classification`."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+STEP = "trainer/global_step"
+SPEEDS = ("examples_per_second", "tokens_per_second", "frames_per_second", "steps_per_second")
+
+
+def build(task: str, monitor: str, metric: str, mode: str, data: str | None, project: str, entity: str) -> Any:
+    """A report of wandb's of the finished and running runs of one task, each group (of seeds and folds) as one.
+
+    With `entity` "" no server is asked for anything: for a look at the specification.
+    """
+    import wandb_workspaces.reports.v2 as wr
+    from wandb_workspaces import expr
+
+    published, difference, is_up = f"published/{metric}", f"difference/{metric}", mode == "max"
+
+    def runs(*, grouped: bool) -> list[Any]:
+        # By tags: of configurations wandb filters well by what is not nested, and by lists of values.
+        wanted = [expr.Tags().isin([name]) for name in (task, data) if name]
+        columns = [metric, monitor, published, difference, "parameters", "encoder_parameters", "seconds_per_epoch"]
+        columns += ["peak_memory_mb", "best_epoch", "commit"]
+        return [
+            wr.Runset(
+                project=project,
+                entity=entity,
+                name=" ".join([task, *([data] if data else []), *(["by group"] if grouped else [])]),
+                filters=expr.And(*wanted),
+                groupby=["group"] if grouped else [],
+                order=[wr.OrderBy(wr.SummaryMetric(metric), ascending=not is_up)],
+                pinned_columns=[f"summary:{metric}"],
+                visible_columns=["run:displayName", *(f"summary:{name}" for name in columns[1:])],
+            )
+        ]
+
+    def curve(title: str, x: str, y: list[str]) -> Any:
+        return wr.LinePlot(
+            title=title, x=x, y=list(y), groupby="Group", groupby_aggfunc="mean", groupby_rangefunc="minmax"
+        )
+
+    def bars(title: str, *metrics: str) -> Any:
+        return wr.BarPlot(
+            title=title,
+            metrics=list(metrics),
+            groupby="Group",
+            groupby_aggfunc="mean",
+            groupby_rangefunc="minmax",
+        )
+
+    def points(title: str, x: str, *, log_x: bool) -> Any:
+        return wr.ScatterPlot(title=title, x=wr.SummaryMetric(x), y=wr.SummaryMetric(metric), log_x=log_x)
+
+    options = ("depth", "width", "dropout", "data.batch_size", "task.optimizer.lr")
+    columns = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name)) for name in options]
+    columns.append(wr.ParallelCoordinatesPlotColumn(metric=wr.SummaryMetric(metric), inverted=not is_up))
+    curves = [curve(f"{monitor} by {x}", x, [monitor, published]) for x in (STEP, "seconds", "epoch")]
+    return wr.Report(
+        project=project,
+        entity=entity,
+        title=" ".join(["SRU:", task, *([data] if data else [])]),
+        description=f"{metric}, the {'largest' if is_up else 'smallest'} first; a bar or line is the mean of a group.",
+        width="fluid",
+        blocks=[
+            wr.H1(text="Result, and the published one"),
+            wr.PanelGrid(
+                runsets=runs(grouped=True),
+                panels=[bars(metric, metric, published), bars("difference from the published", difference)],
+            ),
+            wr.H1(text="Curves"),
+            wr.PanelGrid(
+                runsets=runs(grouped=False),
+                panels=[*curves, curve("loss by epoch", "epoch", ["train/loss", "val/loss"])],
+            ),
+            wr.H1(text="Time and memory"),
+            wr.PanelGrid(
+                runsets=runs(grouped=False),
+                panels=[
+                    bars("speed of training, a second", *SPEEDS),
+                    bars("seconds per epoch", "seconds_per_epoch", "encoder_seconds_per_epoch"),
+                    bars("peak memory, MB", "peak_memory_mb"),
+                    points(f"{metric} by parameters", "parameters", log_x=True),
+                    points(f"{metric} by seconds of training", "seconds", log_x=True),
+                ],
+            ),
+            wr.H1(text="What differs"),
+            wr.PanelGrid(
+                runsets=runs(grouped=False),
+                panels=[
+                    wr.ParallelCoordinatesPlot(title="options", columns=columns),
+                    wr.ParameterImportancePlot(with_respect_to=metric),
+                    wr.RunComparer(diff_only="split"),
+                ],
+            ),
+        ],
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Save the report and print its address; returns the exit code."""
+    tasks = sorted(path.stem for path in (ROOT / "conf/task").glob("*.yaml"))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=tasks, help="whose runs: one of %(choices)s", metavar="task")
+    parser.add_argument("--data", help="only the runs on this corpus")
+    parser.add_argument("--metric", help="what to compare by; test/ and the task's monitored metric if not given")
+    parser.add_argument("--mode", choices=("max", "min"), help="whether more is better; as the task's monitor")
+    parser.add_argument("--project", default="sru", help="as in loggers.wandb.project (%(default)s)")
+    parser.add_argument("--entity", help="a team; your own if not given")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the specification here, save nothing online")
+    given = parser.parse_args(arguments)
+    best = yaml.safe_load((ROOT / f"conf/task/{given.task}.yaml").read_text(encoding="utf-8"))["callbacks"]["best"]
+    metric = given.metric or re.sub("^val/", "test/", best["monitor"])
+    what = (given.task, best["monitor"], metric, given.mode or best["mode"], given.data, given.project)
+    try:
+        report = build(*what, "")
+    except ModuleNotFoundError as error:
+        return fail(f"this needs {error.name}: type pip install -e '.[report]'")
+    if given.json:
+        text = report._to_model().spec.model_dump_json(by_alias=True, exclude_none=True, indent=2)
+        given.json.write_text(text, encoding="utf-8")
+        print(f"{given.json} was written; nothing was saved online.")
+        return 0
+    import wandb
+
+    if not wandb.login(prompt=False, verify=False):
+        return fail("wandb knows no key of yours: type `wandb login`; --json FILE needs none")
+    try:
+        entity = given.entity or wandb.Api(timeout=20).default_entity
+        if not entity:
+            return fail("wandb names no entity of yours: type --entity NAME")
+        report = build(*what, entity)
+        report.save()
+    except Exception as error:  # of wandb, the network and the server there are many kinds
+        told = " ".join(str(error).split()).rstrip(".")
+        return fail(f"{told}. Are you online, and is --entity/--project right? --json FILE needs no network")
+    print(report.url)
+    return 0
+
+
+def fail(message: str) -> int:
+    print(f"error: {message}.", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

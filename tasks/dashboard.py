@@ -1,0 +1,163 @@
+"""wandb: one run of its dashboard for a run folder, named, grouped and summed up so that runs can be compared."""
+
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from tasks.record import write_text
+
+STEP = "trainer/global_step"  # Lightning's name for the steps of the optimiser
+PREDICTIONS = ("likelihoods.ark",)  # what tests write: hybrid.py, for a decoder
+
+
+class Wandb(WandbLogger):
+    """Lightning's wandb logger: offline unless the user is logged in, and one run of wandb for a run folder.
+
+    A run's name says data, model, depth x width, ablations, seed and fold. Its group is the experiment or, without one,
+    the name without seed and fold. Where the configuration has a published value, `published/METRIC` is a constant
+    series beside the curves, and `difference/METRIC` in the summary what the run lies above it. The summary of a
+    finished run has all of metrics.json: the best epoch's value of the monitored metric, not the last one's.
+
+    An agent of a wandb sweep chooses project, entity and id.
+
+    Args:
+        run_dir: keeps wandb's files and, in wandb_id.txt, the id that a resume goes on with.
+        project: as in wandb.init, and so entity and job_type.
+        group: another one than the above.
+        tags: further ones, beside task, data, model, ablations and experiment.
+        artifacts: whether to upload what was tested, and what the test wrote: the checkpoint, with its configuration,
+            and the predictions. Offline they stay where they are, until `wandb sync` reads them there.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        project: str = "sru",
+        entity: str | None = None,
+        group: str | None = None,
+        job_type: str = "train",
+        tags: Iterable[str] = (),
+        artifacts: bool = False,
+    ) -> None:
+        import wandb
+
+        super().__init__(
+            project=project,
+            entity=entity,
+            group=group,
+            job_type=job_type,
+            tags=list(tags),
+            save_dir=run_dir,
+            settings=wandb.Settings(quiet=True),
+        )
+        # Lightning hands on an option that wandb has ended, which then warns.
+        self._wandb_init.pop("anonymous", None)
+        self.run_dir = Path(run_dir)
+        self.artifacts = artifacts
+        self.published: dict[str, float] = {}
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Begin wandb's run: what it is called follows from the whole configuration."""
+        import wandb
+
+        choices, options, id_file = params["choices"], self._wandb_init, self.run_dir / "wandb_id.txt"
+        if "WANDB_SWEEP_ID" in os.environ:
+            # wandb.init takes the agent's, and warns of any other.
+            options |= {"project": None, "entity": None, "id": None}
+        else:
+            options["id"] = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else secrets.token_hex(4)
+        if "WANDB_MODE" in os.environ:
+            options["mode"] = os.environ["WANDB_MODE"]
+        else:
+            options["mode"] = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        has_depth = "num_layers" in params["model"]
+        parts = [choices["data"], choices["model"], *([f"{params['depth']}x{params['width']}"] if has_depth else [])]
+        parts += sorted(choices["ablation"])
+        fold = params["data"].get("fold")
+        chance = [f"seed {params['seed']}", *([] if fold is None else [f"fold {fold}"])]
+        options["name"] = " ".join([*parts, *chance])
+        options["group"] = options["group"] or choices["experiment"] or " ".join(parts)
+        named = [choices["task"], choices["data"], choices["model"], *choices["ablation"], choices["experiment"]]
+        options["tags"] = list(dict.fromkeys([*filter(None, named), *options["tags"]]))
+        super().log_hyperparams(params)
+        run, best, paper = self.experiment, params["callbacks"]["best"], params["paper"] or {}
+        write_text(id_file, run.id)
+        # Any of the three is an axis; the steps are that of a plot of which nobody said more.
+        run.define_metric("seconds")
+        run.define_metric("epoch")
+        # So that also a run which is killed has its best value, as METRIC.max or METRIC.min.
+        run.define_metric(best["monitor"], step_metric=STEP, step_sync=True, summary=best["mode"])
+        value = paper.get("value")
+        value = value.get(choices["data"]) if isinstance(value, Mapping) else value
+        self.published = {} if value is None else {paper["metric"]: value}
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({**metrics, **{f"published/{name}": v for name, v in self.published.items()}}, step)
+
+    @rank_zero_only
+    def finish(self, outcome: dict[str, Any] | None) -> None:
+        """Close wandb's run: the next job of a sweep gets its own. `outcome` is metrics.json, or None: failed."""
+        if self._experiment is None:
+            return
+        run = self.experiment
+        if outcome is not None:
+            metrics = outcome["metrics"]
+            difference = {f"difference/{n}": metrics[n] - v for n, v in self.published.items() if n in metrics}
+            run.summary.update({k: v for k, v in outcome.items() if k != "metrics"} | metrics | difference)
+            if self.artifacts:
+                checkpoint = self.run_dir / "checkpoints" / (outcome["tested"] or "last.ckpt")
+                self._upload("checkpoint", "model", [checkpoint, self.run_dir / "config.yaml"])
+                self._upload("predictions", "predictions", [p for n in PREDICTIONS for p in self.run_dir.glob(n)])
+        run.finish(exit_code=0 if outcome is not None else 1)
+
+    def _upload(self, name: str, kind: str, files: list[Path]) -> None:
+        import wandb
+
+        if not files:
+            return
+        artifact = wandb.Artifact(f"{name}-{self.experiment.id}", kind)
+        for file in files:
+            # Copies in the home folder would be kept otherwise.
+            artifact.add_file(str(file), policy="immutable", skip_cache=True)
+        self.experiment.log_artifact(artifact)
+
+
+def finish(loggers: Iterable[Logger], outcome: dict[str, Any] | None) -> None:
+    """Close the wandb runs among the loggers; no outcome: they failed."""
+    for logger in loggers:
+        if isinstance(logger, Wandb):
+            logger.finish(outcome)
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Refuse, before a corpus is read, what wandb would refuse after it."""
+
+    def is_text(value: Any, longest: int = 64) -> bool:
+        return isinstance(value, str) and 0 < len(value) <= longest
+
+    project, entity, group, tags = (options[name] for name in ("project", "entity", "group", "tags"))
+    is_list = isinstance(tags, Sequence) and not isinstance(tags, str)
+    for name, is_right, wanted, example in (
+        (
+            "project",
+            is_text(project, 128) and not re.search(r"[/\\#?%:]", project),
+            r"a text of up to 128 characters without any of / \ # ? % :",
+            "sru",
+        ),
+        ("entity", entity is None or is_text(entity, 128), "a user's or team's name, or null", "null"),
+        ("group", group is None or is_text(group, 128), "a text of up to 128 characters, or null", "null"),
+        ("job_type", is_text(options["job_type"]), "a text of up to 64 characters", "train"),
+        ("tags", is_list and all(map(is_text, tags)), "a list of texts of up to 64 characters", "[]"),
+        ("artifacts", type(options["artifacts"]) is bool, "true or false", "false"),
+    ):
+        if not is_right:
+            key = f"loggers.wandb.{name}"
+            raise ValueError(f"{key}={options[name]} must be {wanted}; type for example {key}={example}")

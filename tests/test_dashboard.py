@@ -1,0 +1,229 @@
+"""What wandb is told of a run, read back from the files of offline runs."""
+
+import json
+
+import pytest
+import wandb
+import yaml
+from conftest import ROOT
+from hydra.utils import instantiate
+from offline_runs import read_offline_run
+from omegaconf import OmegaConf
+
+import train
+from tasks import door
+from tasks.classification import Classification
+
+QUICK = ("logger=wandb", "trainer=debug", "depth=1", "width=8", "data.batch_size=8")
+
+
+@pytest.fixture(autouse=True)
+def _no_run_is_left():
+    yield
+    assert wandb.run is None
+
+
+def begun(cfg):
+    """What is said of a run at its beginning; nothing is trained."""
+    logger = instantiate(cfg.loggers.wandb)
+    logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    logger.finish(None)
+    return read_offline_run(logger.run_dir)
+
+
+def test_a_run_says_what_it_is_and_what_came_out(configure, tmp_path):
+    folder = tmp_path / "run"
+    train.run(configure(*QUICK, "trainer.max_epochs=2", "ablation=[no_vc]", "loggers.wandb.tags=[mine]"))
+    run, outcome = read_offline_run(folder), json.loads((folder / "metrics.json").read_text())
+    assert run["name"] == "pydoc sru 1x8 no_vc seed 1234 fold 0"
+    assert run["group"] == "pydoc sru 1x8 no_vc"
+    assert (run["project"], run["job_type"], run["exit_code"]) == ("sru", "train", 0)
+    assert run["tags"] == ["classification", "pydoc", "sru", "no_vc", "mine"]
+    assert run["id"] == (folder / "wandb_id.txt").read_text()
+    plain = yaml.safe_load((folder / "config.yaml").read_text())
+    assert {key: value for key, value in run["config"].items() if key != "_wandb"} == plain
+    metrics = outcome.pop("metrics")
+    assert {"val/accuracy", "test/accuracy", "test/loss"} <= set(metrics)
+    for name, value in (outcome | metrics).items():
+        assert run["summary"][name] == value, name
+    assert {"parameters", "encoder_parameters", "examples_per_second", "seconds_per_epoch"} <= set(run["summary"])
+    assert {"peak_memory_mb", "commit"} <= set(run["summary"])
+    assert not any("published" in name or "difference" in name for name in run["summary"])
+    assert run["artifacts"] == {}
+
+
+def test_steps_seconds_and_epochs_are_axes_and_the_best_epoch_is_the_summary(configure, tmp_path):
+    train.run(configure(*QUICK, "trainer.max_epochs=3", "callbacks.best.monitor=val/loss", "callbacks.best.mode=min"))
+    run = read_offline_run(tmp_path / "run")
+    step = "trainer/global_step"
+    assert run["metrics"]["*"] == (step,)
+    assert run["metrics"]["val/loss"] == (step, "min")
+    assert {"seconds", "epoch", step} <= set(run["metrics"])
+    trained = [row for row in run["rows"] if "val/loss" in row]
+    assert [(row[step], row["epoch"]) for row in trained] == [(2, 1), (4, 2), (6, 3)]
+    assert 0 < trained[0]["seconds"] < trained[1]["seconds"] < trained[2]["seconds"]
+    assert run["summary"]["val/loss"] == pytest.approx(min(row["val/loss"] for row in trained))
+
+
+def test_a_published_value_is_a_line_beside_the_curves_and_a_difference(configure, tmp_path):
+    cfg = configure(*QUICK)
+    cfg.paper = {"metric": "test/accuracy", "value": {"pydoc": 71.5, "cr": 1.0}, "source": "a table"}
+    train.run(cfg)
+    run = read_offline_run(tmp_path / "run")
+    assert len(run["rows"]) == 2  # an epoch and the test
+    assert {row["published/test/accuracy"] for row in run["rows"]} == {71.5}
+    assert run["summary"]["published/test/accuracy"] == 71.5
+    assert run["summary"]["difference/test/accuracy"] == run["summary"]["test/accuracy"] - 71.5
+
+
+def test_artifacts_are_what_was_tested_and_what_the_test_wrote(configure, tmp_path):
+    train.run(configure(*QUICK, "loggers.wandb.artifacts=true"))
+    found = read_offline_run(tmp_path / "run")["artifacts"]
+    folder = tmp_path / "run"
+    assert found == {
+        "model": {
+            "best.ckpt": str(folder / "checkpoints/best.ckpt"),
+            "config.yaml": str(folder / "config.yaml"),
+        }
+    }
+
+
+def test_a_hybrids_likelihoods_are_predictions(configure, tmp_path):
+    """The one test that writes a file so far."""
+    train.run(configure("task=hybrid", "logger=wandb", "trainer=debug", "loggers.wandb.artifacts=true"))
+    path = tmp_path / "run/likelihoods.ark"
+    assert path.stat().st_size
+    assert read_offline_run(tmp_path / "run")["artifacts"]["predictions"] == {path.name: str(path)}
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "group"),
+    [
+        (
+            ["experiment=classification_sru_8l", "data.fold=3", "seed=7"],
+            "cr sru 8x128 seed 7 fold 3",
+            "classification_sru_8l",
+        ),
+        (["model=cnn"], "pydoc cnn seed 1234 fold 0", "pydoc cnn"),
+        (["task=lm", "ablation=[no_vc,no_highway]"], "{} no_highway no_vc seed 1234", "{} no_highway no_vc"),
+        (["loggers.wandb.group=mine"], "{} seed 1234 fold 0", "mine"),
+    ],
+)
+def test_a_group_is_the_experiment_or_what_its_runs_have_in_common(configure, words, name, group):
+    cfg = configure("logger=wandb", *words)
+    own = f"{cfg.choices.data} {cfg.choices.model} {cfg.depth}x{cfg.width}"
+    run = begun(cfg)
+    assert (run["name"], run["group"]) == (name.format(own), group.format(own))
+    assert (cfg.choices.experiment in run["tags"]) == (cfg.choices.experiment is not None)
+
+
+def test_a_failed_run_is_marked_so_keeps_its_best_and_the_next_job_has_its_own(configure, tmp_path, monkeypatch):
+    real, calls = Classification.loss, []
+
+    def loss(self, batch):
+        calls.append(1)
+        if len(calls) > 6:  # in the second epoch
+            raise RuntimeError("out of luck")
+        return real(self, batch)
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "loss", loss)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            train.run(configure(*QUICK, "trainer.max_epochs=3", f"run_dir={one}"))
+    train.run(configure(*QUICK, f"run_dir={two}"))
+    failed, done = read_offline_run(one), read_offline_run(two)
+    assert (failed["exit_code"], done["exit_code"]) == (1, 0)
+    assert failed["id"] != done["id"]
+    assert failed["summary"]["val/accuracy"] == {"max": failed["rows"][0]["val/accuracy"]}
+    assert "test/accuracy" not in failed["summary"]
+    train.run(configure(*QUICK, "trainer.max_epochs=3", f"run_dir={one}", f"resume={one}"))
+    resumed = read_offline_run(one)
+    assert (resumed["id"], resumed["exit_code"]) == (failed["id"], 0)
+    assert [row["epoch"] for row in resumed["rows"] if "val/accuracy" in row] == [2, 3]
+    assert len(list(one.glob("wandb/offline-run-*"))) == 2
+
+
+def test_disabled_it_trains_without_a_file_of_wandbs(configure, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    train.run(configure(*QUICK, "loggers.wandb.artifacts=true"))
+    assert (tmp_path / "run/metrics.json").exists()
+    assert not list((tmp_path / "run").rglob("*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("project=a/b", r"loggers\.wandb\.project=a/b must be .* without any of / .* type for example .*project=sru"),
+        ("project=", "loggers.wandb.project= must be"),
+        ("entity=3", "loggers.wandb.entity=3 must be a user's or team's name, or null"),
+        (f"group={'x' * 129}", "must be a text of up to 128 characters, or null"),
+        ("job_type=null", "loggers.wandb.job_type=None must be a text"),
+        ("tags=mine", r"loggers\.wandb\.tags=mine must be a list of texts .* loggers\.wandb\.tags=\[\]"),
+        ("tags=[mine,'']", "must be a list of texts of up to 64 characters"),
+        ("artifacts=all", "loggers.wandb.artifacts=all must be true or false"),
+    ],
+)
+def test_a_wrong_option_is_refused_at_the_door(configure, word, message):
+    with pytest.raises(ValueError, match=message):
+        door.check(configure("logger=wandb", f"loggers.wandb.{word}"))
+
+
+def test_the_file_lists_every_option_with_its_default():
+    import inspect
+
+    from tasks.dashboard import Wandb
+
+    listed = yaml.safe_load((ROOT / "conf/logger/wandb.yaml").read_text())["loggers"]["wandb"]
+    defaults = {name: p.default for name, p in inspect.signature(Wandb).parameters.items() if name != "run_dir"}
+    assert {k: v for k, v in listed.items() if k not in ("_target_", "run_dir")} == defaults | {"tags": []}
+
+
+def sweep_words(parameters):
+    """The command that a wandb agent starts for these parameters, by wandb's own functions."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
+
+    sweep = load_sweep_config(str(ROOT / "scripts/wandb_sweep.yaml"))
+    args = create_sweep_command_args({"args": {name: {"value": value} for name, value in parameters.items()}})
+    words = []
+    for word in create_sweep_command(sweep["command"]):
+        words += args.get(word[2:-1], [word] if word != "${env}" else []) if word.startswith("${") else [word]
+    return sweep, words
+
+
+def test_what_an_agent_types_composes_and_optimises_what_is_logged(configure):
+    sweep, _ = sweep_words({})
+    for pick in (min, max):
+        chosen = {
+            name: p["value"] if "value" in p else pick(p["values"]) if "values" in p else p[pick.__name__]
+            for name, p in sweep["parameters"].items()
+        }
+        _, words = sweep_words(chosen)
+        assert words[:2] == ["python", "train.py"]
+        cfg = configure(*words[2:])
+        door.check(cfg)
+        assert cfg.loggers.wandb._target_ == "tasks.dashboard.Wandb"
+        assert (cfg.model.num_layers, cfg.task.optimizer.lr) == (chosen["depth"], chosen["task.optimizer.lr"])
+        best = cfg.callbacks.best
+        assert sweep["metric"] == {"name": best.monitor, "goal": {"max": "maximize", "min": "minimize"}[best.mode]}
+    assert sweep["method"] in ("bayes", "random", "grid")
+    assert sweep["program"] == "train.py"
+
+
+def test_an_agents_run_keeps_the_id_and_project_of_the_agent(configure, tmp_path, monkeypatch):
+    parameters = tmp_path / "config-abc123.yaml"
+    parameters.write_text("wandb_version: 1\ndepth: {value: 1}\nmodel: {value: sru}\n")
+    agents = {"SWEEP_ID": "sweep7", "RUN_ID": "abc123", "PROJECT": "theirs", "SWEEP_PARAM_PATH": str(parameters)}
+    with monkeypatch.context() as patch:
+        for name, value in agents.items():
+            patch.setenv(f"WANDB_{name}", value)
+        wandb.teardown()  # what it knows of the environment
+        train.run(configure(*QUICK))
+        run = read_offline_run(tmp_path / "run")
+    assert (run["id"], run["project"], run["sweep"], run["exit_code"]) == ("abc123", "theirs", "sweep7", 0)
+    assert run["name"] == "pydoc sru 1x8 seed 1234 fold 0"
+    assert (run["config"]["depth"], run["config"]["width"]) == (1, 8)
+    assert isinstance(run["summary"]["val/accuracy"], float)  # what the sweep goes by
+    # Later, by hand, it goes on with the same id.
+    cfg = configure(*QUICK, "trainer.max_epochs=2", f"resume={tmp_path / 'run'}")
+    assert begun(cfg)["id"] == "abc123"
