@@ -36,6 +36,35 @@ class Resumable:
         self.start = self.position if self.position < self.length else 0
 
 
+def processes() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+class Same(Resumable, Generic[Batch]):
+    """The same batches, in the same order, in every epoch.
+
+    Of several processes each takes its part: in training (`even`) all take as many, in evaluation none is left out.
+    """
+
+    def __init__(self, batches: Sequence[Batch], *, even: bool) -> None:
+        rank, count = processes()
+        end = len(batches) // count * count if even else len(batches)
+        self.batches = batches[rank:end:count]
+        super().__init__(len(self.batches))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        begin, self.start = self.start, 0
+        for position in range(begin, len(self)):
+            self.position = position + 1
+            yield self.batches[position]
+
+
 class Batches(Resumable, Generic[Batch]):
     """`make` of the examples of each batch, which are of about the same size.
 
@@ -65,9 +94,7 @@ class Batches(Resumable, Generic[Batch]):
             raise TypeError(f"either batch_size={batch_size} or budget={budget} cuts the examples into batches")
         self.make, self.examples, self.sizes = make, examples, np.asarray(sizes, np.int64)
         self.batch_size, self.budget, self.seed = batch_size, budget, seed
-        self.rank, self.processes = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.rank, self.processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.rank, self.processes = processes()
         count = len(self.cuts(np.sort(self.sizes))) + 1 if len(self.sizes) else 0
         self.count = len(self.part(range(count)))
         super().__init__(self.count)

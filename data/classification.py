@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from data import text
+from data.batches import Same
 from data.fetch import fetch, find, read_bytes
 
 SPLIT_SEED = 1234  # of the published folds; a run's own seed never moves an example to another split
@@ -152,22 +152,25 @@ class SentenceClassification(pl.LightningDataModule):
                 tokens[-len(words) :, column] = torch.tensor([self.index.get(word, unknown) for word in words])
         return tokens
 
-    def loader(self, examples: Sequence[Example]) -> DataLoader:
+    def loader(self, examples: Sequence[Example], *, train: bool = False) -> Same[tuple[Tensor, Tensor]]:
         """Batches that are tensors already: collating again in every epoch would cost more than it varies."""
         groups = [examples[i : i + self.batch_size] for i in range(0, len(examples), self.batch_size)]
         batches = [
             (self.collate([words for words, _ in group]), torch.tensor([y for _, y in group])) for group in groups
         ]
-        # Its own generator: each new iterator draws a number, which must not move the global state that dropout uses.
-        return DataLoader(batches, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+        loader = Same(batches, even=train)
+        if train and self.trainer is not None:
+            loader.limit(self.trainer.limit_train_batches)
+        return loader
 
-    def train_dataloader(self) -> DataLoader:
-        return self.loader(random.Random(self.seed).sample(self.splits["train"], len(self.splits["train"])))
+    def train_dataloader(self) -> Same[tuple[Tensor, Tensor]]:
+        examples = self.splits["train"]
+        return self.loader(random.Random(self.seed).sample(examples, len(examples)), train=True)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> Same[tuple[Tensor, Tensor]]:
         return self.loader(self.splits["val"])
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> Same[tuple[Tensor, Tensor]]:
         return self.loader(self.splits["test"])
 
     def state_dict(self) -> dict[str, list[str]]:

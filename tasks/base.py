@@ -117,12 +117,17 @@ class Task(pl.LightningModule, ABC):
 
     # Lightning keeps no random state in a checkpoint; without it, a resumed run would draw other dropout masks.
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["sums"] = self.sums.get("train")  # of a checkpoint between two validations
         checkpoint["random_state"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.random_state = checkpoint["random_state"]
+        if sums := checkpoint.get("sums"):  # which those of older versions lack
+            self.sums["train"] = sums
 
     def on_train_start(self) -> None:
+        # What a checkpoint brought lies on the CPU.
+        self.sums = self.transfer_batch_to_device(self.sums, self.device, 0)
         if self.random_state is not None:
             torch.set_rng_state(self.random_state["cpu"])
             torch.cuda.set_rng_state_all(self.random_state["cuda"])
