@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from filelock import FileLock
 
-from data.fetch import fetch, fetch_from_hub, find, open_unpacked, require_writable, unpacking
+from data.fetch import fetch, fetch_from_hub, find, locked, open_unpacked, require_writable, unpacking
 
 UNITS = ("bytes", "characters", "words")
 EOS, UNK = "<eos>", "<unk>"  # a line's end, and a word that the vocabulary lacks
@@ -170,7 +169,7 @@ def prepared(
     found = opened(place, sources)
     if found is None:
         require_writable(folder)
-        with FileLock(f"{place}.lock"):  # a second process waits here, and then finds what the first has built
+        with locked(place):  # a second process waits here, and then finds what the first has built
             found = opened(place, sources)
             if found is None:
                 for source in sources.values():

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 from tqdm import tqdm
 
 from data.audio import Damaged, Frontend, read, resampled
-from data.fetch import require_writable
+from data.fetch import locked, require_writable
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ def part_of(
     found = opened(place, frontend)
     if found is None:
         require_writable(place.parent)
-        with FileLock(f"{place}.lock"):  # a second process waits here, and then finds what the first has built
+        with locked(place):  # a second process waits here, and then finds what the first has built
             found = opened(place, frontend)
             if found is None:
                 scratch = place.with_name(place.name + ".part")

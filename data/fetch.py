@@ -83,7 +83,7 @@ def fetch(path: Path, url: str | None = None, checksum: str | None = None) -> Pa
         if url is None:
             raise FileNotFoundError(f"{path} is missing and has no address to download it from: put it there")
         require_writable(path.parent)
-        with FileLock(path.with_name(f".{path.name}.lock")):  # a second process waits here, and then finds the file
+        with locked(path, path.with_name(f".{path.name}.lock")):  # a second process waits here, and then finds the file
             present = find(path)
             if present is None:
                 packing = next((suffix for suffix in OPENERS if suffix and url.endswith(suffix)), "")
@@ -120,6 +120,21 @@ def recorded(path: Path) -> str | None:
     if not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError(f"{record} holds no checksum: `rm {record} {path}` to download the file and note it again")
     return digest
+
+
+@contextlib.contextmanager
+def locked(place: Path, lock: Path | None = None) -> Iterator[None]:
+    """One process at a time makes a file or folder, which an error of the system names: a full disk's does not.
+
+    The lock is `place`.lock, or `lock`; that of a process that was killed is free.
+    """
+    with FileLock(lock or f"{place}.lock"):
+        try:
+            yield
+        except OSError as error:
+            if error.errno is not None and error.filename is None:
+                error.filename = str(place)
+            raise
 
 
 def require_writable(folder: Path) -> None:
@@ -221,7 +236,7 @@ def fetch_from_hub(
 ) -> Path:
     """Writes to `path` what `content` makes of a dataset's rows; `rows` are keywords of `datasets.load_dataset`."""
     require_writable(path.parent)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with locked(path, path.with_name(f".{path.name}.lock")):
         if find(path) is not None:
             return path
         from datasets import load_dataset
@@ -250,7 +265,7 @@ def unpacked(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> Path:
     if folder.is_dir():
         return folder
     require_writable(folder.parent)
-    with FileLock(f"{folder}.lock"):  # a second process waits here, and then finds what the first has unpacked
+    with locked(folder):  # a second process waits here, and then finds what the first has unpacked
         if not folder.is_dir():
             scratch = folder.with_name(folder.name + ".part")
             shutil.rmtree(scratch, ignore_errors=True)

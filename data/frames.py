@@ -9,10 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from data.archives import Place, lines_of, read_head, read_ints, read_matrix, read_table, scan_archive
-from data.fetch import require_writable
+from data.fetch import locked, require_writable
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +215,7 @@ class Frames:
         if found is not None:
             return found
         require_writable(path.parent)
-        with FileLock(f"{path}.lock"):  # a second process waits here, and then finds what the first has computed
+        with locked(path):  # a second process waits here, and then finds what the first has computed
             found = kept(path)
             if found is None:
                 log.info("%s: computing mean and variance of all frames, once", self.name)

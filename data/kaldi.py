@@ -7,14 +7,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from data import synthesis
 from data.archives import Archive
 from data.audio import Frontend
 from data.batches import Batches
-from data.fetch import require_writable
+from data.fetch import locked, require_writable
 from data.frames import NORMALISATIONS, Frames
 from data.streams import Batch, Recipe, Streams
 
@@ -196,7 +195,7 @@ class SpokenWords(Kaldi):
             if (folder / "feats.scp").exists():
                 continue
             require_writable(folder)
-            with FileLock(f"{folder}.lock"):  # a second process waits here, and then finds what the first has written
+            with locked(folder):  # a second process waits here, and then finds what the first has written
                 if not (folder / "feats.scp").exists():
                     self.write(split, folder)
         super().setup(stage)

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
-from data.fetch import open_unpacked, require_writable, unpacking
+from data.fetch import locked, open_unpacked, require_writable, unpacking
 from data.subwords import VERSION, Batch, Item, Subwords, batch_of, learn
 
 FORMAT = 1  # of what is kept in the cache; a change of what is written counts it up
@@ -87,15 +86,19 @@ def once(place: Path, opened: Callable[[Path], Found | None], build: Callable[[P
     found = opened(place)
     if found is None:
         require_writable(place.parent)
-        with FileLock(f"{place}.lock"):  # a second process waits here, and then finds what the first has built
+        with locked(place):  # a second process waits here, and then finds what the first has built
             found = opened(place)
             if found is None:
                 scratch = place.with_name(place.name + ".part")
                 for leftover in (scratch, place):  # of a process that was killed, or damaged since
                     shutil.rmtree(leftover, ignore_errors=True)
                 scratch.mkdir()
-                build(scratch)
-                os.rename(scratch, place)
+                try:
+                    build(scratch)
+                    os.rename(scratch, place)
+                except BaseException:
+                    shutil.rmtree(scratch)
+                    raise
                 found = opened(place)
     assert found is not None
     return found

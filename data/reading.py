@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 
 from data.corpus import checksum
-from data.fetch import read_bytes, require_writable
+from data.fetch import locked, read_bytes, require_writable
 from data.tagging import Tagger
 
 FORMAT = 1  # of the prepared folder; a change of what is written in it counts it up
@@ -100,7 +99,7 @@ def prepared(path: Path, cache: Path, tagger: Tagger | None) -> Reading:
     found = opened(place)
     if found is None:
         require_writable(place.parent)
-        with FileLock(f"{place}.lock"):  # a second process waits here, and then finds what the first has built
+        with locked(place):  # a second process waits here, and then finds what the first has built
             found = opened(place)
             if found is None:
                 tables, meta = build(paragraphs_of(content, path.name), tagger, path.name)

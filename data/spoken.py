@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from data.features import Utterance
-from data.fetch import NO_NETWORK, fetch, require_writable, unpacked
+from data.fetch import NO_NETWORK, fetch, locked, require_writable, unpacked
 from data.speech import Recordings
 
 
@@ -162,7 +160,7 @@ class HubSpeech(Recordings):
         folder = self.cache / "hub" / dataset._fingerprint
         require_writable(folder)
         found = []
-        with FileLock(f"{folder}.lock"):  # a second process waits here, and then finds what the first has written
+        with locked(folder):  # a second process waits here, and then finds what the first has written
             for number, row in enumerate(dataset.cast_column(self.columns["audio"], Audio(decode=False))):
                 sound, text = row[self.columns["audio"]], row[self.columns["text"]]
                 if not isinstance(text, str) or sound is None or sound["bytes"] is None:

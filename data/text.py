@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from data.fetch import fetch, find, open_unpacked, require_writable, unpacking
+from data.fetch import fetch, find, locked, open_unpacked, require_writable, unpacking
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ def load_vectors(words: list[str], source: str, folder: Path, cache: Path, *, un
     subset = cache / "vectors" / hashlib.sha256(identity.encode()).hexdigest()[:24]
     if not subset.is_dir():
         require_writable(subset.parent)
-        with FileLock(f"{subset}.lock"):  # one process reads the large file, the others wait for its subset
+        with locked(subset):  # one process reads the large file, the others wait for its subset
             if not subset.is_dir():
                 if source in GLOVE and path.suffix == ".zip":
                     fetch(path, *GLOVE[source][1:])  # a checksum of gigabytes: not in every run
