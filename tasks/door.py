@@ -6,10 +6,13 @@ import inspect
 import json
 import os
 import re
+import select
+import signal
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import hydra
 import torch
@@ -19,6 +22,8 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from tasks import failures, record
 
 ROOT = Path(__file__).parent.parent
 # Key: lowest and highest value, example. An example with a point takes any number, one without only whole ones.
@@ -153,10 +158,12 @@ def opened_folder(cfg: DictConfig) -> Iterator[Path]:
             raise FileExistsError(
                 f"run_dir={folder} holds a run already. Go on with resume={folder}, or name another run_dir."
             )
+        record.remove_leftovers(folder)
         yield folder
     finally:
-        lock.release()
+        # Before it is released: another process may hold it from then on.
         (folder / ".lock").unlink(missing_ok=True)
+        lock.release()
         remove_if_empty(folder)
 
 
@@ -221,15 +228,35 @@ def check_data(cfg: DictConfig, data: Any, last: Path | None) -> None:
 def checkpoint(path: Path) -> dict[str, Any]:
     """A run's checkpoint, of which nothing is executed; ValueError for what is none."""
     try:
-        content = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        content = loaded(path)
     except Exception as error:  # torch.load raises whatever the bytes lead it to
         raise ValueError(
             f"{path} is damaged, or no checkpoint of this project ({type(error).__name__}); nothing of it was run. "
-            "Use a copy of the folder, or start a new run."
+            f"{instead_of(path)}"
         ) from error
     if not {"random_state", "state_dict", "epoch", "loops", "pytorch-lightning_version"} <= content.keys():
         raise ValueError(f"{path} is no checkpoint of this project; use a copy of the folder, or start a new run.")
     return content
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    # torch compares no checksums: a flipped bit would be a weight like any other.
+    with zipfile.ZipFile(path) as archive:
+        if broken := archive.testzip():
+            raise ValueError(f"the checksum of {broken} is wrong")
+    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+
+
+def instead_of(damaged: Path) -> str:
+    """What to type where a checkpoint is damaged: the other one of the run may be whole."""
+    other = damaged.with_name("best.ckpt" if damaged.name == "last.ckpt" else "last.ckpt")
+    try:
+        step = loaded(other)["global_step"]
+    except Exception:  # as above
+        return "Use a copy of the folder, or start a new run."
+    if damaged.name == "last.ckpt":
+        return f"{other} is whole, of step {step}: to go on from there, `cp {other} {damaged}` and the same again."
+    return f"{other} is whole, of step {step}: take that."
 
 
 def class_and_options(config: dict[str, Any], part: str, base: type) -> tuple[Any, dict[str, Any]]:
@@ -252,6 +279,8 @@ def class_and_options(config: dict[str, Any], part: str, base: type) -> tuple[An
 
 def resumed(arguments: list[str]) -> list[str]:
     """Put the overrides of the run in `resume=FOLDER` before those given now, and go on in its folder."""
+    if "SLURM_RESTART_COUNT" in os.environ:  # a job that was requeued has the command that it began with
+        arguments = [requeued(word) for word in arguments]
     folders = [word.removeprefix("resume=") for word in arguments if word.startswith("resume=")]
     if not folders:
         return arguments
@@ -280,6 +309,13 @@ def recorded(path: Path) -> list[str]:
     return words
 
 
+def requeued(word: str) -> str:
+    """run_dir=FOLDER as resume=FOLDER, where a run lies there that can go on."""
+    name, _, folder = word.partition("=")
+    can_go_on = name == "run_dir" and (Path(folder.strip("'\"")) / "checkpoints/last.ckpt").exists()
+    return f"resume={folder}" if can_go_on else word
+
+
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dict as {dotted key: value}."""
     if not isinstance(node, dict):
@@ -297,12 +333,8 @@ def explain(error: BaseException) -> str:
     """One message for a person: what is wrong, what is there, what was perhaps meant."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, OSError) and error.filename is not None:
-        # From the system or Hydra, which cannot say what to type.
-        return (
-            f"{error.filename}: {error.strerror}. Runs are written below hydra.run.dir=FOLDER (hydra.sweep.dir), "
-            "corpora lie in data.root=FOLDER, what is prepared of them in data.cache=FOLDER"
-        )
+    if message := failures.told(error):
+        return message
     text = (
         f"{error}" if isinstance(error, (ValueError, OSError, HydraException)) else f"{type(error).__name__}: {error}"
     )
@@ -342,7 +374,14 @@ def guard(main: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
+        sys.stdout.flush()  # here, not behind all of this
+    except KeyboardInterrupt:  # before a training that saves itself (tasks/interruption.py) has begun
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and is_unread(sys.stdout):
+            # Whoever reads has seen enough; Python would complain once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + 13)  # as SIGPIPE ends others
         if show_traceback:
             raise
         sys.exit(f"error: {explain(error)}\n(--help lists what there is, HYDRA_FULL_ERROR=1 shows where.)")
@@ -350,6 +389,13 @@ def guard(main: Callable[[], Any]) -> None:
         if refused.code == 2:  # by argparse, which knows Hydra's own options only
             print("Options have no dashes: depth=3, not --depth 3. --help lists what there is.", file=sys.stderr)
         raise
+
+
+def is_unread(stream: TextIO) -> bool:
+    """Whether whoever read what is written there has closed it."""
+    poll = select.poll()
+    poll.register(stream, 0)  # an error is told unasked
+    return bool(poll.poll(0))
 
 
 def remove_if_empty(folder: Path) -> None:

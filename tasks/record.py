@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytorch_lightning as pl
 import torch
@@ -23,25 +23,37 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
+from tasks import failures
 from tasks.clock import Clock, peak_memory
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step, so that a break never leaves half of it."""
     temporary = path.with_name(path.name + ".tmp")
-    with removed_on_failure(temporary):
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+    with replacing(path, temporary) as file:
+        file.write(text.encode())
 
 
 @contextlib.contextmanager
-def removed_on_failure(path: Path) -> Iterator[None]:
-    """Leave no half of a file, on a full disk for example."""
-    try:
-        yield
-    except BaseException:
+def replacing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when it is whole, on the disk too; none is left of one that is not."""
+    with failures.naming(path):
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                # Else a power cut may leave the new name with no content.
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What a kill has left of files that were being written."""
+    for path in (*folder.glob("*.tmp"), *folder.glob("checkpoints/.*.tmp")):
         path.unlink(missing_ok=True)
-        raise
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -52,9 +64,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        with removed_on_failure(temporary):
-            torch.save(checkpoint, temporary)
-            os.replace(temporary, path)
+        with replacing(path, temporary) as file:
+            torch.save(checkpoint, file)
 
 
 class Checkpoint(ModelCheckpoint):
