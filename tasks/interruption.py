@@ -82,7 +82,7 @@ class Interruption(pl.Callback):
         is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         is_validated = trainer.enable_validation and (
-            trainer.should_stop or (batch_idx + 1) % trainer.val_check_batch == 0
+            trainer.should_stop or (batch_idx + 1) % (trainer.val_check_batch or float("inf")) == 0
         )
         if is_told and is_step and not is_last and not is_validated:
             self._stop(trainer)
