@@ -71,6 +71,9 @@ class Interruption(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._listen()
+        # It came just before: Lightning would end the run with status 0, and has trained nothing.
+        if trainer.received_sigterm and trainer.world_size == 1:
+            raise SystemExit(128 + signal.SIGTERM)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._listen()
