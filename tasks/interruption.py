@@ -71,6 +71,9 @@ class Interruption(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._listen()
+        # It came just before: Lightning would end the run with status 0, and has trained nothing.
+        if trainer.received_sigterm and trainer.world_size == 1:
+            raise SystemExit(128 + signal.SIGTERM)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._listen()
@@ -82,7 +85,7 @@ class Interruption(pl.Callback):
         is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         is_validated = trainer.enable_validation and (
-            trainer.should_stop or (batch_idx + 1) % trainer.val_check_batch == 0
+            trainer.should_stop or (batch_idx + 1) % (trainer.val_check_batch or float("inf")) == 0
         )
         if is_told and is_step and not is_last and not is_validated:
             self._stop(trainer)

@@ -154,6 +154,18 @@ def test_a_second_signal_ends_the_process_at_once_but_not_the_same_that_came_two
     assert status_of(in_a_child(lambda: tell_twice(0))) == 0
 
 
+def test_a_signal_between_two_handlers_is_not_lost(configure, monkeypatch):
+    """Lightning has put its own there, and this callback not yet."""
+    plain = Interruption._listen
+
+    def late(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        plain(self)
+
+    monkeypatch.setattr(Interruption, "_listen", late)
+    assert stopped(configure(*SHORT, *SMALL)) == 143
+
+
 def test_a_job_of_slurm_is_requeued_and_the_same_command_goes_on(configure, tmp_path, tell, monkeypatch):
     run = tmp_path / "run"
     scontrol = tmp_path / "scontrol"

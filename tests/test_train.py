@@ -15,7 +15,6 @@ from offline_runs import read_offline_run
 
 import train
 from tasks import door
-from tasks.record import AtomicCheckpoints
 
 SHORT = ("trainer.limit_train_batches=6", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2")
 
@@ -222,20 +221,6 @@ def test_a_run_that_broke_off_before_its_first_checkpoint_starts_anew(configure,
     (tmp_path / "run/config.yaml").write_text("seed: 1\n")
     train.run(configure("trainer=debug"))
     assert (tmp_path / "run/metrics.json").exists()
-
-
-def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "last.ckpt"
-    AtomicCheckpoints().save_checkpoint({"epoch": 1}, path)
-
-    def killed(checkpoint, file):
-        Path(file).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        AtomicCheckpoints().save_checkpoint({"epoch": 2}, path)
-    assert torch.load(path, weights_only=True) == {"epoch": 1}
 
 
 def test_the_command_line_resumes_in_the_same_folder_and_the_same_wandb_run(tmp_path):
