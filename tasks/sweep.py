@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -22,8 +23,8 @@ from tasks.record import write_text
 
 # Words of a resumed sweep that say how it runs and not what; a search may also get longer.
 FREE = ("hydra/launcher", "hydra.launcher.", "hydra.sweeper.n_trials")
-# Words that differ between the calls of a sweep.
-OWN = ("resume", "hydra.sweep.dir", "hydra.mode")
+# Words that differ between the calls of a sweep, or where one of its jobs is resumed as a run.
+OWN = ("resume", "run_dir", "hydra.sweep.dir", "hydra.mode")
 
 
 def key(word: str) -> str:
@@ -55,6 +56,8 @@ class Watch(Callback):
             words = [word for word in words if key(word) not in OWN]
             write_text(folder / "sweep.json", json.dumps({"overrides": words}, indent=2) + "\n")
         Watch.folder = folder
+        # A launcher's processes find this project from any folder.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(door.ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def is_job() -> bool:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, options
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 from test_conf import bind
 
 import train
@@ -29,7 +30,8 @@ def command(monkeypatch, tmp_path):
     """command(*words): train.py in this process, as a start takes seconds; returns the exit status."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # so that what the command sets is undone
     monkeypatch.setenv("SRU_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    monkeypatch.chdir(tmp_path)
 
     def called(*words):
         monkeypatch.delenv("HYDRA_FULL_ERROR")
@@ -115,6 +117,10 @@ def test_a_resumed_sweep_is_the_same_sweep(command, tmp_path, capsys):
     record = folder / "sweep.json"
     record.write_text(record.read_text().replace("seed=1", "seed=2"))
     assert "holds the job seed=1" in command(f"resume={folder}")
+    record.write_text(record.read_text().replace("seed=2", "seed=1"))
+    assert command(f"resume={folder / '0'}") == 0  # a job is a run too, and still that of the sweep
+    done = times(folder / "0")
+    assert command(f"resume={folder}") == 0
     for damage in ("", "{", "[]", '{"overrides": "seed=1"}', '{"overrides": ["--config-dir=/x"]}'):
         record.write_text(damage)
         assert "sweep.json is damaged" in command(f"resume={folder}")
@@ -141,6 +147,7 @@ def test_jobs_run_side_by_side_by_joblib_and_share_the_cores(command, tmp_path, 
     assert times(folder / "0") == done
 
 
+@pytest.mark.slow
 def test_jobs_run_by_submitit(command, tmp_path):
     folder = tmp_path / "sweep"
     words = ("seed=1,2", "depth=1,5000", "trainer=debug", *TINY, "hydra/launcher=submitit_local")
@@ -152,10 +159,10 @@ def test_jobs_run_by_submitit(command, tmp_path):
 def test_a_search_finds_and_goes_on_where_it_stopped(command, tmp_path, capsys):
     words = ("sweep=search", "hydra.sweeper.sampler.n_startup_trials=1", "depth=1", "trainer=debug", *TINY)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert command("-m", *words, "hydra.sweeper.n_trials=4", f"hydra.sweep.dir={whole}") == 0
+    assert command("-m", *words, "hydra.sweeper.n_trials=3", f"hydra.sweep.dir={whole}") == 0
     assert command("-m", *words, "hydra.sweeper.n_trials=2", f"hydra.sweep.dir={parts}") == 0
     done = times(parts / "0") | times(parts / "1")
-    assert command(f"resume={parts}", "hydra.sweeper.n_trials=4") == 0
+    assert command(f"resume={parts}", "hydra.sweeper.n_trials=3") == 0
     assert times(parts / "0") | times(parts / "1") == done
     assert results(parts) == results(whole)
     found = [OmegaConf.load(folder / "optimization_results.yaml") for folder in (parts, whole)]
@@ -209,7 +216,13 @@ def test_a_search_goes_the_way_of_the_tasks_metric():
 
 
 @pytest.mark.usefixtures("_no_leftover")
-def test_the_command_line_overrides_a_sweep():
-    cfg = master("sweep=figure5", "data.vectors=null", "epochs=3", "hydra.sweeper.params.depth=4", "run_dir=x")
-    with open_dict(cfg):
-        assert (cfg.data.vectors, cfg.trainer.max_epochs, cfg.hydra.sweeper.params.depth) == (None, 3, 4)
+def test_the_command_line_overrides_a_sweep(configure):
+    cfg = master("sweep=figure5", "data.vectors=null", "epochs=3", "run_dir=x")
+    words = [f"{key}={value}" for key, value in cfg.hydra.sweeper.params.items()]
+    parse = OverridesParser.create().parse_overrides
+    assert len(BasicSweeper.split_arguments(parse(words), None)[0]) == 4 * 4 * 2 * 3
+    (jobs,) = BasicSweeper.split_arguments(parse([*words, "sweep=figure5", "depth=5", "data.vectors=null"]), None)
+    assert len(jobs) == 4 * 4 * 3
+    job = configure(*jobs[-1])
+    assert (job.choices.data, job.choices.ablation, job.depth) == ("trec", ["no_scaling"], 5)
+    assert (job.data.fold, job.data.vectors) == (2, None)
