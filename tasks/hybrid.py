@@ -43,6 +43,7 @@ class Hybrid(Task):
     """
 
     counted = "frames"
+    writes = ("likelihoods.ark", "likelihoods.scp")
     log_priors: Tensor
 
     def __init__(
