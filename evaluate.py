@@ -244,12 +244,12 @@ def corpus(saved: trained.Saved, vocabulary: Any, split: str, name: str | None, 
 def kin(of_training: Any) -> list[str]:
     """The files of conf/data that are read alike."""
 
-    def target(path: Path) -> str:
-        cfg = OmegaConf.load(path)
-        return cfg.get("_target_") or target(path.with_name(f"{cfg.defaults[0]}.yaml"))
+    def target(path: Path) -> Any:
+        cfg: Any = OmegaConf.load(path)
+        return get_class(cfg._target_) if "_target_" in cfg else target(path.with_name(f"{cfg.defaults[0]}.yaml"))
 
     paths = sorted((door.ROOT / "conf/data").glob("[!_]*.yaml"))
-    return [path.stem for path in paths if get_class(target(path)).vocabulary_of is of_training.vocabulary_of]
+    return [path.stem for path in paths if target(path).vocabulary_of is of_training.vocabulary_of]
 
 
 if __name__ == "__main__":

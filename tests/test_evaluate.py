@@ -1,7 +1,6 @@
 """evaluate.py: the numbers of training again, other splits, data and options, and what is refused; and trained.load."""
 
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,6 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, options
-from torch.nn.utils import parameters_to_vector
 
 import evaluate
 import train
@@ -171,7 +169,6 @@ def test_a_loaded_network_is_the_one_that_was_trained(translator):
     assert not task.training
     h, _ = task.encoder(torch.randn(5, 2, 16))
     assert h.shape == (5, 2, task.encoder.output_size)
-    assert math.isfinite(float(parameters_to_vector(task.parameters()).sum()))
     assert len(vocabulary) == 800
 
 
@@ -233,7 +230,7 @@ def test_a_checkpoint_from_a_stranger_downloads_nothing(translator, tmp_path):
         (["checkpoint={run}", "model.hidden_size=8"], "model.hidden_size is settled by the checkpoint"),
         (["checkpoint={run}", "data=translation_sampl"], "Did you mean: translation_sample"),
         (["checkpoint={run}", "data=cr"], "of another kind than the data of training, translation_sample; of the same"),
-        (["checkpoint={run}", "data=parallel"], "data.test=None must be a PREFIX"),
+        (["checkpoint={run}", "data=parallel"], "data.source=None must be a language"),
         (["checkpoint={run}", "limit=0"], "limit=0 must be a number of batches"),
         (["checkpoint={run}", "precision=8"], "precision=8 must be one of 32-true"),
         (["checkpoint={run}", "device=tpu"], "device=tpu must be auto, cpu"),
