@@ -1,78 +1,18 @@
 """Use a trained network: `python predict.py checkpoint=runs/lm/<time> prompt="The "`; without words, what there is."""
 
 import inspect
-import re
 import sys
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from hydra.utils import get_class
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning import LightningDataModule
-from torch import nn
 
 from tasks import door
-from tasks.base import Task
-
-# What a configuration that is damaged, or belongs to another checkpoint, leads to.
-MISFITS = AttributeError, ImportError, KeyError, TypeError, RuntimeError, yaml.YAMLError, OmegaConfBaseException
+from tasks.trained import load
 
 USAGE = """Use a trained network: python predict.py checkpoint=FOLDER_OR_FILE KEY=VALUE ...
 
 Everything after the first = is the value, as it is."""
-
-
-def load(checkpoint: str, device: str = "auto") -> tuple[Any, Any]:
-    """The task of a run, in eval mode, and its vocabulary; from a .ckpt, or a run's folder: what its test took.
-
-    Nothing of the corpus is read, and no class is built that is not of this project.
-    """
-    path = Path(checkpoint).expanduser()
-    if path.is_dir():
-        average = path / "checkpoints/average.ckpt"
-        path = average if average.is_file() else path / "checkpoints/best.ckpt"
-    folder = path.parent.parent
-    if not path.is_file() or not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(
-            f"checkpoint={checkpoint} is neither a run's folder nor a .ckpt in one (there is no "
-            f"{path if not path.is_file() else folder / 'config.yaml'}); runs lie below runs/"
-        )
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) or (device[:4] == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device={device} must be auto, cpu, or cuda where torch finds a GPU")
-    content = door.checkpoint(path)
-    try:
-        task, vocabulary = built(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True), content)
-    except MISFITS as error:
-        raise ValueError(
-            f"{folder / 'config.yaml'} is damaged, or not that of {path} ({type(error).__name__}: {error}); "
-            "take both from one run"
-        ) from error
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return task.eval().to(device), vocabulary
-
-
-def built(cfg: Any, content: dict[str, Any]) -> tuple[Any, Any]:
-    """The task with a checkpoint's weights, and its vocabulary."""
-    for name in ("optimizer", "scheduler"):
-        cfg["task"].pop(name, None)
-    data, _ = door.class_and_options(cfg, "data", LightningDataModule)
-    model, model_options = door.class_and_options(cfg, "model", nn.Module)
-    task_class, task_options = door.class_and_options(cfg, "task", Task)
-    if not hasattr(task_class, "predict"):
-        raise ValueError(f"{cfg['task']['_target_']}, which the checkpoint is of, has no predictions of single texts")
-    vocabulary = data.vocabulary_of(content[data.__qualname__])
-    options = task_options | vocabulary.dims
-    make = partial(task_class, encoder=partial(model, **model_options), optimizer=torch.optim.SGD, **options)
-    with torch.device("meta"):  # another configuration takes no memory before its sizes are compared
-        make().load_state_dict(content["state_dict"], assign=True)
-    task = make()
-    task.load_state_dict(content["state_dict"])
-    return task, vocabulary
 
 
 def main(words: list[str]) -> None:
@@ -94,6 +34,10 @@ def main(words: list[str]) -> None:
     if "checkpoint" not in options:
         raise ValueError("checkpoint is missing; type checkpoint=FOLDER, where FOLDER is that of a run, below runs/")
     task, vocabulary = load(options.pop("checkpoint"), options.pop("device", "auto"))
+    if not hasattr(task, "predict"):
+        raise ValueError(
+            f"{type(task).__name__}, of which the checkpoint is, has no predictions of single texts; see evaluate.py"
+        )
     known = {
         name: p.annotation for name, p in inspect.signature(task.predict).parameters.items() if name != "vocabulary"
     }

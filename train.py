@@ -51,10 +51,13 @@ def run(cfg: DictConfig) -> float | None:
             if not processes.rank():
                 record.write_config(config, origin, folder)
 
+        def describe(trainer: object, module: object, checkpoint: dict[str, object]) -> None:
+            checkpoint["config"] = config  # so that the file alone is enough to use the network
+
         trainer = instantiate(cfg.trainer)
         try:
             # Not before the checkpoint of a resumed run was read: a run that cannot go on keeps its record.
-            trainer.callbacks.append(LambdaCallback(on_train_start=begin))
+            trainer.callbacks.append(LambdaCallback(on_train_start=begin, on_save_checkpoint=describe))
             for logger in trainer.loggers:
                 logger.log_hyperparams(config)
             trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)

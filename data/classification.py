@@ -21,6 +21,26 @@ Example = tuple[list[str], int]
 Item = TypeVar("Item")
 
 
+class Vocabulary:
+    """The words and labels that a network knows, in the order of their numbers; needs no corpus.
+
+    vector_size: of its fixed word vectors, whose numbers a checkpoint has; None where words are learnt.
+    """
+
+    def __init__(self, words: Sequence[str], labels: Sequence[str], vector_size: int | None = None) -> None:
+        self.words, self.labels, self.vector_size = list(words), list(labels), vector_size
+
+    @property
+    def dims(self) -> dict[str, Any]:
+        """What a network must know, as the data's."""
+        return {
+            "vocab_size": len(self.words),
+            "num_classes": len(self.labels),
+            "vectors": None if self.vector_size is None else torch.zeros(len(self.words), self.vector_size),
+            "pad": self.words.index(text.PAD),
+        }
+
+
 class SentenceClassification(pl.LightningDataModule):
     """Files of `label text` lines as fixed batches (SRU 2018, section 4.1 and its published code).
 
@@ -40,6 +60,7 @@ class SentenceClassification(pl.LightningDataModule):
     """
 
     DIMS = ("vocab_size", "num_classes", "vectors", "pad")  # the names in `dims`
+    SETTLED = ("vectors", "min_count", "lowercase")  # by a checkpoint
 
     def __init__(
         self,
@@ -71,6 +92,9 @@ class SentenceClassification(pl.LightningDataModule):
         self.clean = clean
         self.splits: dict[str, list[Example]] = {}
         self.embedding: Tensor | None = None
+        self.given: Vocabulary | None = (
+            None  # a checkpoint's, which evaluation reads with; none is made of the corpus then
+        )
         if batch_size < 1 or min_count < 1:
             raise ValueError(f"data.batch_size={batch_size} and data.min_count={min_count} must be 1 or more")
 
@@ -78,7 +102,7 @@ class SentenceClassification(pl.LightningDataModule):
         """Downloads what is absent, checks what is there, and keeps the word vectors that are needed in the cache."""
         for file in self.files.values():
             fetch(self.folder / file["name"], file["url"], file["sha256"])
-        if self.vectors is not None:
+        if self.vectors is not None and self.given is None:
             self.setup()
 
     def setup(self, stage: str | None = None) -> None:
@@ -86,6 +110,16 @@ class SentenceClassification(pl.LightningDataModule):
         if self.splits:
             return
         splits = split_examples(self.read(), self.fold)
+        if self.given is not None:
+            if self.given.labels != self.labels:
+                raise ValueError(
+                    f"the labels of the data are {', '.join(self.labels)}, those of the checkpoint "
+                    f"{', '.join(self.given.labels)}: name data with the same"
+                )
+            self.words = self.given.words
+            self.index = {word: i for i, word in enumerate(self.words)}
+            self.splits = splits
+            return
         known = splits["train"] if self.vectors is None else [example for split in splits.values() for example in split]
         min_count = self.min_count if self.vectors is None else 1  # a fixed vector needs no examples to be trained on
         self.words = text.build_vocabulary((sentence for sentence, _ in known), min_count)
@@ -183,19 +217,23 @@ class SentenceClassification(pl.LightningDataModule):
         return self.loader(random.Random(self.seed).sample(examples, len(examples)), train=True)
 
     def val_dataloader(self) -> Same[tuple[Tensor, Tensor]]:
-        return self.loader(self.splits["val"])
+        return self.evaluation("val")
 
     def test_dataloader(self) -> Same[tuple[Tensor, Tensor]]:
-        return self.loader(self.splits["test"])
+        return self.evaluation("test")
 
-    def state_dict(self) -> dict[str, list[str]]:
+    def evaluation(self, split: str) -> Same[tuple[Tensor, Tensor]]:
+        return self.loader(self.splits[split])
+
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to read its own outputs: the words in the order of their index, and the labels."""
         self.dims  # noqa: B018  prepares
-        return {"vocabulary": self.words, "labels": self.labels}
+        size = None if self.embedding is None else self.embedding.shape[1]
+        return {"vocabulary": self.words, "labels": self.labels, "vector_size": size}
 
-    def load_state_dict(self, state_dict: dict[str, list[str]]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """ValueError if the checkpoint was trained on another vocabulary or other labels."""
-        for name, now in self.state_dict().items():
+        for name, now in (("vocabulary", self.state_dict()["vocabulary"]), ("labels", self.labels)):
             then = state_dict[name]
             if now != then:
                 place = next((i for i, pair in enumerate(zip(now, then, strict=False)) if pair[0] != pair[1]), None)
@@ -205,6 +243,11 @@ class SentenceClassification(pl.LightningDataModule):
                     "options have changed. Use the options of the checkpoint's run (data=, data.fold, data.vectors, "
                     "data.min_count), or train again."
                 )
+
+    @staticmethod
+    def vocabulary_of(state_dict: dict[str, Any]) -> Vocabulary:
+        """The vocabulary in a `state_dict`."""
+        return Vocabulary(state_dict["vocabulary"], state_dict["labels"], state_dict.get("vector_size"))
 
 
 def split_examples(files: Mapping[str, list[Item]], fold: int) -> dict[str, list[Item]]:

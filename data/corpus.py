@@ -156,17 +156,21 @@ def words_of(text: bytes) -> list[bytes]:
 
 
 def prepared(
-    sources: Mapping[str, Source], folder: Path, unit: str, min_count: int
+    sources: Mapping[str, Source], folder: Path, unit: str, min_count: int, known: list[Any] | None = None
 ) -> tuple[list[Any], dict[str, np.ndarray]]:
     """The vocabulary's tokens, and the token numbers of each source in a read-only map; built if they are not there.
 
     The vocabulary of bytes and characters is all that occur in any source, sorted. That of words is `train`'s words of
     at least `min_count`, the most frequent first, ties in alphabetical order; <unk> is among them if a source has it or
-    `min_count` is above 1, and stands for all others.
+    `min_count` is above 1, and stands for all others. Or it is `known`, of another corpus.
     """
     identity = [FORMAT, unit, min_count, {key: source.identity() for key, source in sources.items()}]
     place = folder / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     found = opened(place, sources)
+    if known is not None and (found is None or found[0] != known):
+        identity.append(hashlib.sha256(json.dumps(known).encode()).hexdigest())
+        place = folder / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+        found = opened(place, sources)
     if found is None:
         require_writable(folder)
         with locked(place):  # a second process waits here, and then finds what the first has built
@@ -179,7 +183,7 @@ def prepared(
                     shutil.rmtree(leftover, ignore_errors=True)
                 scratch.mkdir()
                 try:
-                    build(scratch, sources, unit, min_count)
+                    build(scratch, sources, unit, min_count, known)
                     os.rename(scratch, place)
                 except BaseException:
                     shutil.rmtree(scratch)
@@ -201,7 +205,9 @@ def opened(place: Path, keys: Iterable[str]) -> tuple[list[Any], dict[str, np.nd
     return tokens, {key: np.memmap(place / key, dtype_of(len(tokens)), "r") for key in keys}
 
 
-def build(place: Path, sources: Mapping[str, Source], unit: str, min_count: int) -> None:
+def build(
+    place: Path, sources: Mapping[str, Source], unit: str, min_count: int, known: list[Any] | None = None
+) -> None:
     """Writes vocabulary and numbers: one pass counts, a second writes, so that only the vocabulary is in memory."""
     counts: Counter[bytes] = Counter()
     seen = np.zeros(sys.maxunicode + 1 if unit == "characters" else 256, bool)
@@ -220,6 +226,16 @@ def build(place: Path, sources: Mapping[str, Source], unit: str, min_count: int)
     tokens: list[Any] = np.flatnonzero(seen).tolist() if unit == "bytes" else list(map(chr, np.flatnonzero(seen)))
     if unit == "words":
         tokens = ranked(counts, min_count)
+    if known is not None:
+        unknown = [] if unit == "words" else [token for token in tokens if token not in {*known}]
+        if unknown:
+            raise ValueError(
+                f"the text has {unit} that the checkpoint's vocabulary has not, {', '.join(map(repr, unknown[:5]))}: "
+                "name another text, or take them out"
+            )
+        tokens = known
+        seen[:] = False
+        seen[[token if unit == "bytes" else ord(token) for token in tokens if unit != "words"]] = True
     dtype = dtype_of(len(tokens))
     codes = (np.cumsum(seen) - 1).astype(dtype)
     words = Numbers((word.encode(), i) for i, word in enumerate(tokens) if unit == "words")
@@ -246,7 +262,7 @@ class Numbers(dict[bytes, int]):
         if UNK.encode() not in self:
             raise ValueError(
                 f"validation or test holds {word.decode()!r}, which training does not, and there is no {UNK}: "
-                "type data.min_count=2, which makes rare words unknown"
+                "train with data.min_count=2, which makes rare words unknown"
             )
         return self[UNK.encode()]
 

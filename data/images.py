@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -15,6 +15,23 @@ from data.fetch import fetch, read_bytes
 
 ORDERS = ("rows", "pixels", "permuted")
 PERMUTATION_SEED = 1234  # a run's own seed never moves a pixel, or an image to another split
+
+
+class Form(NamedTuple):
+    """What the sequences are that a network knows; needs no corpus.
+
+    shape (T, n): of each. white: the number of what is white; None in older checkpoints, which do not tell.
+    """
+
+    order: str
+    shape: tuple[int, int]
+    num_classes: int
+    white: int | None
+
+    @property
+    def dims(self) -> dict[str, Any]:
+        """What a network must know."""
+        return {"input_size": self.shape[1], "num_classes": self.num_classes}
 
 
 class ImageSequences(pl.LightningDataModule):
@@ -29,6 +46,7 @@ class ImageSequences(pl.LightningDataModule):
     """
 
     DIMS = ("input_size", "num_classes")  # the names in `dims`
+    SETTLED = ()  # by a checkpoint
 
     def __init__(
         self,
@@ -57,6 +75,7 @@ class ImageSequences(pl.LightningDataModule):
         self.num_val, self.num_train = num_val, num_train
         self.batch_size = batch_size
         self.seed = seed
+        self.given: Form | None = None  # a checkpoint's, which evaluation reads with; none is made of the corpus then
         self.splits: dict[str, tuple[np.ndarray, Tensor]] = {}  # sequences (N, T, n) of bytes, and labels
 
     def prepare_data(self) -> None:
@@ -98,10 +117,19 @@ class ImageSequences(pl.LightningDataModule):
         parts = {split: tuple(a[chosen] for a in read["train"]) for split, chosen in rows.items()}
         self.num_classes = int(read["train"][1].max()) + 1
         self.white = int(read["train"][0].max())
-        self.splits = {
+        splits = {
             split: (self.sequences(images), torch.from_numpy(labels.astype(np.int64)))
             for split, (images, labels) in (parts | {"test": read["test"]}).items()
         }
+        if self.given is not None:
+            now = self.order, tuple(splits["test"][0].shape[1:]), self.num_classes
+            if now != self.given[:3]:
+                raise ValueError(
+                    "order, steps and features of a step, and classes of the data are {}, {}, {}, those of the "
+                    "checkpoint {}, {}, {}: name data with the same".format(*now, *self.given)
+                )
+            self.white = self.given.white or self.white
+        self.splits = splits
 
     def sequences(self, images: np.ndarray) -> np.ndarray:
         """(N, T, n) of images (N, height, width)."""
@@ -137,25 +165,34 @@ class ImageSequences(pl.LightningDataModule):
         return self.loader("train", self.seed)
 
     def val_dataloader(self) -> Batches[tuple[Tensor, Tensor]]:
-        return self.loader("val")
+        return self.evaluation("val")
 
     def test_dataloader(self) -> Batches[tuple[Tensor, Tensor]]:
-        return self.loader("test")
+        return self.evaluation("test")
+
+    def evaluation(self, split: str) -> Batches[tuple[Tensor, Tensor]]:
+        return self.loader(split)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint was trained on."""
         self.dims  # noqa: B018  prepares
         sizes = {split: list(images.shape) for split, (images, _) in self.splits.items()}
-        return {"order": self.order, "num_classes": self.num_classes, "sizes": sizes}
+        return {"order": self.order, "num_classes": self.num_classes, "sizes": sizes, "white": self.white}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """ValueError if the checkpoint was trained on other images, or in another order."""
         for name, now in self.state_dict().items():
-            if now != state_dict[name]:
+            if now != state_dict.get(name, now if name == "white" else None):
                 raise ValueError(
                     f"the checkpoint was trained with {name} {state_dict[name]}, the data has {now}. Use the options "
                     "of the checkpoint's run (data=, data.order, data.num_train, data.num_val), or train again."
                 )
+
+    @staticmethod
+    def vocabulary_of(state_dict: dict[str, Any]) -> Form:
+        """What a network knows, of a `state_dict`."""
+        steps, size = state_dict["sizes"]["test"][1:]
+        return Form(state_dict["order"], (steps, size), state_dict["num_classes"], state_dict.get("white"))
 
 
 def check(found: Mapping[str, tuple[np.ndarray, np.ndarray]], folder: Path) -> None:

@@ -37,6 +37,7 @@ class Kaldi(pl.LightningDataModule):
     """
 
     DIMS = ("input_size", "num_targets", "log_priors", "delay", "segment", "right", "archive")  # the names in `dims`
+    SETTLED = ("cmvn", "delay", "segment", "right", "num_targets")  # by a checkpoint
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class Kaldi(pl.LightningDataModule):
         self.cmvn, self.delay, self.segment, self.right = cmvn, delay, segment, right
         self.batch_size, self.num_targets, self.seed = batch_size, num_targets, seed
         self.eval_frames_per_batch = eval_frames_per_batch
+        self.given: Recipe | None = None  # a checkpoint's, which evaluation reads with; none is made of the corpus then
         self.splits: dict[str, Frames] = {}
 
     def prepare_data(self) -> None:
@@ -82,6 +84,13 @@ class Kaldi(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Reads the tables, the heads of the features and the targets; a second call does nothing."""
         if self.splits:
+            return
+        if self.given is not None:
+            self.recipe = self.given
+            self.splits = {
+                split: self.recipe.frames(self.locate(split), f"data.{split}={name}", "some")
+                for split, name in self.names.items()
+            }
             return
         options: dict[str, Any] = {"cmvn": self.cmvn, "num_targets": self.num_targets}
         train = Frames(self.locate("train"), name=f"data.train={self.names['train']}", scored="all", **options)
@@ -136,10 +145,13 @@ class Kaldi(pl.LightningDataModule):
         return streams
 
     def val_dataloader(self) -> Batches[Batch]:
-        return self.recipe.batches(self.splits["val"], self.eval_frames_per_batch)
+        return self.evaluation("val")
 
     def test_dataloader(self) -> Batches[Batch]:
-        return self.recipe.batches(self.splits["test"], self.eval_frames_per_batch)
+        return self.evaluation("test")
+
+    def evaluation(self, split: str) -> Batches[Batch]:
+        return self.recipe.batches(self.splits[split], self.eval_frames_per_batch)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to read frames, and to know the corpus that it was trained on."""

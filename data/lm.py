@@ -129,6 +129,7 @@ class Text(pl.LightningDataModule):
     """
 
     DIMS = ("vocab_size", "unit")  # the names in `dims`
+    SETTLED = ("min_count",)  # by a checkpoint
 
     def __init__(
         self,
@@ -155,6 +156,9 @@ class Text(pl.LightningDataModule):
         self.min_count = min_count
         self.batch_size, self.unroll = batch_size, unroll
         self.eval_batch_size, self.eval_unroll = eval_batch_size, eval_unroll
+        self.given: Vocabulary | None = (
+            None  # a checkpoint's, which evaluation reads with; none is made of the corpus then
+        )
         self.splits: dict[str, np.ndarray] = {}
         if unit not in UNITS:
             raise ValueError(f"data.unit={unit} is not one of {', '.join(UNITS)}")
@@ -194,6 +198,8 @@ class Text(pl.LightningDataModule):
         """Opens what is prepared, and prepares it where it is not; a second call does nothing."""
         if self.splits:
             return
+        if self.given is not None and self.given.unit != self.unit:
+            raise ValueError(f"data.unit={self.unit}: the checkpoint reads {self.given.unit}; name data that has them")
         tokens, arrays = self.read()
         if "all" in arrays:
             arrays = split_by_size(arrays["all"], **self.held_out)
@@ -201,12 +207,13 @@ class Text(pl.LightningDataModule):
         self.checksums = {name: zlib.crc32(array.data) for name, array in arrays.items()}
         self.splits = arrays
         for split in arrays:  # what is too short for its streams is told now
-            self.segments(split)
+            self.segments(split, "eval_" if split != "train" or self.given else "")
 
     def read(self) -> tuple[list[Token], dict[str, np.ndarray]]:
         """The vocabulary's tokens, and the numbers of the tokens of each file."""
         sources = {key: corpus.Source(root=self.root, **file) for key, file in self.files.items()}
-        return corpus.prepared(sources, self.cache / "text", self.unit, self.min_count)
+        known = None if self.given is None else self.given.tokens
+        return corpus.prepared(sources, self.cache / "text", self.unit, self.min_count, known)
 
     @property
     def dims(self) -> dict[str, Any]:
@@ -222,22 +229,25 @@ class Text(pl.LightningDataModule):
         return segments
 
     def val_dataloader(self) -> Segments:
-        return self.segments("val")
+        return self.evaluation("val")
 
     def test_dataloader(self) -> Segments:
-        return self.segments("test")
+        return self.evaluation("test")
 
-    def segments(self, split: str) -> Segments:
+    def evaluation(self, split: str) -> Segments:
+        return self.segments(split, "eval_")
+
+    def segments(self, split: str, prefix: str = "") -> Segments:
         """The segments of this process; ValueError if the text is too short for them."""
         rank, world_size = place()
-        text, prefix = self.splits[split], "" if split == "train" else "eval_"
+        text = self.splits[split]
         batch_size, unroll = getattr(self, f"{prefix}batch_size"), getattr(self, f"{prefix}unroll")
         if prefix and batch_size % world_size:
             rank, world_size = 0, 1  # each process reads all: one stream cannot be parted
         elif prefix:
             batch_size //= world_size
         steps = (len(text) - 1) // (batch_size * world_size)
-        if steps < (unroll if split == "train" else 1):
+        if steps < (1 if prefix else unroll):
             raise ValueError(
                 f"the {split} split has {len(text)} {self.unit}: in {batch_size * world_size} streams they are "
                 f"{max(steps, 0)} steps, too few for data.{prefix}batch_size={batch_size} and data.{prefix}unroll="
@@ -289,7 +299,7 @@ class PythonManual(Text):
         from pydoc_data.topics import topics
 
         text = "\n".join(topics[name] for name in sorted(topics))
-        vocabulary = Vocabulary("characters", sorted(set(text)))
+        vocabulary = self.given or Vocabulary("characters", sorted(set(text)))
         return vocabulary.tokens, {"all": np.array(vocabulary.encode(text), corpus.dtype_of(len(vocabulary)))}
 
 

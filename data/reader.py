@@ -91,6 +91,15 @@ class Reader:
             "vectors": None if width is None else torch.zeros(len(self.index), width),
         }
 
+    def check(self, tagger: Tagger | None) -> None:
+        """Refuse other tags than those of training."""
+        identity = None if tagger is None else tagger.identity
+        if identity != self.options["identity"]:
+            raise ValueError(
+                f"the network was trained with the tags of {self.options['identity']}, "
+                f"installed is {identity}: install what it was trained with"
+            )
+
     def batches(self, passage: str, question: str, batch_size: int = 32) -> Iterator[Batch]:
         """One question on one passage, in windows."""
         for name, value in {"passage": passage, "question": question}.items():
@@ -99,12 +108,7 @@ class Reader:
                 raise ValueError(f"the {name} is empty: type {name}='some text'")
         tagger = None
         if self.options["identity"] is not None:
-            tagger = Tagger(self.options["spacy_model"])
-            if tagger.identity != self.options["identity"]:
-                raise ValueError(
-                    f"the network was trained with the tags of {self.options['identity']}, "
-                    f"installed is {tagger.identity}: install what it was trained with"
-                )
+            self.check(tagger := Tagger(self.options["spacy_model"]))
         node = {"context": passage, "qas": [{"id": "0", "question": question, "answers": []}]}
         tables, meta = reading.build([node], tagger)
         view = View(self, Reading(*tables, meta))

@@ -132,7 +132,12 @@ class Recordings(pl.LightningDataModule):
         self.noise = None if noise is None else (float(noise[0]), float(noise[1]))
         self.speeds, self.volume = sorted({float(speed) for speed in speeds}), volume
         self.frames_per_batch, self.eval_frames_per_batch, self.seed = frames_per_batch, eval_frames_per_batch, seed
+        self.given: Vocabulary | None = (
+            None  # a checkpoint's, which evaluation reads with; none is made of the corpus then
+        )
         self.recorded: dict[str, Recorded] = {}
+
+    SETTLED = ("rate", "num_mels", "stack", "level", "unit", "vocab_size", "lowercase", "speeds", "volume", "noise")
 
     @property
     def DIMS(self) -> tuple[str, ...]:
@@ -155,15 +160,16 @@ class Recordings(pl.LightningDataModule):
         frontend = Frontend(**self.options)
         listed = self.utterances()
         heard = {split: [self.heard(utterance) for utterance in own] for split, own in listed.items()}
-        heard["train"] = perturbed(heard["train"], self.speeds, self.volume, self.noise)
+        if self.given is None:
+            heard["train"] = perturbed(heard["train"], self.speeds, self.volume, self.noise)
         texts = {split: [utterance.text for utterance in own] for split, own in heard.items()}
         symbols, labels = self.written(texts)
         found = {split: prepared(own, frontend, self.cache, split) for split, own in heard.items()}
         train = found["train"]
         frontend = Frontend(**self.options, mean=train.mean, deviation=train.deviation)
-        self.vocabulary = Vocabulary(frontend, symbols, labels)
+        self.vocabulary = self.given or Vocabulary(frontend, symbols, labels)
         self.rows = self.fitting("train", train)
-        if not len(self.rows):
+        if not len(self.rows) and self.given is None:
             raise ValueError(
                 f"all {len(train)} recordings of data.train are too short for their transcripts: type a smaller "
                 f"data.stack than {self.options['stack']}, or data.unit=bpe"
@@ -191,18 +197,23 @@ class Recordings(pl.LightningDataModule):
 
     def written(self, texts: dict[str, list[str]]) -> tuple[Symbols | None, list[str] | None]:
         """The symbols or the labels of the transcripts of each split, before any feature is computed."""
+        if self.given is not None and self.unit != LABEL:
+            return self.given.symbols, None
         if self.unit != LABEL:
             if not any(texts["val"]):
                 raise ValueError(
                     "the transcripts of data.val are all empty: there is no error rate to choose a network by"
                 )
             return Symbols.learnt(dict.fromkeys(texts["train"]), self.unit, self.vocab_size), None
-        labels = sorted({*texts["train"]})
+        labels = sorted({*texts["train"]}) if self.given is None else [*(self.given.labels or ())]
         if len(labels) < 2:
             raise ValueError(f"data.train has one label, {labels[0]!r}: there is nothing to tell apart")
         for split, own in texts.items():
             if unknown := sorted({*own} - {*labels}):
-                raise ValueError(f"labels {', '.join(map(repr, unknown[:5]))} of data.{split} are none to train on")
+                raise ValueError(
+                    f"labels {', '.join(map(repr, unknown[:5]))} of data.{split} are none "
+                    + ("to train on" if self.given is None else f"of the checkpoint's, {', '.join(labels)}")
+                )
         return None, labels
 
     def fitting(self, split: str, recorded: Recorded) -> np.ndarray:

@@ -38,6 +38,7 @@ class QuestionAnswering(pl.LightningDataModule):
     """
 
     DIMS = ("vocab_size", "num_features", "vectors")  # the names in `dims`
+    SETTLED = ("tagger", "spacy_model", "vectors", "lowercase", "min_count", "window")  # by a checkpoint
 
     def __init__(
         self,
@@ -79,6 +80,7 @@ class QuestionAnswering(pl.LightningDataModule):
         self.spacy_model = spacy_model if tagger == "spacy" else None
         self.vectors, self.lowercase, self.min_count, self.window = vectors, lowercase, min_count, window
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        self.given: Reader | None = None  # a checkpoint's, which evaluation reads with; none is made of the corpus then
         self.views: dict[str, View] = {}
         self.keys: dict[str, str] = {}
         self.embedding: Tensor | None = None
@@ -92,27 +94,14 @@ class QuestionAnswering(pl.LightningDataModule):
         if self.views:
             return
         tagger = None if self.spacy_model is None else Tagger(self.spacy_model)
+        if self.given is not None:
+            self.given.check(tagger)
         paths = {split: self.locate(split) for split in self.names}
         readings = {path: reading.prepared(path, self.cache, tagger) for path in dict.fromkeys(paths.values())}
         for path, found in readings.items():
             for line in complaints(path, found.report):
                 log.info(line)
-        train = readings[paths["train"]]
-        known = [train] if self.vectors is None else list(readings.values())
-        words = vocabulary(train, known, self.lowercase, self.min_count if self.vectors is None else 1)
-        if self.vectors is not None:
-            folder = self.root / "vectors"
-            self.embedding = text.load_vectors(words, self.vectors, folder, self.cache, unit_length=False)
-        self.reader = Reader(
-            words=words,
-            lowercase=self.lowercase,
-            tags=sorted(train.tags),
-            entities=sorted(set(train.entities) - {""}),
-            spacy_model=self.spacy_model,
-            identity=None if tagger is None else tagger.identity,
-            window=self.window,
-            vector_size=None if self.embedding is None else self.embedding.shape[1],
-        )
+        self.reader = self.given or self.learnt(readings[paths["train"]], [*readings.values()], tagger)
         views = {path: View(self.reader, found) for path, found in readings.items()}
         self.keys = {split: readings[path].key for split, path in paths.items()}
         self.views = {split: views[path] for split, path in paths.items()}
@@ -124,8 +113,26 @@ class QuestionAnswering(pl.LightningDataModule):
                     f"data.{split}={self.names[split]} ({path}) has {count:,} questions, expected "
                     f"{f'{expected:,}' if expected else 'some'}"
                 )
-        if not self.training_windows():
+        if self.given is None and not self.training_windows():
             raise ValueError(f"data.train={self.names['train']} has no question with an answer to learn from")
+
+    def learnt(self, train: Reading, all_splits: list[Reading], tagger: Tagger | None) -> Reader:
+        """The reader of the words and tags of these texts; sets `embedding` where they have vectors."""
+        known = [train] if self.vectors is None else all_splits
+        words = vocabulary(train, known, self.lowercase, self.min_count if self.vectors is None else 1)
+        if self.vectors is not None:
+            folder = self.root / "vectors"
+            self.embedding = text.load_vectors(words, self.vectors, folder, self.cache, unit_length=False)
+        return Reader(
+            words=words,
+            lowercase=self.lowercase,
+            tags=sorted(train.tags),
+            entities=sorted(set(train.entities) - {""}),
+            spacy_model=self.spacy_model,
+            identity=None if tagger is None else tagger.identity,
+            window=self.window,
+            vector_size=None if self.embedding is None else self.embedding.shape[1],
+        )
 
     def locate(self, split: str) -> Path:
         """The file of a split; downloaded if absent and known where from."""

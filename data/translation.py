@@ -38,6 +38,7 @@ class ParallelText(pl.LightningDataModule):
     """
 
     DIMS = ("vocab_size", "bos", "eos", "decode")  # the names in `dims`
+    SETTLED = ("subword", "vocab_size")  # by a checkpoint
 
     def __init__(
         self,
@@ -89,6 +90,9 @@ class ParallelText(pl.LightningDataModule):
             )
         self.subword, self.vocab_size, self.max_length = subword, vocab_size, max_length
         self.tokens_per_batch, self.eval_tokens_per_batch, self.seed = tokens_per_batch, eval_tokens_per_batch, seed
+        self.given: Subwords | None = (
+            None  # a checkpoint's, which evaluation reads with; none is made of the corpus then
+        )
         self.pairs: dict[str, Pairs] = {}
         self.keys: dict[str, str] = {}
 
@@ -114,12 +118,23 @@ class ParallelText(pl.LightningDataModule):
                         f"{file.path} has {file.lines:,} lines, expected {lines:,}: not the published file. Replace "
                         f"it, or `rm {file.path}` to download it again"
                     )
-        model = parallel.subwords_of(files["train"], self.cache, self.subword, self.vocab_size)
-        self.subwords = Subwords(model=model, **self.languages)
+        if self.given is not None:
+            self.subwords = self.given
+            if {name: self.subwords.options[name] for name in ("source", "target")} == {
+                "source": self.languages["target"],
+                "target": self.languages["source"],
+            }:
+                raise ValueError(
+                    f"data.source={self.languages['source']} data.target={self.languages['target']}: the checkpoint "
+                    "translates the other way round"
+                )
+        else:
+            model = parallel.subwords_of(files["train"], self.cache, self.subword, self.vocab_size)
+            self.subwords = Subwords(model=model, **self.languages)
         found = {both: parallel.prepared(*both, self.cache, self.subwords) for both in dict.fromkeys(files.values())}
         for split, both in files.items():
             log.info("%s", self.report(split, found[both]))
-        if not len(self.training_rows(train := found[files["train"]])):
+        if self.given is None and not len(self.training_rows(train := found[files["train"]])):
             raise ValueError(f"there is nothing to learn from: {self.report('train', train)}")
         self.pairs = {split: found[both] for split, both in files.items()}
         self.keys = {split: pairs.key for split, pairs in self.pairs.items()}

@@ -40,6 +40,7 @@ class Task(pl.LightningModule, ABC):
     """
 
     counted = "examples"  # what `loss` counts
+    writes: tuple[str, ...] = ()  # the files that a test leaves in the trainer's folder
 
     def __init__(
         self,

@@ -121,19 +121,21 @@ def check(cfg: DictConfig) -> None:
     if "wandb" in cfg.loggers:
         dashboard.check(cfg.loggers.wandb)
     for part in ("data", "model", "task"):
-        target = get_class(cfg[part]._target_)
-        ours = [
-            c
-            for c in target.__mro__
-            if "__init__" in vars(c) and c.__module__.split(".")[0] in ("sru", "data", "tasks")
-        ]
-        known = sorted({name for c in ours for name in inspect.signature(c).parameters if name != "options"})
+        known = options_of(get_class(cfg[part]._target_))
         for name in cfg[part]:
             if name not in known and name not in ("_target_", "_partial_"):
                 raise ValueError(
                     f"{part} {cfg[part]._target_} has no option {name!r} (from an ablation or an experiment?). "
                     f"It has: {', '.join(known)}."
                 )
+
+
+def options_of(target: type) -> list[str]:
+    """What a class of this project, and those that it extends, can be given."""
+    ours = [
+        c for c in target.__mro__ if "__init__" in vars(c) and c.__module__.split(".")[0] in ("sru", "data", "tasks")
+    ]
+    return sorted({name for c in ours for name in inspect.signature(c).parameters if name != "options"})
 
 
 @contextlib.contextmanager
@@ -287,7 +289,7 @@ def class_and_options(config: dict[str, Any], part: str, base: type) -> tuple[An
     found = get_object(target) if re.fullmatch(r"(sru|tasks|data)(\.\w+)+", target) else None
     own = isinstance(found, type) and issubclass(found, base) and found.__module__.split(".")[0] in target
     if not own or "_target_" in json.dumps(options):
-        raise ValueError(f"config.yaml names {target} as {part}, or classes within: not of this project, nothing built")
+        raise ValueError(f"the run names {target} as {part}, or classes within: not of this project, nothing built")
     return found, options | ({"linear": get_object(PRODUCT)} if has_product else {})
 
 

@@ -44,6 +44,7 @@ class Hybrid(Task):
     """
 
     counted = "frames"
+    writes = ("likelihoods.ark", "likelihoods.scp")
     log_priors: Tensor
 
     def __init__(

@@ -208,6 +208,11 @@ def summary_table(outcome: dict[str, Any], folder: Path) -> str:
     ]
     if list(folder.glob("wandb/offline-run-*")):
         rows.append(("to upload", f"wandb sync {folder}/wandb/offline-run-*"))
+    return table(rows)
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Names and values, for people."""
     width = max(len(name) for name, _ in rows)
     line = "-" * (width + 2 + max(len(value) for _, value in rows))
     return "\n".join([line, *(f"{name:<{width}}  {value}" for name, value in rows), line])

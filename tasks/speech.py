@@ -50,6 +50,7 @@ class SpeechRecognition(Task):
     """
 
     counted = "steps"
+    writes = ("hypotheses.txt",)
 
     def __init__(
         self,

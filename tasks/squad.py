@@ -46,6 +46,8 @@ class QuestionAnswering(Task):
         linear: makes the alignment's products, as torch.nn.functional.linear or faster.
     """
 
+    writes = ("predictions.json",)
+
     def __init__(
         self,
         *,

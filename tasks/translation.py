@@ -51,6 +51,7 @@ class Translation(Task):
     """
 
     counted = "tokens"
+    writes = ("hypotheses.txt",)
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = {"sru", "data", "tasks", "scripts", "tests", "train", "predict"}
+OURS = {"sru", "data", "tasks", "scripts", "tests", "train", "evaluate", "predict"}
 ALLOWED = {"sru": {"sru"}, "tasks": {"tasks"}, "data": {"data"}, "scripts": {"sru", "data", "tasks", "train"}}
 FILES = [path for folder in ALLOWED for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -29,7 +29,7 @@ def test_packages_meet_in_the_configuration_only(path):
     assert imported(path) & OURS <= ALLOWED[package]
 
 
-@pytest.mark.parametrize("name", ["train.py", "predict.py"])
+@pytest.mark.parametrize("name", ["train.py", "evaluate.py", "predict.py"])
 def test_the_commands_know_the_tasks_alone(name):
     assert imported(ROOT / name) & OURS <= {"tasks"}
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from omegaconf import OmegaConf
 from test_lm import SMALL
@@ -107,10 +108,11 @@ def test_the_command_explains_itself_and_its_errors():
 
 
 def copy_of(trained, folder, **changes):
-    """The run in another folder, with another configuration."""
+    """The run in another folder, with another configuration; an older one, whose checkpoint holds none."""
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints/best.ckpt").write_bytes((trained / "checkpoints/best.ckpt").read_bytes())
-    config = OmegaConf.load(trained / "config.yaml")
+    content = torch.load(trained / "checkpoints/best.ckpt", weights_only=True)
+    config = OmegaConf.create(content.pop("config"))
+    torch.save(content, folder / "checkpoints/best.ckpt")
     for key, value in changes.items():
         OmegaConf.update(config, key.replace("__", "."), value, force_add=True)
     OmegaConf.save(config, folder / "config.yaml")

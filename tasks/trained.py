@@ -1,0 +1,112 @@
+"""A trained network from its checkpoint: `task, vocabulary = load("runs/lm/<time>")`.
+
+`task.encoder` is the network alone, which takes x (T, B, n); `task.encoders` where a task has several.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning import LightningDataModule
+from torch import nn
+
+from tasks import door
+from tasks.base import Task
+
+# What a configuration that is damaged, or belongs to another checkpoint, leads to.
+MISFITS = AttributeError, ImportError, KeyError, TypeError, RuntimeError, yaml.YAMLError, OmegaConfBaseException
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint: where it lies, the configuration of its run, what else it holds.
+
+    source: what has the configuration: the checkpoint, or of an older one the config.yaml of its run.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    content: dict[str, Any]
+    source: str
+
+
+def load(checkpoint: str | Path, device: str = "auto") -> tuple[Any, Any]:
+    """The task of a run, in eval mode, and its vocabulary; from a .ckpt, or a run's folder: what its test took.
+
+    Nothing of the corpus is read, and no class is built that is not of this project.
+    """
+    check_device(device)
+    task, vocabulary = built(opened(checkpoint))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return task.eval().to(device), vocabulary
+
+
+def check_device(device: str) -> None:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) or (device[:4] == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device={device} must be auto, cpu, or cuda where torch finds a GPU")
+
+
+def opened(checkpoint: str | Path) -> Saved:
+    """A .ckpt, or that of a run's folder which its test took; nothing of it is executed."""
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        average = path / "checkpoints/average.ckpt"
+        path = average if average.is_file() else path / "checkpoints/best.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"checkpoint={checkpoint} is neither a run's folder nor a .ckpt (there is no {path}); runs lie below runs/"
+        )
+    content = door.checkpoint(path)
+    if isinstance(content.get("config"), dict):
+        return checked(Saved(path, content["config"], content, f"the configuration in {path}"))
+    file = path.parent.parent / "config.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path} is older than checkpoints that hold their run's configuration, and there is no {file}: copy the "
+            "whole folder of the run"
+        )
+    try:
+        config: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    except (UnicodeDecodeError, *MISFITS) as error:
+        raise ValueError(f"{file} is damaged ({error}); use a copy of the folder") from error
+    return checked(Saved(path, config, content, str(file)))
+
+
+def checked(saved: Saved) -> Saved:
+    """Refuse a configuration that lacks a part."""
+    is_dict = isinstance(saved.config, dict)
+    parts = ("data", "model", "task", "trainer", "choices")
+    if missing := [name for name in parts if not is_dict or not isinstance(saved.config.get(name), dict)]:
+        raise ValueError(f"{saved.source} is damaged: it has no {missing[0]}; use a copy of the run's folder")
+    return saved
+
+
+def built(saved: Saved) -> tuple[Any, Any]:
+    """The task with a checkpoint's weights, and its vocabulary."""
+    try:
+        data, _ = door.class_and_options(saved.config, "data", LightningDataModule)
+        model, model_options = door.class_and_options(saved.config, "model", nn.Module)
+        of_training = ("optimizer", "scheduler")
+        task_config = {name: value for name, value in saved.config["task"].items() if name not in of_training}
+        task_class, task_options = door.class_and_options({"task": task_config}, "task", Task)
+        vocabulary = data.vocabulary_of(saved.content[data.__qualname__])
+        options = task_options | vocabulary.dims
+        make = partial(task_class, encoder=partial(model, **model_options), optimizer=torch.optim.SGD, **options)
+        with torch.device("meta"):  # another configuration takes no memory before its sizes are compared
+            # A copy: torch notes in the dict that it assigns, and would assign the next time too, which unties weights.
+            make().load_state_dict(dict(saved.content["state_dict"]), assign=True)
+        task = make()
+        task.load_state_dict(saved.content["state_dict"])
+    except MISFITS as error:
+        raise ValueError(
+            f"{saved.source} is damaged, or not that of {saved.path} ({type(error).__name__}: {error}); "
+            "take both from one run"
+        ) from error
+    return task, vocabulary
