@@ -44,6 +44,12 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, max(last, first + 1) + 1)]
 
 
+def padded(first: float, last: float, low: float = 0.04) -> tuple[float, float]:
+    """The ends of an axis, a little beyond those of the data; never of no length."""
+    span = (last - first) or abs(last) or 1.0
+    return first - low * span, last + 0.04 * span
+
+
 def number(value: float) -> str:
     if value and abs(value) >= 10_000:
         big = abs(value) >= 1e6
@@ -61,14 +67,17 @@ def line_chart(
     """A line for each mark through its (x, y); points that are no numbers are left out."""
     finite = [(mark, [p for p in points if all(map(math.isfinite, p))]) for mark, points in lines]
     xs, ys = ([p[i] for _, points in finite for p in points] or [0.0] for i in (0, 1))
-    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs)), ticks(min(ys), max(ys))
+    (x_low, x_high), (y_low, y_high) = padded(min(0.0, *xs), max(xs), low=0.0), padded(min(ys), max(ys))
+    x_ticks, y_ticks = (
+        [t for t in ticks(*ends) if ends[0] <= t <= ends[1]] for ends in ((x_low, x_high), (y_low, y_high))
+    )
     right, base = WIDTH - 14, HEIGHT - BOTTOM
 
     def at_x(x: float) -> float:
-        return LEFT + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - LEFT)
+        return LEFT + (x - x_low) / (x_high - x_low) * (right - LEFT)
 
     def at_y(y: float) -> float:
-        return base - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (base - TOP)
+        return base - (y - y_low) / (y_high - y_low) * (base - TOP)
 
     svg = [opened(WIDTH, HEIGHT, title, kind)]
     for x in x_ticks:

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from results_charts import COLOURS, DASHES, Bar, Mark, bar_chart, line_chart
+from results_charts import COLOURS, Bar, Mark, bar_chart, line_chart
 from results_curves import mean_curves
 from results_runs import Group
 from results_table import mean_and_std
@@ -40,8 +40,8 @@ def curves(groups: list[Group]) -> str:
         charts: dict[str, list[Any]] = {"time": [], "steps": []}
         legend = []
         for i, (group, mean) in enumerate(lines):
-            # A model looks alike in all panels, as long as there are enough looks.
-            style = labels.index(group.label) if len(labels) <= COLOURS * DASHES else i
+            # A model looks alike in all panels, as long as there are enough colours.
+            style = labels.index(group.label) if len(labels) <= COLOURS else i
             mark = Mark(group.label, task, group.runs[0].names["model"], style, str(i))
             last = len(mean) - 1
             points = mean[sorted({round(j * last / (POINTS - 1)) for j in range(POINTS)})] if last >= POINTS else mean

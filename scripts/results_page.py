@@ -42,7 +42,9 @@ def papers(rows: list[Row]) -> str:
         return found | {"measured": found["mean"] + (f" ± {found['std']}" if found["std"] else "")}
 
     sources: dict[str, list[str]] = {}
-    for each in rows:
+    # The tables of which something was run come first.
+    ran = {each.source for each in rows if each.runs or each.others}
+    for each in sorted(rows, key=lambda each: each.source not in ran):
         sign = f'<span aria-hidden="true">{SIGNS[each.state]}</span> {each.state}'
         known = {"state": tag("span", sign, f'class="badge {each.state.replace(" ", "-")}"')}
         known |= {"experiment": escape(each.experiment), "data": escape(each.data), "metric": escape(each.metric)}
