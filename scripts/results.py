@@ -113,7 +113,7 @@ def left_out(found: Found) -> list[str]:
     text = []
     for word, places in (
         ("unfinished (no metrics.json)", found.unfinished),
-        ("unfinished, without a checkpoint to go on from: failed, or just begun", found.stuck),
+        ("failed (failed.json says why)", found.failed),
         ("tested on a few batches only (trainer=debug)", found.brief),
         ("damaged", found.damaged),
     ):

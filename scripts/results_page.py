@@ -1,5 +1,6 @@
 """The page of results: one HTML file without a network, with the papers' rows, curves, ablations, speed and sweeps."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable
 from html import escape
@@ -75,29 +76,22 @@ def papers(rows: list[Row]) -> str:
 
 
 def all_groups(groups: list[Group]) -> str:
-    names = [
-        ("task", "data", "model", "depth", "ablation", "vectors", "metric"),
-        ("mean", "std", "n", "parameters", "s/epoch"),
-    ]
-    head, numbers = [*names[0], *names[1], "differs"], {*names[1], "depth"}
-    body = []
+    words = ("task", "data", "model", "depth", "ablation", "vectors", "metric")
+    numbers = ("mean", "std", "n", "parameters", "s/epoch")
+    body = ""
     for group in groups:
         found, first = row(group), group.runs[0]
-        tds = [
-            tag(
-                "td",
-                escape(found.get(name, "")),
-                'class="number"' if name in numbers else 'class="wide"' if name == "differs" else "",
-            )
-            for name in head
-        ]
-        body.append(tag("tr", "".join(tds), belongs(first.names["task"], first.names["model"])))
-    return table(head, tag("tbody", "".join(body)), numbers, "Finished runs, in groups") if body else tag("p", "None.")
+        tds = "".join(tag("td", escape(found[name])) for name in words)
+        tds += "".join(tag("td", escape(found[name]), 'class="number"') for name in numbers)
+        tds += tag("td", escape(found["differs"]), 'class="wide"')
+        body += tag("tr", tds, belongs(first.names["task"], first.names["model"]))
+    head = [*words, *numbers, "differs"]
+    return table(head, tag("tbody", body), numbers, "Finished runs, in groups") if body else tag("p", "None.")
 
 
 def sweeps(found: Found) -> str:
     """Of every folder and file of runs: how many finished, and how the others stand."""
-    kinds = ("finished", "tested in part", "unfinished", "no checkpoint", "damaged")
+    kinds = ("finished", "failed", "unfinished", "tested in part", "damaged")
     counts: dict[tuple[str, str, str], Counter[str]] = {}
 
     def count(place: Place, kind: str, task: str, model: str) -> None:
@@ -107,15 +101,13 @@ def sweeps(found: Found) -> str:
 
     for run in found.runs:
         count(run.place, "finished", run.names["task"], run.names["model"])
-    for kind, places in zip(kinds[1:], (found.brief, found.unfinished, found.stuck, found.damaged), strict=True):
+    for kind, places in zip(kinds[1:], (found.failed, found.unfinished, found.brief, found.damaged), strict=True):
         for place in places:
             task = model = ""
-            try:
-                with place.reading("config.yaml"):
-                    choices = place.read("config.yaml")["choices"]
-                    task, model = str(choices["task"]), str(choices["model"])
-            except DamagedError:
-                kind = "damaged"
+            # A damaged run, and one that failed before it began, belong to no task.
+            with contextlib.suppress(DamagedError), place.reading("config.yaml"):
+                choices = place.read("config.yaml")["choices"]
+                task, model = str(choices["task"]), str(choices["model"])
             count(place, kind, task, model)
     body = "".join(
         tag(
@@ -127,8 +119,8 @@ def sweeps(found: Found) -> str:
         for key, by_kind in sorted(counts.items())
     )
     said = (
-        "Unfinished runs go on with <code>python train.py resume=FOLDER</code>; without a checkpoint a run has failed, "
-        "or just begun; a run tested in part (trainer=debug) is in nothing above."
+        "A failed run's folder has a failed.json, which says why. Unfinished ones are still training, or go on with "
+        "<code>python train.py resume=FOLDER</code>. One tested in part (trainer=debug) is in nothing above."
     )
     head = ["folder or file", "task", "model", *kinds]
     return (table(head, tag("tbody", body), kinds, "Runs by folder") if body else tag("p", "No runs.")) + tag("p", said)

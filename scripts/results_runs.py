@@ -124,24 +124,24 @@ class Group:
 
 @dataclass
 class Found:
-    """What lies in folders and files of runs; `unfinished` have a checkpoint and no result, `stuck` neither."""
+    """What lies in folders and files of runs; `failed` are jobs of a sweep, which left a failed.json."""
 
     runs: list[Run] = field(default_factory=list)
     unfinished: list[Place] = field(default_factory=list)
-    stuck: list[Place] = field(default_factory=list)
+    failed: list[Place] = field(default_factory=list)
     brief: list[Place] = field(default_factory=list)
     damaged: list[Place] = field(default_factory=list)
 
 
 def find_runs(paths: list[Path]) -> list[Place]:
-    """Every folder with a config.yaml at or below the given ones, each once, then every line of the given .jsonl files.
+    """Every run folder at or below the given ones, each once, then every line of the given .jsonl files.
 
-    What Hydra and wandb keep is no run.
+    A run folder has a config.yaml, or a failed.json; what Hydra and wandb keep is no run.
     """
     found = {}
     for top in paths:
         for folder, below, files in os.walk(top):
-            is_run = "config.yaml" in files
+            is_run = "config.yaml" in files or "failed.json" in files
             if is_run:
                 found[Path(folder).resolve()] = Place(Path(folder))
             below[:] = sorted(name for name in below if not name.startswith(".") and not (is_run and name == "wandb"))
@@ -161,7 +161,7 @@ def read_runs(places: list[Place]) -> Found:
     for place in places:
         try:
             if not place.has("metrics.json"):
-                (found.unfinished if place.has("checkpoints/last.ckpt") else found.stuck).append(place)
+                (found.failed if place.has("failed.json") else found.unfinished).append(place)
                 continue
             run = read_run(place)
             copy = json.dumps([run.chance, run.record], sort_keys=True)
