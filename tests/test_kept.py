@@ -30,6 +30,8 @@ def test_kept_runs_say_what_their_folders_say(tmp_path, capsys):
     assert str(tmp_path) not in text
     a, b = map(json.loads, text.splitlines())
     assert (a["run"], a["config.yaml"]["data"]["vectors"]) == ("runs/cr/a", "vectors/a.txt")
+    assert not {"run_dir", "resume", "loggers"} & set(a["config.yaml"])
+    assert "root" not in a["config.yaml"]["data"]
     assert b["config.yaml"]["data"]["path"] == "b.txt"
     assert b["run.json"]["overrides"] == ["depth=2"]
     assert a["metrics.json"] == json.loads((tmp_path / "runs/cr/a/metrics.json").read_text())
