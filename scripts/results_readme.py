@@ -22,7 +22,8 @@ def filled(text: str, root: Path = ROOT) -> str:
     if len(OPENING.findall(text)) != len(blocks):
         raise DamagedError(f"a line like `{EXAMPLE}` lacks its line `<!-- end -->`, or does not close with ` -->`")
     for block in reversed(blocks):
-        lines = "".join(f"{line}\n" for line in table(block["words"], root))
+        # Between empty lines, or some renderers show bars instead of a table.
+        lines = "".join(f"{line}\n" for line in ["", *table(block["words"], root), ""])
         text = text[: block.start("body")] + lines + text[block.end("body") :]
     return text
 

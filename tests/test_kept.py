@@ -93,10 +93,12 @@ def test_a_table_of_the_readme_is_written_between_its_markers(kept):
     text = results_readme.filled(MARKED, kept)
     assert text.splitlines()[2:] == [
         MARKED.splitlines()[2],
+        "",
         "| model | depth | cr | mr |",
         "| --- | ---: | ---: | ---: |",
         "| lstm | 3 | 70.00 (1) |  |",
         "| sru | 2 | 81.00 ± 1.41 (2) | 86.00 ± 1.41 (2) |",
+        "",
         "<!-- end -->",
     ]
     assert results_readme.filled(text, kept) == text
