@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import results
 import yaml
-
-from scripts import results
 
 ROOT = Path(__file__).parent.parent
 CONFIG: dict[str, Any] = {
@@ -390,5 +389,5 @@ def test_the_command_line_exits_with_the_code(tmp_path):
 
 
 def test_importing_needs_neither_torch_nor_matplotlib():
-    code = "import sys, scripts.results; assert not {'torch', 'matplotlib', 'hydra', 'sru'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    code = "import sys, results; assert not {'torch', 'matplotlib', 'hydra', 'sru'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "scripts", check=True)

@@ -1,0 +1,88 @@
+"""Keeping finished runs as lines of a file that can live in the repository, without the paths of a machine."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from results_runs import FILES, PLACES, DamagedError, Run
+
+POINTS = 200  # of a kept learning curve, at most
+PATH = re.compile(r"(?:^|(?<=[=\[,'\" ]))(?:~?/|[A-Za-z]:\\)[^,'\"\]]*")  # not the slash of val/loss
+
+
+def without_places(tree: dict[str, Any], root: str, prefix: str = "") -> dict[str, Any]:
+    """The configuration without PLACES; other paths become relative to data.root, or are cut to their last name."""
+
+    def relative(value: Any) -> Any:
+        if isinstance(value, str):
+            return PATH.sub(lambda path: shorter(path[0], root), value)
+        if isinstance(value, list):
+            return [relative(item) for item in value]
+        return without_places(value, root, "-") if isinstance(value, dict) else value
+
+    kept = {}
+    for key, value in tree.items():
+        if (name := f"{prefix}{key}") not in PLACES:
+            kept[key] = without_places(value, root, f"{name}.") if isinstance(value, dict) else relative(value)
+    return kept
+
+
+def shorter(path: str, root: str) -> str:
+    return os.path.relpath(path, root) if root and Path(path).is_relative_to(root) else re.split(r"[/\\]", path)[-1]
+
+
+def thinned(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """{column: values} of at most POINTS rows of metrics.csv: the curves, without the row of the test."""
+    rows = [row for row in rows if row.get("seconds") not in (None, "")]
+    last = len(rows) - 1
+    picked = sorted({round(i * last / (POINTS - 1)) for i in range(POINTS)}) if last >= POINTS else range(last + 1)
+    columns = [name for name in (rows[0] if rows else {}) if re.match(r"(step|epoch|seconds)$|(train|val)/", name)]
+
+    def number(text: Any) -> float | None:
+        if text in (None, ""):
+            return None
+        value = float(text)
+        return int(value) if value.is_integer() and abs(value) < 1e15 else float(f"{value:.6g}")
+
+    return {name: [number(rows[i][name]) for i in picked] for name in columns}
+
+
+def line(run: Run, tops: list[Path]) -> str:
+    """The run as a line of JSON: its name below the folders that were given, and what its four files hold."""
+    place = run.place
+    if place.line:
+        return place.text
+    folder = place.path.resolve()
+    name = folder.name
+    for top in tops:
+        if folder.is_relative_to(top.resolve()) and folder != top.resolve():
+            name = str(folder.relative_to(top.resolve().parent))
+    with place.reading("config.yaml"):
+        config = place.read("config.yaml")
+        root = str(config["data"].get("root") or "")
+    origin = dict(run.origin)
+    words = [str(word) for word in origin.get("overrides", [])]
+    origin["overrides"] = [
+        word for word in words if word.partition("=")[0].lstrip("+~") not in PLACES and not PATH.search(word)
+    ]
+    with place.reading("metrics.csv"):
+        curve = thinned(place.read("metrics.csv")) if place.has("metrics.csv") else {}
+    held = (without_places(config, root), origin, run.record, curve)
+    return json.dumps({"run": name} | dict(zip(FILES, held, strict=True)), ensure_ascii=False)
+
+
+def keep(runs: list[Run], file: Path, tops: list[Path]) -> list[str]:
+    """Write the runs into a file, a line each, and nothing else; returns messages about it."""
+    lines, messages = [], []
+    for run in runs:
+        try:
+            lines.append(line(run, tops))
+        except DamagedError as error:
+            messages.append(f"not kept: {error}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".part")
+    temporary.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
+    os.replace(temporary, file)
+    return [*messages, f"{file} keeps {len(lines)} runs"]

@@ -1,0 +1,187 @@
+"""The rows of the papers' tables: each experiment of conf/ that cites a published number, and the runs that are it."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from results_runs import LoadYAML, Run, flatten
+from results_table import markdown, mean_and_std
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+RISING = ("accuracy", "em", "f1", "bleu", "chrf")  # metrics of which more is better
+# Names of parts, of which the options say all; and what only picks the hardware.
+NAMES = ("choices.", "ablations.", "trainer.accelerator", "monitor")
+
+
+@dataclass
+class Row:
+    """A published number, the runs that are it, and runs of its experiment with other options, by what differs."""
+
+    experiment: str
+    task: str
+    data: str
+    model: str
+    source: str
+    metric: str
+    value: float
+    std: float | None
+    verified: bool
+    parameters: float | None  # published, in millions
+    words: list[str]  # of the command
+    runs: list[Run] = field(default_factory=list)
+    others: dict[str, list[Run]] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        return f"python train.py {' '.join(self.words)}"
+
+    @property
+    def state(self) -> str:
+        return judge(self, measured(self.metric, self.runs)[0]) if self.runs else "not run"
+
+
+def measured(metric: str, runs: list[Run]) -> tuple[float, float | None]:
+    """Mean and standard deviation; nan where a run lacks the metric."""
+    return mean_and_std([float(run.record["metrics"].get(metric, math.nan)) for run in runs])
+
+
+def judge(row: Row, mean: float) -> str:
+    """Whether the mean is as good as published: to the published digits, or within the published deviation."""
+    worse = row.value - mean if row.metric.rpartition("/")[2] in RISING else mean - row.value
+    half = 0.5 * 10.0 ** -digits(row.value)
+    return "reached" if worse <= max(half + 1e-9, row.std or 0.0) else "not reached"
+
+
+def digits(value: float) -> int:
+    """Behind the point, as published: 82.0 has one."""
+    return len(repr(value).partition(".")[2])
+
+
+def composed(words: list[str], *keys: str) -> dict[str, Any]:
+    """These keys, or all, of the configuration that train.py would get, as a run's file holds them."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf, open_dict
+
+    before = HydraConfig.instance().cfg
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            cfg = compose("config", overrides=["run_dir=.", "logger=csv", *words], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        if keys:
+            return {key: OmegaConf.to_container(cfg[key], resolve=True) if cfg[key] else None for key in keys}
+        return yaml.load(OmegaConf.to_yaml(cfg, resolve=True), LoadYAML)
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def compose_rows(names: str = "[!_]*") -> list[Row]:
+    """Every row, by experiment and data set; `names` is a pattern of experiments."""
+    rows = []
+    for path in sorted((CONF / "experiment").glob(f"{names}.yaml")):
+        config = composed([f"experiment={path.stem}"], "paper", "choices")
+        paper, choices = config["paper"] or {}, config["choices"]
+        values, spreads = paper.get("value"), paper.get("std")
+        for data, value in (values if isinstance(values, dict) else {choices["data"]: values}).items():
+            if value is None:
+                continue
+            spread = spreads.get(data) if isinstance(spreads, dict) else spreads
+            row = Row(
+                experiment=path.stem,
+                task=choices["task"],
+                data=data,
+                model=choices["model"],
+                source=str(paper.get("source") or "").rstrip("."),
+                metric=paper["metric"],
+                value=float(value),
+                std=None if spread is None else float(spread),
+                verified=paper.get("verified", True),
+                parameters=paper.get("parameters"),
+                words=[f"experiment={path.stem}", *([f"data={data}"] if data != choices["data"] else [])],
+            )
+            rows.append(row)
+    return rows
+
+
+def differences(options: dict[str, str], run: Run) -> str:
+    """What a run has otherwise than these options; "" where nothing but chance, places and hardware."""
+    ours, theirs = ({k: v for k, v in o.items() if not k.startswith(NAMES)} for o in (run.options, options))
+    pairs = {key: (ours.get(key), theirs.get(key)) for key in [*ours, *theirs] if ours.get(key) != theirs.get(key)}
+    # `epochs` reaches trainer.max_epochs by interpolation: naming it once is enough.
+    sources = {pair for key, pair in pairs.items() if "." not in key}
+    return ", ".join(
+        f"without {key}" if pair[0] is None else f"{key}={pair[0].strip(chr(34))}"
+        for key, pair in pairs.items()
+        if "." not in key or pair not in sources
+    )
+
+
+def match(rows: list[Row], runs: list[Run]) -> list[Row]:
+    """Give every row the runs that are it, and those of its experiment and data set that are not."""
+    for row in rows:
+        here = [run for run in runs if run.names["data"] == row.data]
+        options = flatten(composed(row.words)) if here else {}
+        for run in here:
+            differs = differences(options, run)
+            if not differs and row.metric not in run.record["metrics"]:
+                differs = f"no {row.metric} in it"
+            if not differs:
+                row.runs.append(run)
+            elif json.loads(run.options.get("choices.experiment", "null")) == row.experiment:
+                row.others.setdefault(differs, []).append(run)
+    return rows
+
+
+def cells(row: Row, runs: list[Run]) -> dict[str, str]:
+    """What the runs of a row, or of one of its others, have to show."""
+    mean, std = measured(row.metric, runs)
+    places = digits(row.value) + 1
+    origins = [run.origin for run in runs if run.origin]
+    hardware = {f"{o.get('machine')}, {o.get('threads')} threads, torch {o.get('torch')}" for o in origins}
+    hours = [run.record["seconds"] / 3600 for run in runs if "seconds" in run.record]
+    return {
+        "mean": "" if math.isnan(mean) else f"{mean:.{places}f}",
+        "std": "" if std is None or math.isnan(std) else f"{std:.{places}f}",
+        "n": str(len(runs)),
+        "difference": "" if math.isnan(mean) else f"{mean - row.value:+z.{places}f}",
+        "hours": f"{sum(hours) / len(hours):.2g}" if hours else "",
+        "hardware": "; ".join(sorted(hardware)),
+    }
+
+
+def published(row: Row) -> str:
+    return f"{row.value}" + (f" ± {row.std}" if row.std is not None else "") + ("" if row.verified else "?")
+
+
+def papers_table(rows: list[Row]) -> str:
+    """The Markdown table: a line a row, and below it a line for each way in which its experiment was run otherwise."""
+    names = ["state", "row", "data", "metric", "published", "mean", "std", "n", "difference", "hours", "hardware"]
+    lines = [[*names, "command"]]
+    for row in rows:
+        known = {"state": row.state, "row": f"{row.source}: {row.experiment}", "data": row.data, "metric": row.metric}
+        known |= {"published": published(row), "command": f"`{row.command}`"}
+        ours = cells(row, row.runs) if row.runs else {}
+        lines.append([(known | ours).get(name, "") for name in lines[0]])
+        for differs, runs in row.others.items():
+            other = cells(row, runs) | {"state": "–", "row": f"– with {differs}"}
+            lines.append([other.get(name, "") for name in lines[0]])
+    numbers = ("published", "mean", "std", "n", "difference", "hours")
+    text = markdown(lines, [name in numbers for name in lines[0]])
+    states = [row.state for row in rows]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in ("reached", "not reached", "not run"))
+    text += ["", f"{len(rows)} rows of the papers: {counts}.", *NOTES]
+    return "\n".join(text)
+
+
+NOTES = (
+    "Reached: the mean of n runs is no worse than the published value to its digits, or within its deviation where "
+    "that is published. Hours are of training, for one run.",
+    "A run counts where all its options are the experiment's, but for seed, fold, folders and accelerator; "
+    "runs of an experiment with other options stand below its row, and count for nothing.",
+    "?: the published value is quoted from memory, not verified in the paper.",
+)

@@ -1,0 +1,118 @@
+"""The tables of README.md that kept runs write: what stands between <!-- results: ... --> and <!-- end -->."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+from results_runs import IDENTITY, DamagedError, Group, Run, find_runs, group_runs, read_runs
+from results_table import markdown, mean_and_std
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(
+    r"(?P<start>^<!-- results: (?P<words>[^\n]*?) -->\n)(?P<body>.*?)(?P<end>^<!-- end -->$)", re.M | re.S
+)
+OPENING = re.compile(r"^<!-- results:", re.M)
+EXAMPLE = "<!-- results: bench/results/figure5.jsonl rows=model,depth,ablation columns=data -->"
+
+
+def filled(text: str, root: Path = ROOT) -> str:
+    """The text with its tables written anew; files are named relative to `root`. Raises DamagedError."""
+    blocks = list(BLOCK.finditer(text))
+    if len(OPENING.findall(text)) != len(blocks):
+        raise DamagedError(f"a line like `{EXAMPLE}` lacks its line `<!-- end -->`, or does not close with ` -->`")
+    for block in reversed(blocks):
+        # Between empty lines, or some renderers show bars instead of a table.
+        lines = "".join(f"{line}\n" for line in ["", *table(block["words"], root), ""])
+        text = text[: block.start("body")] + lines + text[block.end("body") :]
+    return text
+
+
+def table(words: str, root: Path) -> list[str]:
+    """The lines of the table that a marker asks for.
+
+    FILE ... names kept runs; `rows=` the columns that name a row, `columns=` whose values are columns; `metric=` the
+    metric, if not the one that the runs report; `cell=` the form, of the words mean, std and n; `places=` the digits
+    behind the point. Any other KEY=VALUE keeps the runs that have it.
+    """
+    asked: dict[str, str] = {"rows": "model,depth,ablation", "columns": "", "metric": "", "cell": "mean ± std"}
+    asked["places"] = "1"
+    files, only = [], {}
+    for word in shlex.split(words):
+        key, sign, value = word.partition("=")
+        if not sign:
+            files.append(root / key)
+        elif key in asked:
+            asked[key] = value
+        else:
+            only[key] = value
+    for file in files:
+        if not file.is_file():
+            raise DamagedError(
+                f"no file {file}, which a table of the README names; make it: results.py RUNS --keep {file}"
+            )
+    found = read_runs(find_runs(files))
+    if found.damaged:
+        raise DamagedError(f"{found.damaged[0]} is damaged; nothing was written")
+    groups = [group for group in group_runs(found.runs) if all(named(group, k) == v for k, v in only.items())]
+    if not groups:
+        raise DamagedError(f"no run for the table `{words}`; such a line is `{EXAMPLE}`")
+    rows = [key for key in asked["rows"].split(",") if key]
+    cells: dict[tuple[str, ...], dict[str, Group]] = {}
+    for group in groups:
+        row = cells.setdefault(tuple(named(group, key) for key in rows), {})
+        column = (
+            named(group, asked["columns"]) if asked["columns"] else asked["metric"] or group.runs[0].names["metric"]
+        )
+        if column in row:
+            pair = [row[column].runs[0].names, group.runs[0].names]
+            said = [" ".join(f"{k}={v}" for k, v in names.items() if pair[0][k] != pair[1][k]) for names in pair]
+            said = [f"{text} {each.differs}".strip() for text, each in zip(said, (row[column], group), strict=True)]
+            raise DamagedError(
+                f"the table `{words}` has two groups in one cell ({' / '.join(said)}): add to rows=, or a KEY=VALUE"
+            )
+        row[column] = group
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    lines = [[*rows, *columns]]
+    lines += [[*row, *(cell(here[c], asked) if c in here else "" for c in columns)] for row, here in cells.items()]
+    return markdown(lines, [name == "depth" for name in rows] + [True] * len(columns))
+
+
+def named(group: Group, key: str) -> str:
+    """A column of the table of runs, or an option, of a group."""
+    first: Run = group.runs[0]
+    if key in IDENTITY:
+        return str(first.names[key] or "")
+    if key == "parameters":
+        return f"{first.encoder_parameters:,}"
+    if key not in first.options:
+        raise DamagedError(
+            f"{first.place} has no option {key}; there are {', '.join(IDENTITY)}, parameters and its options"
+        )
+    return first.options[key].strip('"')
+
+
+def cell(group: Group, asked: dict[str, str]) -> str:
+    """The value in the form asked for; one run has no deviation."""
+    metrics = [run.record["metrics"] for run in group.runs]
+    metric = asked["metric"] or group.runs[0].names["metric"]
+    if missing := [str(run.place) for run in group.runs if metric not in run.record["metrics"]]:
+        raise DamagedError(f"{missing[0]} has no {metric}; it has {', '.join(metrics[0])}")
+    mean, std = mean_and_std([float(each[metric]) for each in metrics])
+    places = int(asked["places"])
+    form = asked["cell"] if std is not None else re.sub(r"\s*±\s*std|\bstd\b", "", asked["cell"])
+    words = {"mean": f"{mean:.{places}f}", "std": f"{std or 0.0:.{places}f}", "n": str(len(group.runs))}
+    return re.sub(r"\b(mean|std|n)\b", lambda match: words[match[0]], form)
+
+
+def rewrite(path: Path) -> str:
+    """Write the file's tables anew; returns what was done."""
+    before = path.read_text(encoding="utf-8")
+    after = filled(before)
+    count = len(BLOCK.findall(after))
+    if after == before:
+        return f"{path}: {count} tables, as they were"
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(after, encoding="utf-8")
+    os.replace(temporary, path)
+    return f"{path}: {count} tables, written anew"

@@ -1,0 +1,270 @@
+"""Reading finished runs, from their folders or a file of kept ones, and putting those of one experiment together."""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Where a run lies and what it reads and writes; no kept run holds these.
+PLACES = {
+    "run_dir",
+    "resume",
+    "data.root",
+    "data.cache",
+    "loggers",
+    "callbacks.best.dirpath",
+    "callbacks.average.dirpath",
+    "callbacks.last.dirpath",
+    "trainer.callbacks",
+    "trainer.logger",
+    "trainer.default_root_dir",
+}
+# What may differ between two runs of one experiment: chance, places, and what a person sees of the run.
+NOT_THE_EXPERIMENT = PLACES | {
+    "seed",
+    "data.seed",
+    "data.fold",
+    "paper",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+}
+IDENTITY = ("task", "data", "model", "depth", "ablation", "vectors", "metric")
+FILES = ("config.yaml", "run.json", "metrics.json", "metrics.csv")
+LoadYAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class DamagedError(Exception):
+    """A file of a run folder, or a line of a file of runs, does not hold what it should; the message names it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run lies: a folder, or a line (from 1) of a .jsonl file, whose text it is."""
+
+    path: Path
+    line: int = 0
+    text: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}" if self.line else str(self.path)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Turn whatever a damaged file causes into one error that names the file."""
+        where = f"{self}, {name}" if self.line else self.path / name
+        try:
+            yield
+        except KeyError as error:
+            raise DamagedError(f"{where}: no {error} in it") from error
+        except (OSError, ValueError, TypeError, AttributeError, csv.Error, yaml.YAMLError) as error:
+            raise DamagedError(f"{where}: {' '.join(str(error).split())}") from error
+
+    def has(self, name: str) -> bool:
+        return bool(self.line) or (self.path / name).exists()
+
+    def read(self, name: str) -> Any:
+        """What one of FILES holds; metrics.csv is a list of rows. Call it within `reading`."""
+        if self.line:
+            held = json.loads(self.text)[name]
+            if name != "metrics.csv":
+                return held
+            return [dict(zip(held, cells, strict=True)) for cells in zip(*held.values(), strict=True)]
+        text = (self.path / name).read_text(encoding="utf-8")
+        if name == "metrics.csv":
+            return list(csv.DictReader(text.splitlines()))
+        return yaml.load(text, LoadYAML) if name == "config.yaml" else json.loads(text)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    `options` is the experiment as {dotted key: JSON}. `metric` is the name of `value`, `tested` whether it is the one
+    asked for rather than the validation's; `chance` is the run's seeds and fold; `record` is metrics.json, `origin`
+    run.json.
+    """
+
+    place: Place
+    names: dict[str, Any]  # the columns of IDENTITY
+    options: dict[str, str]
+    monitor: str
+    chance: str
+    value: float
+    tested: bool
+    published: float | None
+    verified: bool
+    source: str
+    encoder_parameters: int
+    seconds_per_epoch: float
+    record: dict[str, Any]
+    origin: dict[str, Any]
+
+
+@dataclass
+class Group:
+    """The runs of one experiment, with what tells it from groups of the same names ("" if nothing need)."""
+
+    runs: list[Run]
+    differs: str = ""
+
+    @property
+    def label(self) -> str:
+        first = self.runs[0]
+        depth = f"{first.names['depth']} layers" if first.names["depth"] else ""
+        parts = [depth, first.names["ablation"], first.names["vectors"], self.differs]
+        return ", ".join(part for part in [first.names["model"], *parts, "" if first.tested else "†"] if part)
+
+
+@dataclass
+class Found:
+    """What lies in folders and files of runs; `failed` are jobs of a sweep, which left a failed.json."""
+
+    runs: list[Run] = field(default_factory=list)
+    unfinished: list[Place] = field(default_factory=list)
+    failed: list[Place] = field(default_factory=list)
+    brief: list[Place] = field(default_factory=list)
+    damaged: list[Place] = field(default_factory=list)
+
+
+def find_runs(paths: list[Path]) -> list[Place]:
+    """Every run folder at or below the given ones, each once, then every line of the given .jsonl files.
+
+    A run folder has a config.yaml, or a failed.json; what Hydra and wandb keep is no run.
+    """
+    found = {}
+    for top in paths:
+        for folder, below, files in os.walk(top):
+            is_run = "config.yaml" in files or "failed.json" in files
+            if is_run:
+                found[Path(folder).resolve()] = Place(Path(folder))
+            below[:] = sorted(name for name in below if not name.startswith(".") and not (is_run and name == "wandb"))
+    kept = []
+    for file in {path.resolve(): path for path in paths if path.is_file()}.values():
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept += [Place(file, number, text) for number, text in enumerate(lines, start=1) if text.strip()]
+    return [*found.values(), *kept]
+
+
+def read_runs(places: list[Place]) -> Found:
+    """Sort what was found, and say on standard error what is damaged.
+
+    A kept run whose folder, or another copy, was read before is left out.
+    """
+    found, seen = Found(), set()
+    for place in places:
+        try:
+            if not place.has("metrics.json"):
+                (found.failed if place.has("failed.json") else found.unfinished).append(place)
+                continue
+            run = read_run(place)
+            copy = json.dumps([run.chance, run.record], sort_keys=True)
+            if place.line and copy in seen:
+                continue
+            seen.add(copy)
+            if run.options.get("trainer.limit_test_batches", "null") == "null":
+                found.runs.append(run)
+            else:
+                found.brief.append(place)
+        except DamagedError as error:
+            found.damaged.append(place)
+            print(f"skipped: {error}", file=sys.stderr)
+    return found
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """{dotted key: value as JSON}, without what is no part of the experiment."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if name in NOT_THE_EXPERIMENT:
+            continue
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = json.dumps(value, default=str, ensure_ascii=False)
+    return flat
+
+
+def read_run(place: Place) -> Run:
+    """Read a finished run; raises DamagedError."""
+    with place.reading("config.yaml"):
+        config = place.read("config.yaml")
+        if not isinstance(config, dict):
+            raise ValueError(f"a mapping is wanted, this is {config!r:.40}")
+        choices, data, paper = config["choices"], config["data"], config.get("paper") or {}
+        # The order in which ablations were named is no difference.
+        choices["ablation"] = sorted(choices.get("ablation") or [])
+        published = paper.get("value")
+        if isinstance(published, dict):
+            published = published.get(choices["data"])
+        published = None if published is None else float(published)
+        names: dict[str, Any] = {key: str(choices[key]) for key in ("task", "data", "model")}
+        # 0: a model like the CNN, which has no depth to choose.
+        layers = int(config["depth"]) if "num_layers" in config["model"] else 0
+        names |= {"depth": layers, "ablation": " ".join(choices["ablation"])}
+        names["vectors"] = str(data["vectors"] or "random") if "vectors" in data else ""
+        options = flatten(config)
+        chance = json.dumps([config["seed"], data.get("seed"), data.get("fold")], default=str)
+    with place.reading("run.json"):
+        origin = dict(place.read("run.json")) if place.has("run.json") else {}
+    with place.reading("metrics.json"):
+        record = place.read("metrics.json")
+        metrics, monitor = record["metrics"], record["monitor"]
+        # What is chosen by its loss is reported by what says more.
+        follows = next((name for name in ("test/bleu", "test/bpc", "test/perplexity") if name in metrics), None)
+        wanted = paper.get("metric") or follows or "test/" + monitor.partition("/")[2]
+        validated = "val/" + wanted.partition("/")[2]
+        metric = next((name for name in (wanted, validated, monitor) if name in metrics), None)
+        if metric is None:
+            raise KeyError(wanted)
+        return Run(
+            place=place,
+            names=names | {"metric": metric},
+            # The monitor chose the epoch, so it is part of the experiment; old runs name it here alone.
+            options=options | ({} if "callbacks.best.monitor" in options else {"monitor": monitor}),
+            monitor=monitor,
+            chance=chance,
+            value=float(metrics[metric]),
+            tested=metric == wanted,
+            published=published,
+            verified=paper.get("verified", True),
+            source=str(paper.get("source") or "").rstrip("."),
+            encoder_parameters=int(record["encoder_parameters"]),
+            seconds_per_epoch=float(record["seconds_per_epoch"]),
+            record=record,
+            origin=origin,
+        )
+
+
+def group_runs(runs: list[Run]) -> list[Group]:
+    """Put runs together that differ in seed or fold only, in the order of the table."""
+    same: dict[str, list[Run]] = {}
+    for run in runs:
+        key = [run.options, run.names["metric"], run.published, run.verified]
+        same.setdefault(json.dumps(key, sort_keys=True), []).append(run)
+    groups = [Group(members) for members in same.values()]
+    alike: dict[tuple[Any, ...], list[Group]] = {}
+    for group in groups:
+        alike.setdefault(tuple(group.runs[0].names[key] for key in IDENTITY), []).append(group)
+    for rivals in alike.values():
+        tell_apart(rivals)
+    return [group for identity in sorted(alike) for group in sorted(alike[identity], key=lambda group: group.differs)]
+
+
+def tell_apart(groups: list[Group]) -> None:
+    """Name in each group the options whose values are not the same in all of them."""
+    options = [group.runs[0].options for group in groups]
+    values = {key: tuple(each.get(key) for each in options) for option in options for key in option}
+    values = {key: column for key, column in values.items() if len(set(column)) > 1}
+    # `width` reaches model.hidden_size by interpolation: naming it once is enough.
+    sources = {column for key, column in values.items() if "." not in key}
+    keys = [key for key, column in values.items() if "." not in key or column not in sources]
+    for group, each in zip(groups, options, strict=True):
+        group.differs = ", ".join(f"{key}={each[key].strip(chr(34))}" for key in keys if key in each)

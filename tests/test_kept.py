@@ -1,0 +1,138 @@
+"""Kept runs, and the README's tables that are written from them, by scripts/results.py."""
+
+import json
+
+import pytest
+import results
+import results_readme
+from conftest import ROOT
+from results_runs import find_runs, group_runs, read_runs
+from results_table import table
+from test_results import PAPER, write_run
+
+
+def found(*paths):
+    return read_runs(find_runs(list(paths)))
+
+
+def test_kept_runs_say_what_their_folders_say(tmp_path, capsys):
+    curve = [(float(i), i / 7) for i in range(1, 1001)]
+    changes = {"data.root": "/home/anna/corpora", "data.vectors": "/home/anna/corpora/vectors/a.txt", "paper": PAPER}
+    write_run(tmp_path / "runs/cr/a", 84.0, changes, curve=curve)
+    write_run(tmp_path / "runs/cr/b", 86.0, changes | {"seed": 2, "data.path": "/mnt/anna/b.txt"}, curve=curve[:150])
+    origin = {"machine": "cpu", "overrides": ["depth=2", "run_dir=/home/anna/x", "data.path=/mnt/anna/b.txt"]}
+    (tmp_path / "runs/cr/b/run.json").write_text(json.dumps(origin | {"callbacks.best.monitor": "val/loss"}))
+    file = tmp_path / "kept/cr.jsonl"
+    assert results.main([str(tmp_path / "runs"), "--keep", str(file)]) == 0
+    assert "keeps 2 runs" in capsys.readouterr().err
+    text = file.read_text(encoding="utf-8")
+    assert "anna" not in text
+    assert str(tmp_path) not in text
+    a, b = map(json.loads, text.splitlines())
+    assert (a["run"], a["config.yaml"]["data"]["vectors"]) == ("runs/cr/a", "vectors/a.txt")
+    assert not {"run_dir", "resume", "loggers"} & set(a["config.yaml"])
+    assert "root" not in a["config.yaml"]["data"]
+    assert b["config.yaml"]["data"]["path"] == "b.txt"
+    assert b["run.json"]["overrides"] == ["depth=2"]
+    assert a["metrics.json"] == json.loads((tmp_path / "runs/cr/a/metrics.json").read_text())
+    seconds = a["metrics.csv"]["seconds"]
+    assert (len(seconds), seconds[0], seconds[-1]) == (200, 1, 1000)
+    assert len(b["metrics.csv"]["seconds"]) == 150
+    assert found(file).runs[0].value == 84.0
+
+    folders, kept = (found(path).runs for path in (tmp_path / "runs", file))
+    assert [run.value for run in kept] == [run.value for run in folders]
+    again = tmp_path / "kept/again.jsonl"
+    assert results.main([str(file), "--keep", str(again)]) == 0
+    assert again.read_text() == text
+
+
+def test_a_kept_run_without_paths_of_its_own_gives_the_table_of_its_folder(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path / f"runs/{seed}", 80.0 + seed, {"seed": seed})
+    file = tmp_path / "kept.jsonl"
+    results.main([str(tmp_path / "runs"), "--keep", str(file)])
+    folders, kept, both = (table(group_runs(found(*p).runs)) for p in ([tmp_path / "runs"], [file], [tmp_path, file]))
+    assert "| 81.50 | 0.71 | 2 |" in folders
+    assert folders == kept == both  # a run and its copy count once
+
+
+def test_a_damaged_line_is_named_and_the_others_go_on(tmp_path, capsys):
+    write_run(tmp_path / "runs/a", 80.0)
+    file = tmp_path / "kept.jsonl"
+    results.main([str(tmp_path / "runs"), "--keep", str(file)])
+    file.write_text('{"config.yaml": {\n' + file.read_text() + '{"config.yaml": {}}\n')
+    assert results.main([str(file)]) == 0
+    out, err = capsys.readouterr()
+    assert "| 80.00 |" in out
+    assert "2 damaged" in out
+    assert f"skipped: {file}:1, config.yaml: " in err
+    assert f"skipped: {file}:3, config.yaml: no 'choices' in it" in err
+
+
+MARKED = """# Numbers
+
+<!-- results: kept.jsonl rows=model,depth columns=data places=2 cell="mean ± std (n)" task=classification -->
+old
+<!-- end -->
+"""
+
+
+@pytest.fixture
+def kept(tmp_path):
+    for seed, value in ((1, 80.0), (2, 82.0)):
+        write_run(tmp_path / f"runs/a{seed}", value, {"seed": seed})
+        write_run(tmp_path / f"runs/b{seed}", value + 5, {"seed": seed, "choices.data": "mr"})
+    write_run(tmp_path / "runs/c", 70.0, {"choices.model": "lstm", "depth": 3})
+    write_run(tmp_path / "runs/d", 1.0, {"choices.task": "other"})
+    results.main([str(tmp_path / "runs"), "--keep", str(tmp_path / "kept.jsonl")])
+    return tmp_path
+
+
+def test_a_table_of_the_readme_is_written_between_its_markers(kept):
+    text = results_readme.filled(MARKED, kept)
+    assert text.splitlines()[2:] == [
+        MARKED.splitlines()[2],
+        "",
+        "| model | depth | cr | mr |",
+        "| --- | ---: | ---: | ---: |",
+        "| lstm | 3 | 70.00 (1) |  |",
+        "| sru | 2 | 81.00 ± 1.41 (2) | 86.00 ± 1.41 (2) |",
+        "",
+        "<!-- end -->",
+    ]
+    assert results_readme.filled(text, kept) == text
+
+
+def test_the_command_rewrites_the_file_once(kept, monkeypatch, capsys):
+    path = kept / "README.md"
+    path.write_text(MARKED.replace("kept.jsonl", str(kept / "kept.jsonl")), encoding="utf-8")
+    assert results.main(["--readme", str(path)]) == 0
+    assert "1 tables, written anew" in capsys.readouterr().out
+    assert "81.00 ± 1.41" in path.read_text(encoding="utf-8")
+    assert results.main(["--readme", str(path)]) == 0
+    assert "1 tables, as they were" in capsys.readouterr().out
+    path.write_text(MARKED)
+    assert results.main(["--readme", str(path)]) == 1
+    assert "kept.jsonl, which a table of the README names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("<!-- end -->", "", "lacks its line"),
+        ("rows=model,depth", "rows=data", r"two groups in one cell \(model=lstm depth=3 / model=sru depth=2\)"),
+        ("rows=model,depth", "rows=model,deep", "has no option deep"),
+        ("task=classification", "task=none", "no run for the table"),
+        ("task=class", "metric=test/f1 task=class", "has no test/f1; it has val/accuracy, test/accuracy"),
+        ("kept.jsonl", "absent.jsonl", "no file .*absent.jsonl"),
+    ],
+)
+def test_a_marker_that_asks_for_nothing_is_refused(kept, old, new, message):
+    with pytest.raises(results.DamagedError, match=message):
+        results_readme.filled(MARKED.replace(old, new), kept)
+
+
+def test_the_tables_of_the_readme_are_those_of_the_kept_runs():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert results_readme.filled(text) == text, "python scripts/results.py --readme"

@@ -1,0 +1,253 @@
+"""The rows of the papers and the page of scripts/results.py; tests/test_report_browser.py opens it."""
+
+import html.parser
+import json
+import math
+import re
+import time
+
+import pytest
+import results
+import results_papers
+from conftest import ROOT
+from omegaconf import OmegaConf
+from results_charts import ticks
+from results_runs import find_runs, read_runs
+from test_results import write_run
+
+EVIL = "<script>alert(1)</script>\"'&"
+BENCH = {
+    "machines": [{"device": "cpu <x>"}],
+    "levels": {
+        "layer": [
+            {
+                "shape": [32, 16, 256],
+                "mode": "fp32",
+                "cells": {
+                    "SRU": {"infer": {"eager": {"median": 0.0015}}, "train": {"eager": {"median": 0.004}}},
+                    "LSTM": {"infer": {"eager": {"median": 0.003}}, "train": {"failed": "no"}},
+                },
+            }
+        ]
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Makes the rows of one experiment afresh."""
+    made = results_papers.compose_rows("classification_sru_2l")
+    return lambda: [results_papers.Row(**vars(row) | {"runs": [], "others": {}, "std": None}) for row in made]
+
+
+@pytest.fixture
+def write_row(configure, tmp_path):
+    """write_row(name, accuracy, *overrides): a finished run, as train.py leaves it, of that experiment."""
+
+    def written(name, accuracy, *overrides):
+        cfg = configure("experiment=classification_sru_2l", *overrides)
+        folder = tmp_path / "runs" / name
+        write_run(folder, accuracy, seconds=1800.0, examples_per_second=700.0)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        origin = {"overrides": [f"run_dir={folder}", *overrides], "machine": "cpu", "threads": 2, "torch": "2.13"}
+        (folder / "run.json").write_text(json.dumps(origin))
+        return folder
+
+    return written
+
+
+def found(*paths):
+    return read_runs(find_runs(list(paths)))
+
+
+def report(tmp_path, rows, monkeypatch, *paths):
+    monkeypatch.setattr(results_papers, "compose_rows", rows)
+    assert results.main([*map(str, paths), "--html", str(tmp_path / "new/report.html")]) == 0
+    return (tmp_path / "new/report.html").read_text(encoding="utf-8")
+
+
+def test_a_run_is_a_row_with_all_its_options_and_is_else_named_below_it(tmp_path, rows, write_row):
+    write_row("a", 84.0, "seed=1", "data.fold=3", "data.root=/elsewhere")
+    write_row("b", 86.0, "trainer.accelerator=cpu")
+    write_row("c", 99.0, "epochs=3")
+    write_row("d", 99.0, "data.vectors=null", "callbacks.clock.max_seconds=900")
+    cr, subj, *_ = results_papers.match(rows(), found(tmp_path).runs)
+    assert (cr.data, len(cr.runs), cr.state) == ("cr", 2, "reached")  # 85.0 on average, 84.9 published
+    assert {differs: len(runs) for differs, runs in cr.others.items()} == {
+        "epochs=3": 1,
+        "data.vectors=null, callbacks.clock.max_seconds=900": 1,
+    }
+    assert (subj.data, subj.runs, subj.others, subj.state) == ("subj", [], {}, "not run")
+
+
+def test_a_run_that_only_ends_up_alike_counts_and_one_without_the_metric_does_not(tmp_path, rows, write_row):
+    write_row("a", 80.0)
+    path = write_row("b", 80.0) / "metrics.json"
+    path.write_text(path.read_text().replace("test/accuracy", "test/f1"))
+    config = tmp_path / "runs/a/config.yaml"
+    config.write_text(config.read_text().replace("experiment: classification_sru_2l", "experiment: null"))
+    cr = results_papers.match(rows(), found(tmp_path).runs)[0]
+    assert (len(cr.runs), cr.state) == (1, "not reached")
+    assert list(cr.others) == ["no test/accuracy in it"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "std", "mean", "state"),
+    [
+        ("test/accuracy", 84.9, None, 84.86, "reached"),
+        ("test/accuracy", 84.9, None, 84.84, "not reached"),
+        ("test/accuracy", 82.0, None, 81.6, "not reached"),
+        ("test/accuracy", 84.9, 1.6, 83.4, "reached"),
+        ("test/accuracy", 84.9, 1.6, 83.2, "not reached"),
+        ("test/em", 71.4, None, 80.0, "reached"),
+        ("test/bpc", 1.19, None, 1.194, "reached"),
+        ("test/bpc", 1.19, None, 1.2, "not reached"),
+        ("test/perplexity", 60.3, None, 20.0, "reached"),
+        ("test/accuracy", 84.9, None, math.nan, "not reached"),
+    ],
+)
+def test_reached_is_no_worse_to_the_published_digits_or_within_the_deviation(rows, metric, value, std, mean, state):
+    row = rows()[0]
+    row.metric, row.value, row.std = metric, value, std
+    assert results_papers.judge(row, mean) == state
+
+
+def test_every_published_number_has_its_row_and_no_other():
+    rows = results_papers.compose_rows("squad_*")
+    assert [(row.value, row.verified) for row in rows if row.experiment == "squad_sru_4l_no_vc"] == [(70.6, False)]
+    assert {row.experiment for row in rows} == {path.stem for path in (ROOT / "conf/experiment").glob("squad_*.yaml")}
+    assert {(row.task, row.data, row.metric) for row in rows} == {("squad", "squad", "test/em")}
+    assert results_papers.compose_rows("multi30k_sru") == []
+
+
+def test_the_table_of_the_papers_has_what_a_reader_needs(tmp_path, rows, write_row, monkeypatch, capsys):
+    write_row("a", 84.0, "seed=1")
+    write_row("b", 87.0, "seed=2")
+    write_row("c", 99.0, "epochs=3")
+    monkeypatch.setattr(results_papers, "compose_rows", rows)
+    assert results.main([str(tmp_path), "--papers", "--output", str(tmp_path / "table.md")]) == 0
+    out = capsys.readouterr().out
+    head, _, cr, other, subj, *_ = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in out.split("\n")]
+    cr, other, subj = (dict(zip(head, line, strict=True)) for line in (cr, other, subj))
+    assert (cr["mean"], cr["std"], cr["n"], cr["difference"]) == ("85.50", "2.12", "2", "+0.60")
+    assert (cr["hours"], cr["hardware"]) == ("0.5", "cpu, 2 threads, torch 2.13")
+    assert (other["row"], other["mean"], other["state"]) == ("– with epochs=3", "99.00", "–")
+    assert (subj["state"], subj["mean"]) == ("not run", "")
+    assert subj["command"] == "`python train.py experiment=classification_sru_2l data=subj`"
+    assert "6 rows of the papers: 1 reached, 0 not reached, 5 not run." in out
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == out
+
+
+class Balanced(html.parser.HTMLParser):
+    """Fails where an element is closed that is not open; keeps what is loaded from elsewhere."""
+
+    VOID = ("meta", "input")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.loaded, self.scripts = [], [], 0
+
+    def handle_starttag(self, tag, attrs):
+        self.loaded += [value for key, value in attrs if key in ("src", "href", "srcset") and not value.startswith("#")]
+        self.scripts += tag == "script"
+        assert not [key for key, _ in attrs if key.startswith("on")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_loads_nothing_and_a_name_does_no_harm(tmp_path, rows, write_row, monkeypatch):
+    write_row("a", 84.0, "seed=1")
+    write_row("c", 99.0, "epochs=3")
+    write_run(tmp_path / "runs/e", 50.0, {"choices.model": EVIL, "choices.data": EVIL, "choices.task": EVIL})
+    write_run(tmp_path / "runs/f", 50.0, {"choices.model": "sru", "width": EVIL})
+    write_run(tmp_path / "runs/g", 50.0, {"choices.model": "sru", "width": 3})
+    text = report(tmp_path, rows, monkeypatch, tmp_path / "runs")
+    page = Balanced()
+    page.feed(text)
+    page.close()
+    assert (page.open, page.loaded, page.scripts) == ([], [], 1)
+    assert "alert(1)" in text
+    assert "<script>alert" not in text
+    assert re.search(
+        r'<tr data-task="classification" data-model="sru" data-state="not reached"><td><span class="badge', text
+    )
+    assert '<tr class="other" data-task="classification" data-model="sru" data-state="not reached">' in text
+    assert "↳ with epochs=3" in text
+    assert text.count('data-state="not run"><td>') == 5
+    assert '<option value="classification">' in text
+
+
+def test_the_page_shows_curves_parts_and_speed_of_runs(tmp_path, rows, monkeypatch):
+    for i, parts in enumerate([[], ["no_vc"], ["no_highway"], ["no_scaling"]]):
+        for seed in (1, 2):
+            changes = {"choices.ablation": parts, "seed": seed, "model.has_vc_term": "no_vc" not in parts}
+            folder = tmp_path / f"runs/{i}{seed}"
+            write_run(folder, 80.0 - i + seed, changes, examples_per_second=1234.0)
+    write_run(tmp_path / "runs/lstm", 70.0, {"choices.model": "lstm"}, curve=[(1.0, math.nan), (2.0, 3.0)])
+    write_run(tmp_path / "runs/left", 70.0)
+    (tmp_path / "runs/left/metrics.json").unlink()
+    (tmp_path / "runs/failed").mkdir()
+    (tmp_path / "runs/failed/failed.json").write_text('{"error": "why"}')
+    text = report(tmp_path, rows, monkeypatch, tmp_path / "runs")
+    curves, parts, speed, _, sweeps = text.split("<section ")[2:7]
+    assert (curves.count("<figure"), curves.count('class="by-time"'), curves.count('class="by-steps"')) == (1, 1, 1)
+    assert curves.count('aria-pressed="true"') == 5
+    assert "training time (s)" in curves
+    assert "steps of the optimiser" in curves
+    assert re.findall(r'text-anchor="end">(\w+)</text><rect', parts) == ["full", "no_vc", "no_highway", "no_scaling"]
+    assert parts.count('class="whisker"') == 4
+    assert "2 layers, full: 81.5 ± 0.71 test/accuracy, n=2" in parts
+    assert "the axis starts at" in parts
+    assert "whole runs logged" in speed
+    assert "1,234 examples/s" in speed
+    numbers = [re.findall(r'<td class="number">(\d*)</td>', line) for line in sweeps.split("<tr ")[1:]]
+    assert numbers == [["", "1", "", "", ""], ["1", "", "", "", ""], ["8", "", "1", "", ""]]  # none, LSTM, SRU
+    assert "nan" not in re.sub(r"<style>.*?</style>", "", curves, flags=re.S)
+
+
+def test_speed_comes_from_the_benchmark_where_there_is_one(tmp_path, rows, monkeypatch, capsys):
+    write_run(tmp_path / "runs/a", 70.0, examples_per_second=1234.0)
+    (tmp_path / "cpu.json").write_text(json.dumps(BENCH))
+    (tmp_path / "bad.json").write_text("[]")
+    text = report(tmp_path, rows, monkeypatch, tmp_path / "runs", tmp_path / "cpu.json", tmp_path / "bad.json")
+    speed = text.split("<section ")[4]
+    assert "One layer: 32 steps, 16 sequences, 256 features, fp32" in speed
+    assert "cpu &lt;x&gt;" in speed
+    assert "SRU, forward: 1.5 ms" in speed
+    assert speed.count("<rect") == 3
+    assert "whole runs logged" not in speed
+    assert f"skipped: {tmp_path / 'bad.json'}" in capsys.readouterr().err
+
+
+def test_two_hundred_runs_make_a_page_of_sensible_size(tmp_path, rows, monkeypatch):
+    curve = [(i * 1.234567, 50 + math.sin(i)) for i in range(300)]
+    for i in range(200):
+        write_run(tmp_path / f"runs/{i}", 50.0 + i / 100, {"width": i // 2, "seed": i}, curve=curve)
+    start = time.perf_counter()
+    text = report(tmp_path, rows, monkeypatch, tmp_path / "runs")
+    assert len(text.encode()) < 3_000_000
+    assert time.perf_counter() - start < 60
+    assert text.split("<section ")[2].count('class="line"') == 100 * 3
+
+
+def test_a_page_of_nothing_says_so(tmp_path, rows, monkeypatch):
+    text = report(tmp_path, rows, monkeypatch, tmp_path)
+    assert "6 rows of the papers, 0 finished runs" in text
+    assert "No run here has a learning curve." in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 10, [0, 2, 4, 6, 8, 10]), (82.3, 84.1, [82, 82.5, 83, 83.5, 84, 84.5]), (0, 0, [0, 0.2, 0.4, 0.6, 0.8, 1.0])],
+)
+def test_ticks_are_round_and_reach_around(low, high, expected):
+    found = ticks(low, high)
+    assert found[: len(expected)] == pytest.approx(expected[: len(found)])
+    assert found[0] <= low
+    assert found[-1] >= high
