@@ -1,5 +1,6 @@
 """The commands of docs/: each `python train.py ...` composes, and those of the quick start run, in their order."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -28,14 +29,21 @@ def commands(text):
     return [shlex.split(words, comments=True) for words in [*of_lines, *of_sentences]]
 
 
-TRAIN = sorted({(name, shlex.join(words)) for name, text in PAGES.items() for words in commands(text)})
+def is_row(words):
+    """A row of a paper and no more: tests/test_papers.py has those."""
+    return len(words) == 1 and words[0].startswith("experiment=")
+
+
+ALL = sorted({(name, shlex.join(words)) for name, text in PAGES.items() for words in commands(text) if words})
+TRAIN = [(name, words) for name, words in ALL if not is_row(shlex.split(words))]
 
 
 @pytest.mark.parametrize(("page", "words"), TRAIN)
 def test_a_command_of_the_documents_composes(configure, page, words):
-    # What goes on with a run has that run's words; what only shows something composes by itself.
+    # What goes on with a run has that run's words. tests/test_own_task.py composes the task that is added there.
     flags = {"-m", "--cfg", "job", "--help"}
     given = [word for word in shlex.split(words) if word not in flags and not word.startswith("resume=")]
+    given = ["task=image" if word == "task=forecast" else word for word in given]
     # Without -m a value with commas is an error, as on the command line.
     if "-m" in shlex.split(words):
         overrides = OverridesParser.create().parse_overrides(given)
@@ -48,8 +56,15 @@ def test_a_command_of_the_documents_composes(configure, page, words):
 
 
 def test_commands_are_found_on_every_page_that_has_some():
-    found = {page for page, _ in TRAIN}
-    assert found >= {"sru_2018.md", "sru_2017.md", "srupp_2021.md", "quickstart.md", "own_task.md", "troubleshooting.md"}
+    found = {page for page, _ in ALL}
+    assert found >= {
+        "sru_2018.md",
+        "sru_2017.md",
+        "srupp_2021.md",
+        "quickstart.md",
+        "own_task.md",
+        "troubleshooting.md",
+    }
     assert len(QUICKSTART) > 8
 
 
@@ -72,10 +87,44 @@ def test_the_quick_start_runs_from_top_to_bottom(tmp_path, monkeypatch):
         )
         assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-2000:])
         output[shlex.join(words)] = done.stdout
-    assert "8" == re.search(r"^epochs +(\d+)", output["python train.py resume=runs/first trainer.max_epochs=8"], re.M)[1]
+    assert (
+        re.search(r"^epochs +(\d+)", output["python train.py resume=runs/first trainer.max_epochs=8"], re.M)[1] == "8"
+    )
     table = next(text for command, text in output.items() if "results.py" in command)
     assert len(re.findall(r"^\| image", table, re.MULTILINE)) >= 4
     assert (tmp_path / "runs/curves.png").stat().st_size > 1000
     (said,) = (text for command, text in output.items() if "predict.py" in command)
     assert said.startswith("The ")
     assert len(said.rstrip("\n")) >= 40
+
+
+def templates(path):
+    """The texts of a file, with ... for what is put into them; parts that are written one after another are one."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+
+
+MESSAGES = [
+    line
+    for block in re.findall(r"^```text\n(.*?)^```$", PAGES["troubleshooting.md"], re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+@pytest.fixture(scope="module")
+def said():
+    files = [ROOT / "predict.py", *(path for name in ("sru", "tasks", "data") for path in (ROOT / name).rglob("*.py"))]
+    return {text for path in files for text in templates(path)}
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_a_message_of_the_page_of_troubles_is_one_of_the_program(said, message):
+    assert any(message in text for text in said), "no text of the source says so: correct docs/troubleshooting.md"
+
+
+def test_the_page_of_troubles_has_messages():
+    assert len(MESSAGES) > 20
+    assert all(len(message.replace("...", "")) > 20 for message in MESSAGES)

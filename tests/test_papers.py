@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import options
+from conftest import ROOT, options
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -80,9 +80,36 @@ def millions(parameters):
     return sum(parameter.numel() for parameter in parameters) / 1e6
 
 
+PAGES = {
+    "SRU (2018)": "sru_2018.md",
+    "SRU (2017)": "sru_2017.md",
+    "SRU++ (2021)": "srupp_2021.md",
+}
+# | row | command | size | published | here |
+ROW = re.compile(r"^\| [^|]+ \| `python train\.py experiment=(\w+)` \| ([^|]*) \| ([^|]+) \| [^|]+ \|$", re.MULTILINE)
+ROWS = {page: ROW.findall((ROOT / "docs" / page).read_text(encoding="utf-8")) for page in PAGES.values()}
+
+
+def numbers(paper):
+    """The published numbers of an experiment, in the order of its file."""
+    values = OmegaConf.to_container(paper, resolve=True)
+    single = values["value"] if isinstance(values["value"], dict) else {"": values["value"]}
+    return [v for v in [*(values.get("values") or single.values()), values.get("f1")] if v is not None]
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_cites_a_published_number(configure, name):
+def test_an_experiment_cites_a_published_number_which_its_papers_page_has(configure, name):
     paper = configure(f"experiment={name}").paper
+    found = [(page, size, shown) for page, rows in ROWS.items() for row, size, shown in rows if row == name]
+    page = PAGES.get(paper.source.partition(",")[0])
+    assert [each[0] for each in found] == ([page] if page else [])
+    for _, size, shown in found:
+        assert [float(n) for n in re.findall(r"\d+\.\d+", shown)] == numbers(paper)
+        assert len(re.findall(r"\d\?", shown)) == (0 if paper.verified else len(numbers(paper)))
+        expected = [paper.get("parameters"), paper.get("encoder_parameters")]
+        scales = [1e-3 if unit == "k" else 1 for unit in re.findall(r"\d([kM])", size)]
+        sizes = [float(n) * scale for n, scale in zip(re.findall(r"[\d.]+", size), scales, strict=True)]
+        assert sizes == pytest.approx([n for n in expected if n is not None])
     assert re.search(r"(Table|Figure) \d|et al\. \(\d{4}\)", paper.source)
     assert paper.metric.startswith(("test/", "val/", "train/"))
     assert type(paper.verified) is bool, "say paper.verified: true where the number was read in the paper, else false"
@@ -125,6 +152,14 @@ def test_an_experiment_has_the_published_size(configure, name):
         assert counted == pytest.approx(cfg.paper.parameters, rel=0.01)
     elif name not in CALLED_108:
         assert round(counted) == cfg.paper.parameters
+
+
+def test_no_row_of_a_page_is_of_an_experiment_that_is_not_there():
+    named = [row for rows in ROWS.values() for row, _, _ in rows]
+    assert len(named) == len(set(named)) > 70
+    assert set(named) <= set(EXPERIMENTS)
+    for page in ROWS:  # and no row is written so that the pattern misses it
+        assert (ROOT / "docs" / page).read_text(encoding="utf-8").count("` | ") == len(ROWS[page])
 
 
 def test_every_size_is_that_of_an_experiment():
