@@ -51,7 +51,7 @@ def test_a_command_of_the_documents_composes(configure, page, words):
         assert len(jobs) > 1
     else:
         jobs = [given]
-    for job in (jobs[0], jobs[-1]):
+    for job in jobs[:: max(1, len(jobs) - 1)]:  # the first and the last
         door.check(configure(*job))
 
 
