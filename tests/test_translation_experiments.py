@@ -1,6 +1,4 @@
-"""The papers' rows of translation: networks of the published sizes, under the published schedules."""
-
-import math
+"""The papers' rows of translation, under the published schedules; tests/test_papers.py has their sizes."""
 
 import pytest
 import torch
@@ -11,14 +9,6 @@ from sru import SRUCell
 
 EXPERIMENTS = [name for name in options("experiment") if name.startswith(("wmt14", "iwslt14", "multi30k"))]
 PUBLISHED = [name for name in EXPERIMENTS if not name.startswith("multi30k")]
-# Millions of parameters that follow from the published widths.
-SIZES = {
-    "wmt14_transformer": 76.94,
-    "wmt14_transformer_sru_4l": 79.05,
-    "wmt14_transformer_sru_5l": 90.62,
-    "iwslt14_srupp": 20.55,
-    "iwslt14_srupp_k2": 19.76,
-}
 
 
 def build(cfg):
@@ -28,24 +18,8 @@ def build(cfg):
         return instantiate(cfg.task)(encoder=instantiate(cfg.model), **sizes)
 
 
-def millions(*modules):
-    return sum(parameter.numel() for module in modules for parameter in module.parameters()) / 1e6
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_an_experiment_has_the_published_size(configure, name):
-    cfg = configure(f"experiment={name}")
-    task = build(cfg)
-    counted = millions(task)
-    if "transformer" in name and name.startswith("wmt14"):
-        assert math.floor(counted) == cfg.paper.parameters
-    elif name.startswith("wmt14"):
-        assert math.ceil(counted) == cfg.paper.parameters
-        assert math.ceil(millions(*task.encoders)) == cfg.paper.encoder_parameters
-    else:  # of the layers, only how many are known
-        assert counted == pytest.approx(cfg.paper.parameters, rel=0.01)
-    if name in SIZES:
-        assert round(counted, 2) == SIZES[name]
+def millions(task):
+    return sum(parameter.numel() for parameter in task.parameters()) / 1e6
 
 
 @pytest.mark.parametrize(("depth", "size"), [(4, 87.4), (5, 101.1)])
