@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LambdaCallback
 
-from tasks import average, door, memory, record, sweep
+from tasks import average, door, memory, processes, record, sweep
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -22,17 +22,23 @@ def run(cfg: DictConfig) -> float | None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # A corpus in memory needs no workers, a resumed run finds its checkpoints, how Lightning uses torch is its own.
     warnings.filterwarnings(
-        "ignore", ".*does not have many workers.*|Checkpoint directory .* is not empty|.*isinstance.treespec, LeafSpec"
+        "ignore", ".*does not have many workers.*|Checkpoint directory .* is not empty|.*isinstance.treespec, LeafSpec|"
+        # Metrics are summed over the processes before they are logged.
+        ".*recommended to use .self.log.*sync_dist=True.",
     )
     door.check(cfg)
+    if (count := processes.settle(cfg)) > processes.world_size():
+        return processes.launch(cfg, count)
     memory.keep_freed_memory()
     start = time.perf_counter()
-    with door.opened_folder(cfg) as folder:
+    with processes.joined(cfg), door.opened_folder(cfg) as folder:
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         last = folder / "checkpoints/last.ckpt" if cfg.resume else None
         data = instantiate(cfg.data)
-        door.check_data(cfg, data, last)
-        task = instantiate(cfg.task)(encoder=instantiate(cfg.model), **data.dims)
+        with processes.first_alone():
+            door.check_data(cfg, data, last)
+            dims = data.dims
+        task = instantiate(cfg.task)(encoder=instantiate(cfg.model), **dims)
         # A bar in a file is a wall of lines.
         cfg.trainer.enable_progress_bar &= sys.stdout.isatty()
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -41,7 +47,8 @@ def run(cfg: DictConfig) -> float | None:
         def begin(*_: object) -> None:
             nonlocal has_begun
             has_begun = True
-            record.write_config(config, origin, folder)
+            if not processes.rank():
+                record.write_config(config, origin, folder)
 
         try:
             trainer = instantiate(cfg.trainer)
@@ -57,7 +64,8 @@ def run(cfg: DictConfig) -> float | None:
             for tested in trainer.test(task, datamodule=data, ckpt_path=path, verbose=False, weights_only=True):
                 found["metrics"] |= {name: value for name, value in tested.items() if name != "step"}
             found["wall_seconds"] = time.perf_counter() - start
-            record.write_result(found, folder)
+            if not processes.rank():
+                record.write_result(found, folder)
             outcome = found
         finally:
             record.finish_wandb(outcome and outcome["metrics"])
@@ -75,11 +83,15 @@ def main(cfg: DictConfig) -> float | None:
         return run(cfg)
     finally:
         # Hydra's folder, which a refused run or one with another run_dir leaves empty.
-        door.remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
+        if not processes.rank():
+            door.remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
 
 
 def command() -> None:
-    words = sys.argv[1:]
+    if (cfg := processes.handed_over()) is not None:
+        run(cfg)
+        return
+    words = processes.arguments(sys.argv[1:])
     sys.argv[1:] = sweep.resumed(words) if sweep.is_resumed(words) else door.resumed(words)
     with sweep.told():
         main()

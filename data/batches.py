@@ -11,6 +11,13 @@ POOL = 20  # batches of a fixed number whose examples are sorted by length toget
 Batch = TypeVar("Batch")
 
 
+def place() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
 class Resumable:
     """Batches of epochs, in a loader that goes on within one; Lightning calls `state_dict` and `load_state_dict`."""
 
@@ -45,8 +52,8 @@ class Batches(Resumable, Generic[Batch]):
         alone. With `batch_size` they are sorted in pools of `POOL` batches; with `budget` all together, so that each
         epoch has as many batches as any other. None, in evaluation: they come by size, and always in the same order.
 
-    Of several processes each takes its part of the batches: in training all take as many, and up to one less than there
-    are processes are left out of an epoch; in evaluation none is.
+    Of several processes each takes its part of the batches, and all take as many: where they do not come out even, the
+    largest are halved. So each example comes once.
 
     `state_dict` and `load_state_dict` go on within an epoch; Lightning calls them.
     """
@@ -65,20 +72,25 @@ class Batches(Resumable, Generic[Batch]):
             raise TypeError(f"either batch_size={batch_size} or budget={budget} cuts the examples into batches")
         self.make, self.examples, self.sizes = make, examples, np.asarray(sizes, np.int64)
         self.batch_size, self.budget, self.seed = batch_size, budget, seed
-        self.rank, self.processes = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.rank, self.processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        count = len(self.cuts(np.sort(self.sizes))) + 1 if len(self.sizes) else 0
-        self.count = len(self.part(range(count)))
+        self.rank, self.processes = place()
+        batches = len(self.cuts(np.sort(self.sizes))) + 1 if len(self.sizes) else 0
+        self.count = -(-batches // self.processes)
+        if self.count * self.processes > len(self.sizes):
+            raise ValueError(
+                f"{len(self.sizes)} examples are too few for {self.processes} processes, each of which needs "
+                f"{self.count}: type fewer trainer.devices"
+            )
         super().__init__(self.count)
 
     def __len__(self) -> int:
         return self.count
 
-    def part(self, batches: Sequence[Any]) -> Sequence[Any]:
+    def part(self, batches: list[np.ndarray]) -> list[np.ndarray]:
         """This process's part of the batches of an epoch."""
-        end = len(batches) if self.seed is None else len(batches) // self.processes * self.processes
-        return batches[self.rank : end : self.processes]
+        while len(batches) % self.processes:
+            largest = max(range(len(batches)), key=lambda i: len(batches[i]))
+            batches[largest : largest + 1] = np.array_split(batches[largest], 2)
+        return batches[self.rank :: self.processes]
 
     def cuts(self, sizes: np.ndarray) -> Sequence[int]:
         """Where sizes in rising order are cut into those of batches."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data import text
+from data.batches import place
 from data.fetch import fetch, find, read_bytes
 
 SPLIT_SEED = 1234  # of the published folds; a run's own seed never moves an example to another split
@@ -153,10 +154,23 @@ class SentenceClassification(pl.LightningDataModule):
         return tokens
 
     def loader(self, examples: Sequence[Example]) -> DataLoader:
-        """Batches that are tensors already: collating again in every epoch would cost more than it varies."""
-        groups = [examples[i : i + self.batch_size] for i in range(0, len(examples), self.batch_size)]
+        """Batches that are tensors already: collating again in every epoch would cost more than it varies.
+
+        W processes have parts of batches of W times the size, padded alike: what one process would have.
+        """
+        rank, processes = place()
+        size = self.batch_size * processes
+        groups = [examples[i : i + size] for i in range(0, len(examples), size)]
+        if len(groups) > 1 and len(groups[-1]) < processes:  # each process has an example
+            groups[-2:] = [[*groups[-2], *groups[-1]]]
+        if len(groups[-1]) < processes:
+            raise ValueError(f"{len(examples)} examples are too few for {processes} processes: type fewer trainer.devices")
         batches = [
-            (self.collate([words for words, _ in group]), torch.tensor([y for _, y in group])) for group in groups
+            (
+                self.collate([words for words, _ in group])[:, rank::processes],
+                torch.tensor([y for _, y in group])[rank::processes],
+            )
+            for group in groups
         ]
         # Its own generator: each new iterator draws a number, which must not move the global state that dropout uses.
         return DataLoader(batches, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]

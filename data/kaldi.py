@@ -13,7 +13,7 @@ from torch import Tensor
 from data import synthesis
 from data.archives import Archive
 from data.audio import Frontend
-from data.batches import Batches
+from data.batches import Batches, place
 from data.fetch import require_writable
 from data.frames import NORMALISATIONS, Frames
 from data.streams import Batch, Recipe, Streams
@@ -124,9 +124,7 @@ class Kaldi(pl.LightningDataModule):
         return self.recipe.dims
 
     def train_dataloader(self) -> Streams:
-        rank, world_size = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank, world_size = place()
         train = self.splits["train"]
         streams = Streams(self.recipe, train, self.batch_size, self.seed, rank=rank, world_size=world_size)
         if (total := int(streams.pieces.sum())) < self.batch_size * world_size:

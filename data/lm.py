@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data import corpus
+from data.batches import place
 from data.corpus import EOS, UNITS, UNK
 from data.fetch import find
 
@@ -122,7 +123,9 @@ class Text(pl.LightningDataModule):
         None: a twentieth each.
     min_count: training words seen less often become <unk>; above 1, there is always an <unk>.
     batch_size, unroll: streams of a process, and steps of a segment, in training.
-    eval_batch_size, eval_unroll: the same for validation and test. One stream predicts every token but the first.
+    eval_batch_size, eval_unroll: the same for validation and test, but streams of all processes, so that their number
+        changes no result; where they cannot be shared out, each process reads all. One stream predicts every token but
+        the first.
     """
 
     DIMS = ("vocab_size", "unit")  # the names in `dims`
@@ -226,11 +229,13 @@ class Text(pl.LightningDataModule):
 
     def segments(self, split: str) -> Segments:
         """The segments of this process; ValueError if the text is too short for them."""
-        rank, world_size = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank, world_size = place()
         text, prefix = self.splits[split], "" if split == "train" else "eval_"
         batch_size, unroll = getattr(self, f"{prefix}batch_size"), getattr(self, f"{prefix}unroll")
+        if prefix and batch_size % world_size:
+            rank, world_size = 0, 1  # each process reads all: one stream cannot be parted
+        elif prefix:
+            batch_size //= world_size
         steps = (len(text) - 1) // (batch_size * world_size)
         if steps < (unroll if split == "train" else 1):
             raise ValueError(

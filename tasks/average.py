@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tasks.processes import gathered
 from tasks.record import AtomicCheckpoints, Checkpoint
 
 
@@ -88,4 +89,6 @@ def tested(trainer: Any) -> str | None:
     """The checkpoint that a test takes: a mean, the best one, or none where nothing was validated."""
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     average = next((callback for callback in trainer.callbacks if isinstance(callback, Average)), None)
-    return (best if average is None or not best else average.write(best)) or None
+    if average is None or not best:
+        return best or None
+    return gathered(average.write(best) if trainer.is_global_zero else None)[0]

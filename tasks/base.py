@@ -8,6 +8,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from tasks.processes import gathered, rank, summed, world_size
+
 
 class Dropout(nn.Module):
     """torch.nn.Dropout, which draws its masks on a CPU five times as slowly."""
@@ -28,6 +30,9 @@ class Task(pl.LightningModule, ABC):
     """A network with its loss and metrics; a subclass builds the network and defines `loss`.
 
     Metrics are means over what the loss counts. Those of training are over the time since the last validation.
+
+    Of several processes each has a part of a batch, and their gradients are averaged. A mean over its own part counts
+    as much as that part is of the whole: the gradient is that of one batch of all parts.
 
     Args:
         optimizer: builds the optimiser from the parameters that are trained.
@@ -70,6 +75,9 @@ class Task(pl.LightningModule, ABC):
         dtype = torch.float32 if loss.device.type == "mps" else torch.float64
         for name, value in {"loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0) + size * value.detach().to(dtype)
+        if stage == "train" and world_size() > 1:
+            sizes = summed(torch.tensor(float(size), device=loss.device))
+            return loss * (size * world_size() / sizes.clamp(min=1))
         return loss
 
     def _log_means(self, stage: str) -> None:
@@ -109,20 +117,44 @@ class Task(pl.LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         self._log_means("test")
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        # Where each process has a part of the network, the norm is that of all parts.
+        network = self.trainer.strategy.model
+        if gradient_clip_val and gradient_clip_algorithm != "value" and hasattr(network, "clip_grad_norm_"):
+            network.clip_grad_norm_(gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
 
-    # Lightning keeps no random state in a checkpoint; without it, a resumed run would draw other dropout masks.
+    def own_state(self) -> dict[str, Any]:
+        """What a resumed run goes on with, and another process has otherwise; on the CPU."""
+        # Lightning keeps no random state; without it, a resumed run would draw other dropout masks.
+        return {"random_state": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        self.random_state = state["random_state"]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["random_state"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        own = self.own_state()
+        checkpoint.update(own)
+        if len(every := gathered(own)) > 1:
+            checkpoint["processes"] = every
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.random_state = checkpoint["random_state"]
+        # Of another number of processes, which the door lets no training go on with, the first one's will do.
+        every = checkpoint.get("processes", [])
+        self.load_own_state(every[rank()] if rank() < len(every) else checkpoint)
 
     def on_train_start(self) -> None:
+        if self.random_state is None and rank():
+            torch.manual_seed(torch.initial_seed() + rank())  # or all would drop the same
         if self.random_state is not None:
             torch.set_rng_state(self.random_state["cpu"])
             torch.cuda.set_rng_state_all(self.random_state["cuda"])

@@ -8,6 +8,8 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from tasks.processes import summed
+
 
 class Clock(pl.Callback):
     """Log, with every validation, what training costs: time, speed, how a step's time is shared, memory.
@@ -31,6 +33,7 @@ class Clock(pl.Callback):
         self.max_seconds = max_seconds
         self.seconds = 0.0
         self.examples = 0
+        self._more = 0  # of this process, since the last log
         self.epochs = 0.0
         self.parts = dict.fromkeys((*self.PARTS, "encoder"), 0.0)
         self.sampled = 0
@@ -120,7 +123,7 @@ class Clock(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         self._lap("optimizer", pl_module)
         self.sampled += self._mark is not None
-        self.examples += pl_module.batch_size
+        self._more += pl_module.batch_size
         self.epochs += 1 / trainer.num_training_batches
         self._begin(pl_module)
         now = time.perf_counter()
@@ -133,6 +136,8 @@ class Clock(pl.Callback):
         # What was accumulated towards a step of the optimiser is in no checkpoint.
         is_step = (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
         out_of_time = self.max_seconds is not None and self.seconds >= self.max_seconds and is_step
+        if self.max_seconds is not None:  # where one process stops, all do
+            out_of_time = trainer.strategy.reduce_boolean_decision(out_of_time, all=False)
         if out_of_steps or is_at_end or out_of_time:
             trainer.should_stop = True
 
@@ -158,6 +163,8 @@ class Clock(pl.Callback):
             self._log(pl_module)
 
     def _log(self, module: Any) -> None:
+        self.examples += int(summed(torch.tensor(self._more, device=module.device)))
+        self._more = 0
         values = {"seconds": self.seconds, f"{module.counted}_per_second": self.speed, **self.step_milliseconds()}
         module.log_dict(values | {"epoch": self.epochs, "peak_memory_mb": peak_memory(module.device)})
 

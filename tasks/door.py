@@ -20,6 +20,8 @@ from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tasks import processes
+
 ROOT = Path(__file__).parent.parent
 # Key: lowest and highest value, example. An example with a point takes any number, one without only whole ones.
 PRODUCT = "sru.kernels.linear.linear"  # the one function that a configuration may name
@@ -66,7 +68,6 @@ RANGES: dict[str, tuple[float, float, float]] = {
     "trainer.max_steps": (-1, 10**9, 400_000),
     "trainer.accumulate_grad_batches": (1, 10**6, 1),
     "trainer.max_epochs": (1, 10**6, 100),
-    "trainer.devices": (1, 1, 1),
 }
 # Options that name files or folders.
 TEXTS = ("data.root", "data.cache", "data.path", "data.train", "data.val", "data.test", "data.vectors")
@@ -79,8 +80,8 @@ def check(cfg: DictConfig) -> None:
         kinds = (int, float) if isinstance(example, float) else (int,)
         if type(value) not in kinds or not low <= value <= high:
             kind = "a number" if isinstance(example, float) else "a whole number"
-            span = f"{low} to {high}" if low < high else f"{low}, for now"
-            raise ValueError(f"{key}={value} must be {kind}, {span}; type for example {key}={example}")
+            raise ValueError(f"{key}={value} must be {kind}, {low} to {high}; type for example {key}={example}")
+    processes.check(cfg)
     both = OmegaConf.select(cfg, "bidirectional", default=False)
     if type(both) is not bool:
         raise ValueError(f"bidirectional={both} must be true or false")
@@ -132,8 +133,14 @@ def check(cfg: DictConfig) -> None:
 
 @contextlib.contextmanager
 def opened_folder(cfg: DictConfig) -> Iterator[Path]:
-    """The run's folder, made, writable, and this process's alone; what a run has recorded in it is not overwritten."""
+    """The run's folder, made, writable, and this process's alone; what a run has recorded in it is not overwritten.
+
+    Of several processes the first one sees to that, for all.
+    """
     folder = Path(cfg.run_dir)
+    if processes.rank():
+        yield folder
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
@@ -175,6 +182,13 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
         raise ValueError(
             f"resume={folder}: damaged ({error}); use a copy of the folder, or start a new run."
         ) from error
+    then, now = len(state.get("processes", [state])), processes.world_size()
+    if then != now:
+        raise ValueError(
+            f"resume={folder} was trained by {then} processes, and these are {now}: each goes on with its own part of "
+            f"the data. Type {f'trainer=ddp trainer.devices={then}' if then > 1 else 'trainer=default'}, or as many "
+            "machines as then."
+        )
     # A checkpoint between two validations of an epoch counts the epoch that is not done.
     progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     done, wanted = state["epoch"] + progress["is_last_batch"], cfg.trainer.max_epochs

@@ -13,6 +13,7 @@ from tasks.decoder import has_memory
 from tasks.latency import LatencyControlled
 from tasks.lm import detached
 from tasks.newbob import Newbob
+from tasks.processes import rank, world_size
 
 
 class Hybrid(Task):
@@ -154,7 +155,9 @@ class Hybrid(Task):
 
     def on_test_start(self) -> None:
         if self.writes_likelihoods:
-            self.likelihoods = self.archive(Path(self.trainer.default_root_dir) / "likelihoods.ark").__enter__()
+            part = f".{rank()}" if world_size() > 1 else ""
+            path = Path(self.trainer.default_root_dir) / f"likelihoods{part}.ark"
+            self.likelihoods = self.archive(path).__enter__()
 
     def on_test_epoch_end(self) -> None:
         super().on_test_epoch_end()
@@ -171,13 +174,14 @@ class Hybrid(Task):
                 self.likelihoods = None
             raise
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["state"] = self.state
+    def own_state(self) -> dict[str, Any]:
+        return super().own_state() | {
+            "state": self.transfer_batch_to_device(self.state, torch.device("cpu"), 0),
+        }
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.state = checkpoint["state"]
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        super().load_own_state(state)
+        self.state = state["state"]
 
     def on_train_start(self) -> None:
         super().on_train_start()

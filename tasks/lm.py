@@ -110,13 +110,13 @@ class LanguageModelling(Task):
         super().on_validation_epoch_end()
         self.states.pop("evaluation", None)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["state"] = self.states.get("train")
+    def own_state(self) -> dict[str, Any]:
+        state = self.transfer_batch_to_device(self.states.get("train"), torch.device("cpu"), 0)
+        return super().own_state() | {"state": state}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.states["train"] = checkpoint["state"]
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        super().load_own_state(state)
+        self.states["train"] = state["state"]
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from tasks.base import Dropout, Task
 from tasks.ctc import BLANK, PrefixSearch, Words, check_beam, greedy, search
+from tasks.processes import gathered, rank
 from tasks.record import write_text
 from tasks.translation import MEMORY
 
@@ -146,13 +147,17 @@ class SpeechRecognition(Task):
         return frames.masked_fill(silent[:, :, None, None], 0.0).flatten(2)
 
     def derived(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
-        if stage == "train" or not self.hypotheses:
+        if stage == "train":
+            return {}
+        for part in gathered(self.hypotheses):
+            self.hypotheses |= part
+        if not self.hypotheses:
             return {}
         import jiwer
 
         found = dict(sorted(self.hypotheses.items()))
         self.hypotheses = {}
-        if stage == "test":
+        if stage == "test" and not rank():
             lines = "".join(f"{name}\t{heard}\n" for name, (heard, _) in found.items())
             write_text(Path(self.trainer.default_root_dir) / "hypotheses.txt", lines)
         heard, said = (list(texts) for texts in zip(*found.values(), strict=True))

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from tasks import answers, door
 from tasks.base import Dropout, Task
+from tasks.processes import gathered, rank
 from tasks.record import write_text
 
 
@@ -160,13 +161,17 @@ class QuestionAnswering(Task):
     def derived(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         if stage == "train":
             return {}
-        predictions = {id: text for id, (_, text) in self.found.items()}
-        found = answers.evaluate(self.references, predictions)
-        if stage == "test":
+        for found, references in gathered((self.found, self.references)):
+            self.references |= references
+            for id, best in found.items():  # two windows of a passage may be of two processes
+                self.found[id] = max(best, self.found.get(id, best), key=lambda each: each[0])
+        predictions = {id: self.found[id][1] for id in sorted(self.found)}
+        evaluated = answers.evaluate(self.references, predictions)
+        if stage == "test" and not rank():
             folder = Path(self.trainer.default_root_dir)
             write_text(folder / "predictions.json", json.dumps(predictions, ensure_ascii=False) + "\n")
         self.found, self.references = {}, {}
-        return {name: torch.tensor(found[name], device=self.device) for name in ("em", "f1")}
+        return {name: torch.tensor(evaluated[name], device=self.device) for name in ("em", "f1")}
 
     @torch.no_grad()
     def predict(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tasks.base import Dropout, Task
 from tasks.cross_entropy import linear_cross_entropy
 from tasks.decoder import GlobalAttention, has_memory
+from tasks.processes import gathered, rank
 from tasks.record import write_text
 from tasks.search import beam_search, check_search
 
@@ -172,12 +173,14 @@ class Translation(Task):
         if stage == "train":  # whose loss is smoothed, and no perplexity follows from it
             return {}
         values = {"perplexity": means["loss"].exp()}
+        for part in gathered(self.hypotheses):
+            self.hypotheses |= part
         if self.hypotheses:
             from sacrebleu.metrics import BLEU, CHRF
 
             hypotheses, references = zip(*(self.hypotheses[line] for line in sorted(self.hypotheses)), strict=True)
             self.hypotheses = {}
-            if stage == "test":
+            if stage == "test" and not rank():
                 folder = Path(self.trainer.default_root_dir)
                 write_text(folder / "hypotheses.txt", "".join(line + "\n" for line in hypotheses))
             for metric in (BLEU(), CHRF()):

@@ -1,0 +1,261 @@
+"""Training by several processes: who starts them, which one this is, and what they hand to one another.
+
+Three ways lead to several processes. `python train.py trainer=ddp trainer.devices=2` starts them itself: the command
+composes the configuration once and hands it over, whole. torchrun, and srun on SLURM, start every process by
+themselves: each composes the same configuration, and the run's folder is named after the job.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import sys
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
+from omegaconf import DictConfig, OmegaConf, open_dict
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from torch import Tensor, distributed
+
+ROOT = Path(__file__).parent.parent
+HANDED_OVER = "SRU_CONFIG"  # the variable with the configuration, as JSON, of the processes that `launch` starts
+PREPARING = timedelta(days=7)  # that the others wait for the first process to prepare a corpus
+FOLDERS = ("run_dir=", "hydra.run.dir=")
+
+
+def by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def by_srun() -> bool:
+    """Of several tasks; one of a single task starts its own processes. A batch script itself is no job step."""
+    is_step = "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    return is_step and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and not by_torchrun()
+
+
+def world_size() -> int:
+    """How many processes were started together, by whomever."""
+    return int(os.environ["WORLD_SIZE" if by_torchrun() else "SLURM_NTASKS"]) if by_torchrun() or by_srun() else 1
+
+
+def rank() -> int:
+    """The number of this process among them; process 0 writes the run's folder."""
+    return int(os.environ["RANK" if by_torchrun() else "SLURM_PROCID"]) if by_torchrun() or by_srun() else 0
+
+
+def on_gpu(cfg: DictConfig) -> bool:
+    accelerator = cfg.trainer.accelerator
+    return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse numbers of processes that are none, and any but one without trainer=ddp or trainer=fsdp."""
+    for name, is_auto in (("devices", "strategy" in cfg.trainer), ("num_nodes", "strategy" in cfg.trainer)):
+        value = cfg.trainer.get(name, 1)
+        if not (type(value) is int and 1 <= value <= 10**5) and not (is_auto and value == "auto"):
+            raise ValueError(
+                f"trainer.{name}={value} must be a whole number, 1 or more"
+                f"{', or auto' if is_auto else ''}; type for example trainer=ddp trainer.{name}=2"
+                + (" (which GPUs, says the variable CUDA_VISIBLE_DEVICES)" if name == "devices" else "")
+            )
+        if not is_auto and value != 1:
+            raise ValueError(f"trainer.{name}={value} needs several processes: type trainer=ddp trainer.{name}={value}")
+
+
+def settle(cfg: DictConfig) -> int:
+    """Put numbers for auto, check them against this machine and who started it; returns how many processes there are.
+
+    Of one process nothing is left that is of several.
+    """
+    if "strategy" not in cfg.trainer:
+        if world_size() > 1:
+            raise ValueError(
+                f"{world_size()} processes were started, and trainer={cfg.choices.get('trainer', 'default')} is of "
+                "one: type trainer=ddp"
+            )
+        return 1
+    gpus = torch.cuda.device_count() if on_gpu(cfg) else 0
+    if not gpus and OmegaConf.is_dict(cfg.trainer.strategy):
+        raise ValueError("trainer=fsdp parts a network among GPUs, and torch finds none here: type trainer=ddp")
+    if by_torchrun():
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = world_size() // local
+    elif by_srun():
+        nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        local = world_size() // nodes
+    else:
+        local, nodes = max(1, gpus), 1
+    devices, num_nodes = (
+        own if given == "auto" else given
+        for own, given in ((local, cfg.trainer.devices), (nodes, cfg.trainer.num_nodes))
+    )
+    if world_size() > 1 and (devices, num_nodes) != (local, nodes):
+        raise ValueError(
+            f"trainer.devices={devices} trainer.num_nodes={num_nodes}: {local} processes were started on each of "
+            f"{nodes} machines; leave both out, or type trainer.devices={local} trainer.num_nodes={nodes}"
+        )
+    if world_size() == 1 and num_nodes > 1:
+        raise ValueError(
+            f"trainer.num_nodes={num_nodes}: start it on every machine, by torchrun --nnodes={num_nodes} "
+            f"--nproc-per-node={devices}, or by srun (docs/cluster.md)"
+        )
+    if on_gpu(cfg) and devices > gpus:
+        raise ValueError(
+            f"trainer.devices={devices}: this machine has {gpus} GPUs; type trainer.devices={max(1, gpus)}, or "
+            "trainer.accelerator=cpu"
+        )
+    with open_dict(cfg):
+        cfg.trainer.devices, cfg.trainer.num_nodes = devices, num_nodes
+        if devices * num_nodes == 1 and not OmegaConf.is_dict(cfg.trainer.strategy):
+            cfg.trainer.strategy = "auto"
+        if by_srun():
+            # Lightning's own requeue saves from a signal, in the midst of what the processes send one another.
+            target = "pytorch_lightning.plugins.environments.SLURMEnvironment"
+            cfg.trainer.plugins.append({"_target_": target, "auto_requeue": False})
+        if rank():
+            cfg.trainer.logger = False
+    return devices * num_nodes
+
+
+def launch(cfg: DictConfig, count: int) -> float | None:
+    """Run `cfg` by so many processes of this machine, to the end; what run() returns.
+
+    The first that fails ends the others, within seconds.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    handed = {"config": OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), "overrides": overrides()}
+    if HydraConfig.initialized():
+        handed["logging"] = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        shutdown_timeout=10,
+    )
+    # Its report of a failure, and its advice, are of its own functions.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ[HANDED_OVER] = json.dumps(handed)
+    sys.stdout.flush()
+    try:
+        elastic_launch(config, sys.executable)(str(ROOT / "train.py"))
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}, as told above"
+        folder = Path(cfg.run_dir)
+        go_on = (
+            f" Go on with: python train.py resume={folder}" if (folder / "checkpoints/last.ckpt").exists() else ""
+        )
+        raise ChildProcessError(
+            f"process {number} of {count} ended by {how}; the others were stopped.{go_on}"
+        ) from None
+    finally:
+        del os.environ[HANDED_OVER]
+    outcome = json.loads((Path(cfg.run_dir) / "metrics.json").read_text(encoding="utf-8"))
+    return outcome["metrics"].get(outcome["monitor"])
+
+
+def handed_over() -> DictConfig | None:
+    """The configuration that `launch` hands to this process, if it was started by it."""
+    if HANDED_OVER not in os.environ:
+        return None
+    handed = json.loads(os.environ[HANDED_OVER])
+    if "logging" in handed:
+        configure_log(OmegaConf.create(handed["logging"]))
+    return OmegaConf.create(handed["config"])
+
+
+def overrides() -> list[str]:
+    """What was typed."""
+    if HANDED_OVER in os.environ:
+        return json.loads(os.environ[HANDED_OVER])["overrides"]
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def arguments(given: list[str]) -> list[str]:
+    """The words of a command that torchrun or srun started, with the folder that all its processes have in common.
+
+    A job that was started again goes on from its last checkpoint.
+    """
+    folders = [word.partition("=")[2].strip("'\"") for word in given if word.startswith(FOLDERS)]
+    is_resumed = any(word.startswith("resume=") for word in given)
+    if world_size() > 1 and not folders and not is_resumed:
+        name = os.environ["TORCHELASTIC_RUN_ID"] if by_torchrun() else os.environ["SLURM_JOB_ID"]
+        if not re.fullmatch(r"[\w.-]+", name) or name == "none":
+            raise ValueError(
+                f"the processes of this job have no folder in common: its name is {name}. Type run_dir=FOLDER, or "
+                "torchrun --rdzv-id=NAME"
+            )
+        folders = [f"runs/{'torchrun' if by_torchrun() else 'slurm'}/{name}"]
+        given = [*given, f"hydra.run.dir='{folders[0]}'"]
+    times = int(os.environ.get("TORCHELASTIC_RESTART_COUNT" if by_torchrun() else "SLURM_RESTART_COUNT", "0"))
+    if times and len(folders) == 1 and not is_resumed and (Path(folders[0]) / "checkpoints/last.ckpt").exists():
+        return [*(word for word in given if not word.startswith(FOLDERS)), f"resume={folders[0]}"]
+    return given
+
+
+@contextlib.contextmanager
+def joined(cfg: DictConfig) -> Iterator[None]:
+    """The processes know one another, and the first one speaks for all."""
+    if world_size() == 1:
+        yield
+        return
+    environment = SLURMEnvironment(auto_requeue=False) if by_srun() else None
+    if environment is not None:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+    options: dict[str, Any] = {"rank": rank(), "world_size": world_size()}
+    if on_gpu(cfg):
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK" if by_torchrun() else "SLURM_LOCALID"]))
+        torch.cuda.set_device(device)
+        options["device_id"] = device
+    distributed.init_process_group("nccl" if on_gpu(cfg) else "gloo", **options)
+    with contextlib.ExitStack() as stack:
+        if rank():
+            logging.disable(logging.INFO)
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
+    # Not after an error: the others do not come.
+    distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """What the first process does before the others, which then find it done: a corpus is prepared once."""
+    if world_size() == 1:
+        yield
+        return
+    group = distributed.new_group(backend="gloo", timeout=PREPARING)
+    if rank():
+        distributed.barrier(group)
+    yield
+    if not rank():
+        distributed.barrier(group)
+
+
+def gathered(own: Any) -> list[Any]:
+    """What each process has, in the order of their numbers; every process must call it."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [own]
+    every: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(every, own)
+    return every
+
+
+def summed(own: Tensor) -> Tensor:
+    """The sum of the processes' tensors, put into `own`; every process must call it."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(own)
+    return own
