@@ -22,7 +22,8 @@ def run(cfg: DictConfig) -> float | None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # A corpus in memory needs no workers, a resumed run finds its checkpoints, how Lightning uses torch is its own.
     warnings.filterwarnings(
-        "ignore", ".*does not have many workers.*|Checkpoint directory .* is not empty|.*isinstance.treespec, LeafSpec|"
+        "ignore",
+        ".*does not have many workers.*|Checkpoint directory .* is not empty|.*isinstance.treespec, LeafSpec|"
         # Metrics are summed over the processes before they are logged.
         ".*recommended to use .self.log.*sync_dist=True.",
     )

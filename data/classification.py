@@ -164,7 +164,9 @@ class SentenceClassification(pl.LightningDataModule):
         if len(groups) > 1 and len(groups[-1]) < processes:  # each process has an example
             groups[-2:] = [[*groups[-2], *groups[-1]]]
         if len(groups[-1]) < processes:
-            raise ValueError(f"{len(examples)} examples are too few for {processes} processes: type fewer trainer.devices")
+            raise ValueError(
+                f"{len(examples)} examples are too few for {processes} processes: type fewer trainer.devices"
+            )
         batches = [
             (
                 self.collate([words for words, _ in group])[:, rank::processes],

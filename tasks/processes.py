@@ -156,9 +156,7 @@ def launch(cfg: DictConfig, count: int) -> float | None:
         number, failure = error.get_first_failure()
         how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}, as told above"
         folder = Path(cfg.run_dir)
-        go_on = (
-            f" Go on with: python train.py resume={folder}" if (folder / "checkpoints/last.ckpt").exists() else ""
-        )
+        go_on = f" Go on with: python train.py resume={folder}" if (folder / "checkpoints/last.ckpt").exists() else ""
         raise ChildProcessError(
             f"process {number} of {count} ended by {how}; the others were stopped.{go_on}"
         ) from None

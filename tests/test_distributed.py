@@ -269,7 +269,9 @@ def test_tasks_of_slurm_find_one_another_and_one_folder(tmp_path):
 
 @pytest.mark.slow
 def test_each_job_of_a_sweep_has_its_processes(tmp_path):
-    status, _, err = ended(start("-m", "depth=1,2", *WORDS[:1], *WORDS[2:], *TWO, "epochs=1", f"hydra.sweep.dir={tmp_path}"))
+    status, _, err = ended(
+        start("-m", "depth=1,2", *WORDS[:1], *WORDS[2:], *TWO, "epochs=1", f"hydra.sweep.dir={tmp_path}")
+    )
     assert status == 0, err
     found = sorted(tmp_path.glob("*/metrics.json"))
     assert len(found) == 2
