@@ -210,11 +210,11 @@ def test_a_killed_process_ends_the_job_and_its_checkpoint_goes_on(tmp_path, numb
     wait_for(folder / "checkpoints/last.ckpt", running)
     other = of_process(1 - number, running.pid)
     os.kill(of_process(number, running.pid), signal.SIGKILL)
-    status, _, err = ended(running, within=60)
+    status, _, err = ended(running, within=120)
     assert status == 1
     assert f"process {number} of 2 ended by signal 9; the others were stopped" in err
     assert f"resume={folder}" in err
-    assert "Traceback" not in err.rpartition("error:")[2]
+    assert "Traceback" not in err
     assert not Path(f"/proc/{other}").exists()
     state = checkpoint(folder)
     done = state["epoch"] + 1
@@ -239,7 +239,7 @@ def test_torchrun_goes_on_from_the_last_checkpoint_after_a_kill(tmp_path):
     assert checkpoint(folder)["global_step"] == 300
     steps = [int(step) for step, name in losses(folder) if name == "val/loss"]
     assert steps == sorted(set(steps)) == list(range(2, 301, 2))
-    assert "resume=" in (folder / "run.json").read_text() or (folder / "config.yaml").read_text().count("resume: ")
+    assert OmegaConf.load(folder / "config.yaml").resume == str(folder)
 
 
 @pytest.mark.slow
@@ -297,16 +297,16 @@ def test_numbers_that_do_not_fit_are_refused(configure, monkeypatch, words, star
     for name, value in started.items():
         monkeypatch.setenv(name, value)
     cfg = configure(*words)
+    monkeypatch.setattr(processes, "launch", lambda *_: pytest.fail("nothing was refused"))
     with pytest.raises(ValueError, match=message):
-        door.check(cfg)
-        processes.settle(cfg)
+        train.run(cfg)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")
 def test_a_parted_network_is_refused_without_gpus(configure):
     cfg = configure("trainer=fsdp")
     door.check(cfg)
-    with pytest.raises(ValueError, match="trainer=fsdp parts a network among GPUs, .* type trainer=ddp"):
+    with pytest.raises(ValueError, match="trainer=fsdp parts a network among GPUs"):
         processes.settle(cfg)
 
 
