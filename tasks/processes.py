@@ -190,6 +190,8 @@ def arguments(given: list[str]) -> list[str]:
     """
     folders = [word.partition("=")[2].strip("'\"") for word in given if word.startswith(FOLDERS)]
     is_resumed = any(word.startswith("resume=") for word in given)
+    if world_size() > 1 and {"-m", "--multirun"} & set(given):
+        raise ValueError("the jobs of a sweep start their processes themselves: leave out torchrun, or srun, or -m")
     if world_size() > 1 and not folders and not is_resumed:
         name = os.environ["TORCHELASTIC_RUN_ID"] if by_torchrun() else os.environ["SLURM_JOB_ID"]
         if not re.fullmatch(r"[\w.-]+", name) or name == "none":

@@ -345,9 +345,11 @@ def test_processes_that_others_start_agree_on_a_folder(monkeypatch, environment,
     assert processes.arguments(given) == expected
 
 
-def test_a_job_without_a_name_says_what_to_type(monkeypatch):
+def test_a_job_without_a_name_or_with_many_runs_says_what_to_type(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="the jobs of a sweep start their processes themselves"):
+        processes.arguments(["-m", "depth=1,2"])
     with pytest.raises(ValueError, match=r"run_dir=FOLDER, or torchrun --rdzv-id=NAME"):
         processes.arguments([])
 
