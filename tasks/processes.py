@@ -216,7 +216,18 @@ def joined(cfg: DictConfig) -> Iterator[None]:
     environment = SLURMEnvironment(auto_requeue=False) if by_srun() else None
     if environment is not None:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
-    options: dict[str, Any] = {"rank": rank(), "world_size": world_size()}
+    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    server = distributed.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size(),
+        is_master=not is_served and not rank(),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    # torchrun's may be the one of before a restart, with the addresses of processes that are gone.
+    store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), server)
+    options: dict[str, Any] = {"store": store, "rank": rank(), "world_size": world_size()}
     if on_gpu(cfg):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK" if by_torchrun() else "SLURM_LOCALID"]))
         torch.cuda.set_device(device)
