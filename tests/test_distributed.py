@@ -365,6 +365,8 @@ def test_a_job_that_is_started_again_goes_on(tmp_path, monkeypatch, variable):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").touch()
     assert processes.arguments(given) == ["depth=2", f"resume={tmp_path}"]
+    both = [*given, "hydra.run.dir=elsewhere"]
+    assert processes.arguments(both) == ["depth=2", f"resume={tmp_path}"]
     monkeypatch.setenv(variable, "0")
     assert processes.arguments(given) == given
 
