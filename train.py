@@ -43,7 +43,7 @@ def run(cfg: DictConfig) -> float | None:
         # A bar in a file is a wall of lines.
         cfg.trainer.enable_progress_bar &= sys.stdout.isatty()
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        origin, outcome, has_begun = record.provenance(), None, False
+        origin, sizes, outcome, has_begun = record.provenance(), record.sizes(task), None, False
 
         def begin(*_: object) -> None:
             nonlocal has_begun
@@ -62,7 +62,7 @@ def run(cfg: DictConfig) -> float | None:
                 logger.log_hyperparams(config)
             trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
             # Before the test, which sets the callbacks back to the best epoch.
-            found = record.result(trainer, task) | {"commit": origin["commit"]}
+            found = record.result(trainer, task) | sizes | {"commit": origin["commit"]}
             path = average.tested(trainer)
             found["tested"] = path and Path(path).name
             for tested in trainer.test(task, datamodule=data, ckpt_path=path, verbose=False, weights_only=True):

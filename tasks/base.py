@@ -122,7 +122,7 @@ class Task(pl.LightningModule, ABC):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         # Where each process has a part of the network, the norm is that of all parts.
-        network = self.trainer.strategy.model
+        network: Any = self.trainer.strategy.model
         if gradient_clip_val and gradient_clip_algorithm != "value" and hasattr(network, "clip_grad_norm_"):
             network.clip_grad_norm_(gradient_clip_val)
         else:

@@ -385,7 +385,10 @@ def explain(error: BaseException) -> str:
 
 def guard(main: Callable[[], Any]) -> None:
     """Run a command; an error becomes one message and exit status 1, unless HYDRA_FULL_ERROR asks for the traceback."""
-    show_traceback = "HYDRA_FULL_ERROR" in os.environ
+    # A process that another one starts has the variable from it, who may have it from here.
+    show_traceback = "HYDRA_FULL_ERROR" in os.environ and "SRU_MESSAGES" not in os.environ
+    if not show_traceback:
+        os.environ["SRU_MESSAGES"] = "1"
     # Hydra would print a traceback and exit; with this it hands the error on.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -405,6 +408,8 @@ def guard(main: Callable[[], Any]) -> None:
         if refused.code == 2:  # by argparse, which knows Hydra's own options only
             print("Options have no dashes: depth=3, not --depth 3. --help lists what there is.", file=sys.stderr)
         raise
+    finally:
+        os.environ.pop("SRU_MESSAGES", None)
 
 
 def is_unread(stream: TextIO) -> bool:

@@ -27,7 +27,7 @@ from torch import Tensor, distributed
 ROOT = Path(__file__).parent.parent
 HANDED_OVER = "SRU_CONFIG"  # the variable with the configuration, as JSON, of the processes that `launch` starts
 PREPARING = timedelta(days=7)  # that the others wait for the first process to prepare a corpus
-FOLDERS = ("run_dir=", "hydra.run.dir=")
+FOLDERS = ("run_dir=", "hydra.run.dir=")  # the first counts
 
 
 def by_torchrun() -> bool:
@@ -188,8 +188,10 @@ def arguments(given: list[str]) -> list[str]:
 
     A job that was started again goes on from its last checkpoint.
     """
-    folders = [word.partition("=")[2].strip("'\"") for word in given if word.startswith(FOLDERS)]
+    folders = [word.partition("=")[2].strip("'\"") for key in FOLDERS for word in given if word.startswith(key)]
     is_resumed = any(word.startswith("resume=") for word in given)
+    if world_size() > 1 and {"-m", "--multirun"} & set(given):
+        raise ValueError("the jobs of a sweep start their processes themselves: leave out torchrun, or srun, or -m")
     if world_size() > 1 and not folders and not is_resumed:
         name = os.environ["TORCHELASTIC_RUN_ID"] if by_torchrun() else os.environ["SLURM_JOB_ID"]
         if not re.fullmatch(r"[\w.-]+", name) or name == "none":
@@ -200,7 +202,7 @@ def arguments(given: list[str]) -> list[str]:
         folders = [f"runs/{'torchrun' if by_torchrun() else 'slurm'}/{name}"]
         given = [*given, f"hydra.run.dir='{folders[0]}'"]
     times = int(os.environ.get("TORCHELASTIC_RESTART_COUNT" if by_torchrun() else "SLURM_RESTART_COUNT", "0"))
-    if times and len(folders) == 1 and not is_resumed and (Path(folders[0]) / "checkpoints/last.ckpt").exists():
+    if times and folders and not is_resumed and (Path(folders[0]) / "checkpoints/last.ckpt").exists():
         return [*(word for word in given if not word.startswith(FOLDERS)), f"resume={folders[0]}"]
     return given
 
@@ -214,7 +216,18 @@ def joined(cfg: DictConfig) -> Iterator[None]:
     environment = SLURMEnvironment(auto_requeue=False) if by_srun() else None
     if environment is not None:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
-    options: dict[str, Any] = {"rank": rank(), "world_size": world_size()}
+    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    server = distributed.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size(),
+        is_master=not is_served and not rank(),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    # torchrun's may be the one of before a restart, with the addresses of processes that are gone.
+    store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), server)
+    options: dict[str, Any] = {"store": store, "rank": rank(), "world_size": world_size()}
     if on_gpu(cfg):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK" if by_torchrun() else "SLURM_LOCALID"]))
         torch.cuda.set_device(device)

@@ -153,14 +153,20 @@ def result(trainer: Any, task: Any) -> dict[str, Any]:
         "monitor": best.monitor,
         "best_epoch": best_epoch,
         "epochs": round(clock.epochs, 3),
-        "parameters": sum(p.numel() for p in task.parameters()),
-        "encoder_parameters": sum(p.numel() for encoder in task.encoders for p in encoder.parameters()),
         "seconds": clock.seconds,
         "seconds_per_epoch": (seconds_per_epoch := clock.seconds / clock.epochs if clock.epochs else 0.0),
         "encoder_seconds_per_epoch": clock.encoder_share * seconds_per_epoch,
         f"{task.counted}_per_second": clock.speed,
         **clock.step_milliseconds(),
         "peak_memory_mb": peak_memory(task.device),
+    }
+
+
+def sizes(task: Any) -> dict[str, int]:
+    """The numbers of parameters, of a network that is not yet parted among processes."""
+    return {
+        "parameters": sum(p.numel() for p in task.parameters()),
+        "encoder_parameters": sum(p.numel() for encoder in task.encoders for p in encoder.parameters()),
     }
 
 

@@ -132,11 +132,31 @@ def test_each_process_takes_its_part(tmp_path):
     assert evaluated == list(Batches(list, range(47), range(47), batch_size=5))
 
 
-@pytest.mark.parametrize(("rank", "trained", "evaluated"), [(0, 3, 4), (1, 3, 3), (2, 3, 3)])
-def test_all_processes_train_on_as_many_batches_and_evaluate_all(monkeypatch, rank, trained, evaluated):
+@pytest.mark.parametrize("seed", [1, None], ids=["training", "evaluation"])
+@ways
+def test_all_processes_take_as_many_batches_and_each_example_comes_once(monkeypatch, way, seed):
+    """Of three processes, and of numbers of batches that leave other remainders."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
-    for seed, count in ((1, trained), (None, evaluated)):
-        batches = Batches(list, range(50), range(50), batch_size=5, seed=seed)
-        assert len(batches) == len(list(batches)) == count
+    lengths = set()
+    for size in (24, 40, 41, 1000):
+        parts = []
+        for rank in range(3):
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+            part = batches(way, seed, SIZES[:size])
+            parts.append(list(part))
+            assert len(part) == len(parts[-1]) == len(parts[0])
+        assert all(batch for part in parts for batch in part)
+        assert sorted(e for part in parts for batch in part for e in batch) == list(enumerate(SIZES[:size]))
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+        lengths.add(len(batches(way, seed, SIZES[:size])) % 3)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    assert len(lengths) > 1
+
+
+def test_too_few_examples_for_the_processes_are_told(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match="2 examples are too few for 3 processes"):
+        Batches(list, range(2), range(2), batch_size=5)

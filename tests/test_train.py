@@ -265,7 +265,7 @@ def test_a_sweep_gives_a_folder_and_a_wandb_run_a_job(tmp_path):
         (["trainer.max_epoch=3"], "Did you mean: trainer.max_epochs"),
         (["modle=sru"], "Did you mean: model"),
         (["data.fold=10"], "data.fold=10 must be a whole number, 0 to 9"),
-        (["trainer.devices=2"], "trainer.devices=2 must be a whole number, 1, for now"),
+        (["trainer.devices=2"], "trainer.devices=2 needs several processes: type trainer=ddp"),
         (["run_dir="], "run_dir= must name a folder"),
         (["data=cr", "data.root=/dev/null/x"], "/dev/null/x"),
         (["model=lstm", "ablation=[no_vc]"], "sru.LSTM has no option 'has_vc_term'"),
