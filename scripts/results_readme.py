@@ -31,9 +31,10 @@ def filled(text: str, root: Path = ROOT) -> str:
 def table(words: str, root: Path) -> list[str]:
     """The lines of the table that a marker asks for.
 
-    FILE ... names kept runs; `rows=` the columns that name a row, `columns=` whose values are columns; `metric=` the
-    metric, if not the one that the runs report; `cell=` the form, of the words mean, std and n; `places=` the digits
-    behind the point. Any other KEY=VALUE keeps the runs that have it.
+    FILE ... names kept runs; `rows=` the columns that name a row, `columns=` whose values are columns; `metric=` what
+    of metrics.json, if not the metric that the runs report, or without `columns=` several; `cell=` the form, of the
+    words mean, std and n; `places=` the digits behind the point, of each metric. Any other KEY=VALUE keeps the runs
+    that have it.
     """
     asked: dict[str, str] = {"rows": "model,depth,ablation", "columns": "", "metric": "", "cell": "mean ± std"}
     asked["places"] = "1"
@@ -58,23 +59,27 @@ def table(words: str, root: Path) -> list[str]:
     if not groups:
         raise DamagedError(f"no run for the table `{words}`; such a line is `{EXAMPLE}`")
     rows = [key for key in asked["rows"].split(",") if key]
-    cells: dict[tuple[str, ...], dict[str, Group]] = {}
+    cells: dict[tuple[str, ...], dict[str, tuple[Group, str]]] = {}
     for group in groups:
         row = cells.setdefault(tuple(named(group, key) for key in rows), {})
-        column = (
-            named(group, asked["columns"]) if asked["columns"] else asked["metric"] or group.runs[0].names["metric"]
-        )
-        if column in row:
-            pair = [row[column].runs[0].names, group.runs[0].names]
+        metrics = asked["metric"].split(",") if asked["metric"] else [group.runs[0].names["metric"]]
+        columns = [named(group, asked["columns"])] if asked["columns"] else metrics
+        if len(columns) != len(metrics):
+            raise DamagedError(f"the table `{words}` has columns= and several metrics: name one, or leave columns= out")
+        if column := next((column for column in columns if column in row), None):
+            other = row[column][0]
+            pair = [other.runs[0].names, group.runs[0].names]
             said = [" ".join(f"{k}={v}" for k, v in names.items() if pair[0][k] != pair[1][k]) for names in pair]
-            said = [f"{text} {each.differs}".strip() for text, each in zip(said, (row[column], group), strict=True)]
+            said = [f"{text} {each.differs}".strip() for text, each in zip(said, (other, group), strict=True)]
             raise DamagedError(
                 f"the table `{words}` has two groups in one cell ({' / '.join(said)}): add to rows=, or a KEY=VALUE"
             )
-        row[column] = group
+        places = asked["places"].split(",")
+        for column, metric, digits in zip(columns, metrics, places * (len(metrics) // len(places)), strict=True):
+            row[column] = (group, cell(group, metric, asked["cell"], int(digits)))
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
     lines = [[*rows, *columns]]
-    lines += [[*row, *(cell(here[c], asked) if c in here else "" for c in columns)] for row, here in cells.items()]
+    lines += [[*row, *(here[c][1] if c in here else "" for c in columns)] for row, here in cells.items()]
     return markdown(lines, [name == "depth" for name in rows] + [True] * len(columns))
 
 
@@ -92,16 +97,15 @@ def named(group: Group, key: str) -> str:
     return first.options[key].strip('"')
 
 
-def cell(group: Group, asked: dict[str, str]) -> str:
+def cell(group: Group, metric: str, form: str, places: int) -> str:
     """The value in the form asked for; one run has no deviation."""
-    metrics = [run.record["metrics"] for run in group.runs]
-    metric = asked["metric"] or group.runs[0].names["metric"]
-    if missing := [str(run.place) for run in group.runs if metric not in run.record["metrics"]]:
-        raise DamagedError(f"{missing[0]} has no {metric}; it has {', '.join(metrics[0])}")
-    mean, std = mean_and_std([float(each[metric]) for each in metrics])
-    places = int(asked["places"])
-    form = asked["cell"] if std is not None else re.sub(r"\s*±\s*std|\bstd\b", "", asked["cell"])
-    words = {"mean": f"{mean:.{places}f}", "std": f"{std or 0.0:.{places}f}", "n": str(len(group.runs))}
+    found = [run.record["metrics"] | run.record for run in group.runs]
+    if missing := [str(run.place) for run, has in zip(group.runs, found, strict=True) if metric not in has]:
+        numbers = [name for name, value in found[0].items() if isinstance(value, int | float)]
+        raise DamagedError(f"{missing[0]} has no {metric}; it has {', '.join(numbers)}")
+    mean, std = mean_and_std([float(each[metric]) for each in found])
+    form = form if std is not None else re.sub(r"\s*±\s*std|\bstd\b", "", form)
+    words = {"mean": f"{mean:,.{places}f}", "std": f"{std or 0.0:.{places}f}", "n": str(len(group.runs))}
     return re.sub(r"\b(mean|std|n)\b", lambda match: words[match[0]], form)
 
 

@@ -6,7 +6,7 @@ import pytest
 import results
 import results_readme
 from conftest import ROOT
-from results_runs import find_runs, group_runs, read_runs
+from results_runs import DamagedError, find_runs, group_runs, read_runs
 from results_table import table
 from test_results import PAPER, write_run
 
@@ -102,6 +102,16 @@ def test_a_table_of_the_readme_is_written_between_its_markers(kept):
         "<!-- end -->",
     ]
     assert results_readme.filled(text, kept) == text
+
+
+def test_a_table_may_have_several_metrics(kept):
+    words = (
+        "kept.jsonl rows=model metric=test/accuracy,encoder_parameters places=1,0 cell=mean data=cr task=classification"
+    )
+    assert results_readme.table(words, kept)[0] == "| model | test/accuracy | encoder_parameters |"
+    assert results_readme.table(words, kept)[-1] == "| sru | 81.0 | 203,776 |"
+    with pytest.raises(DamagedError, match="columns= and several metrics"):
+        results_readme.table(f"{words} columns=data", kept)
 
 
 def test_the_command_rewrites_the_file_once(kept, monkeypatch, capsys):
