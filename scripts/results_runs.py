@@ -22,6 +22,7 @@ PLACES = {
     "callbacks.best.dirpath",
     "callbacks.average.dirpath",
     "callbacks.last.dirpath",
+    "callbacks.interruption",  # changes no number
     "trainer.callbacks",
     "trainer.logger",
     "trainer.default_root_dir",

@@ -20,7 +20,7 @@ SMALL = ("depth=1", "width=16", "epochs=1", "trainer.limit_train_batches=6")
 OF_TASK = {"squad": ["data=squad_sample"], "translation": ["data.tokens_per_batch=1200"]}
 
 
-def tested(folder):
+def metrics_of(folder):
     """What a training wrote down of its test."""
     metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
     return {name: value for name, value in metrics.items() if name.startswith("test/")}
@@ -29,7 +29,7 @@ def tested(folder):
 @pytest.mark.parametrize("task", options("task"))
 def test_a_checkpoint_alone_gives_the_numbers_of_its_training(configure, tmp_path, task):
     train.run(configure(f"task={task}", *OF_TASK.get(task, []), *SMALL))
-    expected = tested(tmp_path / "run")
+    expected = metrics_of(tmp_path / "run")
     (tmp_path / "elsewhere").mkdir()
     alone = (tmp_path / "run/checkpoints/best.ckpt").rename(tmp_path / "elsewhere/any name.ckpt")
     shutil.rmtree(tmp_path / "run")
@@ -41,22 +41,22 @@ def test_the_mean_of_checkpoints_is_what_a_run_is_tested_by(configure, tmp_path)
     often = ("callbacks.average.count=2", "trainer.val_check_interval=2", "task.optimizer.lr=0.01")
     train.run(configure("task=translation", *OF_TASK["translation"], *SMALL, *often))
     run = tmp_path / "run"
-    assert evaluate.main([f"checkpoint={run}"]) == tested(run)
-    assert evaluate.main([f"checkpoint={run}/checkpoints/average.ckpt"]) == tested(run)
-    assert evaluate.main([f"checkpoint={run}/checkpoints/best.ckpt"])["test/loss"] != tested(run)["test/loss"]
+    assert evaluate.main([f"checkpoint={run}"]) == metrics_of(run)
+    assert evaluate.main([f"checkpoint={run}/checkpoints/average.ckpt"]) == metrics_of(run)
+    assert evaluate.main([f"checkpoint={run}/checkpoints/best.ckpt"])["test/loss"] != metrics_of(run)["test/loss"]
 
 
 def test_a_split_and_a_precision_and_a_batch_size(configure, tmp_path):
     train.run(configure(*SMALL, "trainer.precision=bf16-mixed"))
     run = tmp_path / "run"
     metrics = json.loads((run / "metrics.json").read_text())["metrics"]
-    assert evaluate.main([f"checkpoint={run}"]) == tested(run)
+    assert evaluate.main([f"checkpoint={run}"]) == metrics_of(run)
     val = evaluate.main([f"checkpoint={run}", "split=val"])
     assert val.keys() == {"val/loss", "val/accuracy"}
     assert val["val/accuracy"] == metrics["val/accuracy"]
     full = evaluate.main([f"checkpoint={run}", "precision=32-true", "data.batch_size=7"])
-    assert full["test/loss"] == pytest.approx(tested(run)["test/loss"], rel=1e-2)
-    assert full["test/loss"] != tested(run)["test/loss"]
+    assert full["test/loss"] == pytest.approx(metrics_of(run)["test/loss"], rel=1e-2)
+    assert full["test/loss"] != metrics_of(run)["test/loss"]
     some = evaluate.main([f"checkpoint={run}", "split=train", "limit=2"])
     assert some.keys() == {"train/loss", "train/accuracy"}
 
@@ -71,7 +71,7 @@ def test_a_text_is_read_with_the_characters_of_the_checkpoint(configure, tmp_pat
     task, vocabulary = trained.load(run)
     bits = task.score(vocabulary.encode(file.read_text()[-2000:]))
     assert found["test/bpc"] == pytest.approx(float(bits.mean()), rel=1e-5)
-    assert evaluate.main([f"checkpoint={run}", "data.eval_unroll=999"]) == pytest.approx(tested(run), rel=1e-4)
+    assert evaluate.main([f"checkpoint={run}", "data.eval_unroll=999"]) == pytest.approx(metrics_of(run), rel=1e-4)
     with pytest.raises(ValueError, match=r"data\.unit=bytes: the checkpoint reads characters"):
         evaluate.main([*words[:2], words[3]])
     file.write_text("☃ and other characters\n" * 200)
@@ -99,12 +99,12 @@ def test_one_file_to_translate_or_to_answer_is_enough(configure, tmp_path):
     train.run(configure("task=translation", *OF_TASK["translation"], *SMALL))
     run, prefix = tmp_path / "run", SAMPLES / "translation-dev"
     files = ("data=parallel", f"data.test={prefix}", "data.source=en", "data.target=de")
-    assert evaluate.main([f"checkpoint={run}", *files, "data.eval_tokens_per_batch=4096"]) == tested(run)
+    assert evaluate.main([f"checkpoint={run}", *files, "data.eval_tokens_per_batch=4096"]) == metrics_of(run)
     with pytest.raises(ValueError, match="translates the other way round"):
         evaluate.main([f"checkpoint={run}", *files[:2], "data.source=de", "data.target=en"])
     train.run(configure("task=squad", *OF_TASK["squad"], *SMALL, f"run_dir={tmp_path / 'squad'}"))
     words = ("data=squad", f"data.test={SAMPLES / 'squad-sample-dev.json'}")
-    assert evaluate.main([f"checkpoint={tmp_path / 'squad'}", *words]) == tested(tmp_path / "squad")
+    assert evaluate.main([f"checkpoint={tmp_path / 'squad'}", *words]) == metrics_of(tmp_path / "squad")
 
 
 def test_sentences_are_read_with_the_words_of_the_checkpoint(tmp_path):
@@ -186,7 +186,7 @@ def test_an_older_checkpoint_is_used_with_the_configuration_of_its_folder(transl
     with pytest.raises(FileNotFoundError, match="copy the whole folder of the run"):
         evaluate.main([f"checkpoint={folder}"])
     shutil.copy(translator / "config.yaml", folder)
-    assert evaluate.main([f"checkpoint={folder}"]) == tested(translator)
+    assert evaluate.main([f"checkpoint={folder}"]) == metrics_of(translator)
 
 
 @pytest.mark.parametrize("part", ["data", "model", "task"])
