@@ -28,6 +28,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--keep", type=Path, metavar="JSONL", help="write the finished runs into this file, a line each"
     )
+    parser.add_argument("--curve", help="of --png: this column of metrics.csv over steps, train/loss for example")
     parser.add_argument(
         "--papers", action="store_true", help="tabulate the rows of the papers: which were run, reached"
     )
@@ -103,7 +104,7 @@ def write(given: argparse.Namespace, groups: list[Group], found: Found, text: st
         given.output.parent.mkdir(parents=True, exist_ok=True)
         given.output.write_text(text + "\n", encoding="utf-8")
     messages = keep(found.runs, given.keep, given.places) if given.keep else []
-    for message in [*messages, *(draw(groups, given.png) if given.png else [])]:
+    for message in [*messages, *(draw(groups, given.png, given.curve) if given.png else [])]:
         print(message, file=sys.stderr)
     return 0
 

@@ -6,24 +6,28 @@ from typing import Any
 import numpy as np
 from results_runs import DamagedError, Group, Run
 
-Panel = tuple[str, str, str]  # data, task, monitor
+Panel = tuple[str, str, str]  # data, task, metric
 
 
-def read_curve(run: Run) -> dict[int, tuple[float, float]]:
-    """{step: (seconds of training so far, validation metric)}; raises DamagedError."""
+def read_curve(run: Run, metric: str) -> dict[int, tuple[float, float]]:
+    """{step: (seconds of training so far, metric)}; raises DamagedError."""
     with run.place.reading("metrics.csv"):
         points = {
-            int(row["step"]): (float(row["seconds"]), float(row[run.monitor]))
+            int(row["step"]): (float(row["seconds"]), float(row[metric]))
             for row in run.place.read("metrics.csv")
-            if row.get("seconds") not in (None, "") and row[run.monitor] not in (None, "")
+            if row.get("seconds") not in (None, "") and row[metric] not in (None, "")
         }
         if not points:
-            raise ValueError(f"no row has both seconds and {run.monitor}")
+            raise ValueError(f"no row has both seconds and {metric}")
         return points
 
 
-def mean_curves(groups: list[Group]) -> tuple[dict[Panel, list[tuple[Group, Any]]], list[str]]:
-    """The curves of each panel, as arrays of (step, seconds, validation metric), and messages about unreadable ones.
+def mean_curves(
+    groups: list[Group], metric: str | None = None
+) -> tuple[dict[Panel, list[tuple[Group, Any]]], list[str]]:
+    """The curves of each panel, as arrays of (step, seconds, metric), and messages about unreadable ones.
+
+    The metric, if none is named, is the one that chose the best epoch.
 
     A curve is the mean over a group's runs of both, by step, over the steps after which all of them have validated, so
     that every point is a mean over the same runs.
@@ -34,25 +38,28 @@ def mean_curves(groups: list[Group]) -> tuple[dict[Panel, list[tuple[Group, Any]
         first, curves = group.runs[0], []
         for run in group.runs:
             try:
-                curves.append(read_curve(run))
+                curves.append(read_curve(run, metric or run.monitor))
             except DamagedError as error:
                 messages.append(f"no curve: {error}")
         steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
         if steps:
             mean = np.mean([[(step, *curve[step]) for step in steps] for curve in curves], axis=0)
-            panels.setdefault((first.names["data"], first.names["task"], first.monitor), []).append((group, mean))
+            panels.setdefault((first.names["data"], first.names["task"], metric or first.monitor), []).append(
+                (group, mean)
+            )
     return dict(sorted(panels.items())), messages
 
 
-def draw(groups: list[Group], path: Path) -> list[str]:
+def draw(groups: list[Group], path: Path, metric: str | None = None) -> list[str]:
     """Draw validation metric against training time, a panel a data set, a line a group, as Figure 3 of the 2018 paper.
 
-    Returns messages about the file and about curves that cannot be read.
+    Another metric that is named, train/loss for example, is drawn against steps, as Figure 2. Returns messages about
+    the file and about curves that cannot be read.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels, messages = mean_curves(groups)
+    panels, messages = mean_curves(groups, metric)
     if not panels:
         return [*messages, f"{path} was not drawn: no run has a learning curve"]
     columns = min(3, len(panels))
@@ -60,14 +67,17 @@ def draw(groups: list[Group], path: Path) -> list[str]:
     figure = Figure(figsize=(5.5 * columns, 4.2 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     labels = list(dict.fromkeys(group.label for lines in panels.values() for group, _ in lines))
-    for place, ((data, _, monitor), lines) in enumerate(panels.items(), start=1):
+    across, unit = (0, "steps") if metric else (1, "training time (s)")
+    for place, ((data, _, shown), lines) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
         for group, mean in lines:
             # A model looks alike in all panels; after ten colours come other dashes.
             number = labels.index(group.label)
             style = ("-", "--", ":", "-.")[number // 10 % 4]
-            axes.plot(*mean.T[1:], style, color=f"C{number % 10}", marker=".", markersize=5, label=group.label)
-        axes.set(title=data, xlabel="training time (s)", ylabel=monitor)
+            axes.plot(
+                mean.T[across], mean.T[2], style, color=f"C{number % 10}", marker=".", markersize=5, label=group.label
+            )
+        axes.set(title=data, xlabel=unit, ylabel=shown)
         axes.grid(alpha=0.3)
         # Below the axes: a long one would hide the curves.
         axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14))

@@ -333,6 +333,10 @@ def test_the_png_has_a_panel_a_data_set_and_a_line_a_group(tmp_path, monkeypatch
     pixels = image.imread(path)
     assert pixels.shape[0] > 100
     assert pixels[..., :3].std() > 0.01
+    assert results.main([str(tmp_path), "--png", str(path), "--curve", "epoch"]) == 0
+    panel = figures[1].axes[0]
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("steps", "epoch")
+    assert [list(line.get_xdata()) for line in panel.lines] == [[0, 1], [0, 1]]
 
 
 def test_a_damaged_curve_is_named_and_its_row_stays(tmp_path, capsys):
