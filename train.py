@@ -96,6 +96,7 @@ def command() -> None:
         run(cfg)
         return
     words = processes.arguments(sys.argv[1:])
+    words.sort(key=lambda word: word not in ("-m", "--multirun"))  # argparse takes no flag between two overrides
     sys.argv[1:] = sweep.resumed(words) if sweep.is_resumed(words) else door.resumed(words)
     with sweep.told():
         main()

@@ -40,12 +40,17 @@ class Watch(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         # An Exception would become a warning here.
         folder = Path(config.hydra.sweep.dir).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
         Watch.lock = FileLock(folder / ".lock", timeout=0)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             Watch.lock.acquire()
         except Timeout:
             sys.exit(f"error: Another process runs the sweep in {folder}; wait for it, or name another folder.")
+        except OSError as error:
+            sys.exit(
+                f"error: hydra.sweep.dir={folder} cannot be written ({error.strerror}); name another with "
+                "hydra.sweep.dir=FOLDER."
+            )
         if not config.resume:
             if (folder / "sweep.json").exists():
                 sys.exit(
@@ -184,9 +189,12 @@ def report(folder: Path, is_done: bool) -> list[Path]:
     early = "" if is_done else ", and it stopped early"
     print(f"Sweep {folder}: finished {finished}, failed {len(failed)}{early}.")
     for path in failed:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        message = kept["error"].splitlines() or [""]
-        print(f"  {' '.join(kept['overrides'])}: {message[0]} ({path.parent})")
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            message = kept["error"].splitlines() or [""]
+            print(f"  {' '.join(kept['overrides'])}: {message[0]} ({path.parent})")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            print(f"  failed.json is damaged; with a resume the job runs again ({path.parent})")
     if failed or not is_done:
         print(f"Go on with: python train.py resume={shlex.quote(str(folder))}")
     return failed

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from test_conf import bind
 
 import train
-from tasks import door
+from tasks import door, sweep
 
 TINY = ("logger=csv", "width=16", "data.batch_size=8", "trainer.enable_progress_bar=false")
 TINY += ("trainer.limit_train_batches=4", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2")
@@ -131,6 +131,24 @@ def test_a_resumed_sweep_is_the_same_sweep(command, tmp_path, capsys):
 def test_a_sweep_that_does_not_compose_leaves_nothing(command, tmp_path):
     assert "There is no data=nothing" in command("-m", "data=pydoc,nothing", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_in_no_folder_is_refused_once(command, tmp_path, recwarn):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file/sweep"
+    told = command("task=image", "-m", "seed=1,2", f"hydra.sweep.dir={folder}")  # a flag between two overrides
+    assert "cannot be written (Not a directory); name another" in told
+    assert not [each for each in recwarn if "Watch" in str(each.message)]
+
+
+def test_a_damaged_record_of_a_failure_hides_no_other(tmp_path, capsys):
+    for name, text in (("0", "{"), ("1", '{"overrides": ["seed=2"], "error": "so it is"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "failed.json").write_text(text)
+    assert len(sweep.report(tmp_path, is_done=True)) == 2
+    told = capsys.readouterr().out
+    assert f"failed.json is damaged; with a resume the job runs again ({tmp_path}/0)" in told
+    assert f"seed=2: so it is ({tmp_path}/1)" in told
 
 
 def test_jobs_run_side_by_side_by_joblib_and_share_the_cores(command, tmp_path, monkeypatch):
