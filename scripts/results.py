@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         return show(given)
     except OSError as error:
-        return fail(f"{error.filename} cannot be read or written: {error.strerror}.")
+        return fail(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}.")
     except ModuleNotFoundError as error:
         return fail(f"this needs {error.name}: pip install -e '.[train]'")
     except DamagedError as error:

@@ -63,14 +63,16 @@ def line(run: Run, tops: list[Path]) -> str:
         config = place.read("config.yaml")
         root = str(config["data"].get("root") or "")
     origin = dict(run.origin)
-    words = [str(word) for word in origin.get("overrides", [])]
+    with place.reading("run.json"):
+        words = [str(word) for word in origin.get("overrides", [])]
     origin["overrides"] = [
         word for word in words if word.partition("=")[0].lstrip("+~") not in PLACES and not PATH.search(word)
     ]
     with place.reading("metrics.csv"):
         curve = thinned(place.read("metrics.csv")) if place.has("metrics.csv") else {}
     held = (without_places(config, root), origin, run.record, curve)
-    return json.dumps({"run": name} | dict(zip(FILES, held, strict=True)), ensure_ascii=False)
+    with place.reading("config.yaml"):  # YAML has dates, which are no JSON
+        return json.dumps({"run": name} | dict(zip(FILES, held, strict=True)), ensure_ascii=False)
 
 
 def keep(runs: list[Run], file: Path, tops: list[Path]) -> list[str]:
@@ -81,8 +83,14 @@ def keep(runs: list[Run], file: Path, tops: list[Path]) -> list[str]:
             lines.append(line(run, tops))
         except DamagedError as error:
             messages.append(f"not kept: {error}")
+    if file.exists() and not file.is_file():
+        # A device or a pipe would be gone, with this file in its place.
+        raise DamagedError(f"--keep {file} is no file; name one, such as bench/results/mine.jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".part")
-    temporary.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        temporary.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
     return [*messages, f"{file} keeps {len(lines)} runs"]

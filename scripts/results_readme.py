@@ -39,7 +39,11 @@ def table(words: str, root: Path) -> list[str]:
     asked: dict[str, str] = {"rows": "model,depth,ablation", "columns": "", "metric": "", "cell": "mean ± std"}
     asked["places"] = "1"
     files, only = [], {}
-    for word in shlex.split(words):
+    try:
+        split = shlex.split(words)
+    except ValueError as error:
+        raise DamagedError(f"the table `{words}` cannot be read ({error}); such a line is `{EXAMPLE}`") from error
+    for word in split:
         key, sign, value = word.partition("=")
         if not sign:
             files.append(root / key)
@@ -75,6 +79,10 @@ def table(words: str, root: Path) -> list[str]:
                 f"the table `{words}` has two groups in one cell ({' / '.join(said)}): add to rows=, or a KEY=VALUE"
             )
         places = asked["places"].split(",")
+        if len(metrics) % len(places) or not all(re.fullmatch("[0-9]", digits) for digits in places):
+            raise DamagedError(
+                f"the table `{words}`: places={asked['places']} must be a digit, or one for each metric; type places=1"
+            )
         for column, metric, digits in zip(columns, metrics, places * (len(metrics) // len(places)), strict=True):
             row[column] = (group, cell(group, metric, asked["cell"], int(digits)))
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
@@ -100,7 +108,11 @@ def named(group: Group, key: str) -> str:
 def cell(group: Group, metric: str, form: str, places: int) -> str:
     """The value in the form asked for; one run has no deviation."""
     found = [run.record["metrics"] | run.record for run in group.runs]
-    if missing := [str(run.place) for run, has in zip(group.runs, found, strict=True) if metric not in has]:
+    if missing := [
+        str(run.place)
+        for run, has in zip(group.runs, found, strict=True)
+        if not isinstance(has.get(metric), int | float)
+    ]:
         numbers = [name for name, value in found[0].items() if isinstance(value, int | float)]
         raise DamagedError(f"{missing[0]} has no {metric}; it has {', '.join(numbers)}")
     mean, std = mean_and_std([float(each[metric]) for each in found])
@@ -111,7 +123,10 @@ def cell(group: Group, metric: str, form: str, places: int) -> str:
 
 def rewrite(path: Path) -> str:
     """Write the file's tables anew; returns what was done."""
-    before = path.read_text(encoding="utf-8")
+    try:
+        before = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"--readme {path} is no text ({error.reason}); name a Markdown file") from error
     after = filled(before)
     count = len(BLOCK.findall(after))
     if after == before:

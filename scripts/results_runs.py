@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ NOT_THE_EXPERIMENT = PLACES | {
 IDENTITY = ("task", "data", "model", "depth", "ablation", "vectors", "metric")
 FILES = ("config.yaml", "run.json", "metrics.json", "metrics.csv")
 LoadYAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+BROKEN = OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError  # what odd content leads to
 
 
 class DamagedError(Exception):
@@ -64,7 +66,7 @@ class Place:
             yield
         except KeyError as error:
             raise DamagedError(f"{where}: no {error} in it") from error
-        except (OSError, ValueError, TypeError, AttributeError, csv.Error, yaml.YAMLError) as error:
+        except (*BROKEN, csv.Error, yaml.YAMLError) as error:
             raise DamagedError(f"{where}: {' '.join(str(error).split())}") from error
 
     def has(self, name: str) -> bool:
@@ -73,14 +75,34 @@ class Place:
     def read(self, name: str) -> Any:
         """What one of FILES holds; metrics.csv is a list of rows. Call it within `reading`."""
         if self.line:
-            held = json.loads(self.text)[name]
+            held = loaded(self.text)[name]
             if name != "metrics.csv":
                 return held
             return [dict(zip(held, cells, strict=True)) for cells in zip(*held.values(), strict=True)]
         text = (self.path / name).read_text(encoding="utf-8")
         if name == "metrics.csv":
             return list(csv.DictReader(text.splitlines()))
-        return yaml.load(text, LoadYAML) if name == "config.yaml" else json.loads(text)
+        if name != "config.yaml":
+            return loaded(text)
+        # libyaml ends the process where nesting is too deep for its stack; Python's own reader raises.
+        is_odd = len(re.findall(r"[\[{?-]", text)) > 5000
+        return writable(yaml.load(text, yaml.SafeLoader if is_odd else LoadYAML))
+
+
+def loaded(text: str) -> Any:
+    """JSON, without whole numbers that no float can hold."""
+
+    def whole(digits: str) -> int:
+        float(number := int(digits))
+        return number
+
+    return writable(json.loads(text, parse_int=whole))
+
+
+def writable(held: Any) -> Any:
+    """The same; ValueError where it has half a character, an escape in JSON and YAML, which no file takes."""
+    json.dumps(held, default=str, ensure_ascii=False).encode()
+    return held
 
 
 @dataclass(frozen=True)
@@ -148,7 +170,8 @@ def find_runs(paths: list[Path]) -> list[Place]:
             below[:] = sorted(name for name in below if not name.startswith(".") and not (is_run and name == "wandb"))
     kept = []
     for file in {path.resolve(): path for path in paths if path.is_file()}.values():
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        # Not splitlines(), which also cuts at characters that a text within JSON may have.
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
         kept += [Place(file, number, text) for number, text in enumerate(lines, start=1) if text.strip()]
     return [*found.values(), *kept]
 
@@ -235,7 +258,7 @@ def read_run(place: Place) -> Run:
             value=float(metrics[metric]),
             tested=metric == wanted,
             published=published,
-            verified=paper.get("verified", True),
+            verified=bool(paper.get("verified", True)),
             source=str(paper.get("source") or "").rstrip("."),
             encoder_parameters=int(record["encoder_parameters"]),
             seconds_per_epoch=float(record["seconds_per_epoch"]),

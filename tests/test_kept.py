@@ -1,6 +1,7 @@
 """Kept runs, and the README's tables that are written from them, by scripts/results.py."""
 
 import json
+import os
 
 import pytest
 import results
@@ -70,6 +71,31 @@ def test_a_damaged_line_is_named_and_the_others_go_on(tmp_path, capsys):
     assert f"skipped: {file}:3, config.yaml: no 'choices' in it" in err
 
 
+def test_a_kept_text_may_have_any_character(tmp_path, capsys):
+    write_run(tmp_path / "runs/a", 80.0, {"choices.model": "a\u2028b\x85c"})
+    results.main([str(tmp_path / "runs"), "--keep", str(tmp_path / "kept.jsonl")])
+    assert results.main([str(tmp_path / "kept.jsonl")]) == 0
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_what_is_no_file_is_not_replaced_by_kept_runs(tmp_path, capsys):
+    write_run(tmp_path / "runs/a", 80.0)
+    os.mkfifo(tmp_path / "pipe")
+    assert results.main([str(tmp_path / "runs"), "--keep", str(tmp_path / "pipe")]) == 1
+    assert "is no file; name one" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_that_cannot_be_kept_is_named_and_the_others_are(tmp_path, capsys):
+    write_run(tmp_path / "runs/a", 80.0)
+    write_run(tmp_path / "runs/b", 90.0)
+    (tmp_path / "runs/b/run.json").write_text('{"overrides": null}')
+    assert results.main([str(tmp_path / "runs"), "--keep", str(tmp_path / "kept.jsonl")]) == 0
+    assert "runs/b/run.json: " in capsys.readouterr().err
+    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 1
+
+
 MARKED = """# Numbers
 
 <!-- results: kept.jsonl rows=model,depth columns=data places=2 cell="mean ± std (n)" task=classification -->
@@ -136,6 +162,10 @@ def test_the_command_rewrites_the_file_once(kept, monkeypatch, capsys):
         ("task=classification", "task=none", "no run for the table"),
         ("task=class", "metric=test/f1 task=class", "has no test/f1; it has val/accuracy, test/accuracy"),
         ("kept.jsonl", "absent.jsonl", "no file .*absent.jsonl"),
+        ("places=2", "places=x", "places=x must be a digit"),
+        ("places=2", "places=1,2", "places=1,2 must be a digit"),
+        ('cell="', "cell='\"", "cannot be read .No closing quotation"),
+        ("places=2", "metric=monitor places=2", "has no monitor; it has"),
     ],
 )
 def test_a_marker_that_asks_for_nothing_is_refused(kept, old, new, message):

@@ -251,6 +251,10 @@ def test_debug_runs_are_counted_and_left_out(tmp_path, capsys):
         ("metrics.json", '{"metrics": {', "line 1"),
         ("metrics.json", '{"metrics": {}, "monitor": "val/accuracy"}', "no 'test/accuracy'"),
         ("metrics.json", "[]", "list"),
+        ("metrics.json", "[" * 100_000, "recursion"),
+        ("config.yaml", "[" * 100_000, "recursion"),
+        ("metrics.json", '{"metrics": {"test/accuracy": 1%s}}' % ("0" * 400), "too large"),
+        ("metrics.json", '"\\ud800"', "surrogates"),
         ("metrics.json", "\udcff", "utf-8"),
     ],
 )
