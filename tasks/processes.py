@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import uuid
 from collections.abc import Iterator
@@ -127,8 +128,10 @@ def settle(cfg: DictConfig) -> int:
 def launch(cfg: DictConfig, count: int) -> float | None:
     """Run `cfg` by so many processes of this machine, to the end; what run() returns.
 
-    The first that fails ends the others, within seconds.
+    The first that fails ends the others, within seconds. A signal to this process is handed to them, and ends it when
+    they have ended.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -156,10 +159,14 @@ def launch(cfg: DictConfig, count: int) -> float | None:
         number, failure = error.get_first_failure()
         how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}, as told above"
         folder = Path(cfg.run_dir)
-        go_on = f" Go on with: python train.py resume={folder}" if (folder / "checkpoints/last.ckpt").exists() else ""
+        again = f" Go on with: python train.py resume={shlex.quote(str(folder))}"
+        go_on = again if (folder / "checkpoints/last.ckpt").exists() else ""
         raise ChildProcessError(
             f"process {number} of {count} ended by {how}; the others were stopped.{go_on}"
         ) from None
+    except SignalException as error:
+        # No Exception, after which a sweep would begin its next job.
+        raise SystemExit(128 + error.sigval) from None
     finally:
         del os.environ[HANDED_OVER]
     outcome = json.loads((Path(cfg.run_dir) / "metrics.json").read_text(encoding="utf-8"))

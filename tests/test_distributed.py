@@ -279,6 +279,19 @@ def test_each_job_of_a_sweep_has_its_processes(tmp_path):
     assert sizes[0] < sizes[1]
 
 
+@pytest.mark.slow
+def test_a_signal_to_the_command_saves_by_all_processes_and_ends_the_sweep(tmp_path):
+    running = start("-m", "seed=1,2", *LONG, *TWO, f"hydra.sweep.dir={tmp_path}")
+    wait_for(tmp_path / "0/checkpoints/last.ckpt", running)
+    running.terminate()
+    status, out, err = ended(running, within=120)
+    assert status == 128 + signal.SIGTERM, err
+    assert f"Go on with: python train.py resume={tmp_path}" in out
+    assert len(checkpoint(tmp_path / "0")["processes"]) == 2
+    assert not (tmp_path / "0/failed.json").exists()
+    assert not (tmp_path / "1").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "started", "message"),
     [
