@@ -72,7 +72,7 @@ def run(cfg: DictConfig) -> float | None:
                 record.write_result(found, folder)
             outcome = found
         finally:
-            dashboard.finish(trainer.loggers, outcome)
+            dashboard.finish(trainer.loggers, outcome, task.writes)
             if outcome is None and has_begun and (folder / "checkpoints/last.ckpt").exists():
                 print(f"The run stopped early. Go on with: python train.py resume={shlex.quote(str(folder))}")
         print(record.summary_table(outcome, folder))
