@@ -191,9 +191,9 @@ def overrides() -> list[str]:
 
 
 def arguments(given: list[str]) -> list[str]:
-    """The words of a command that torchrun or srun started, with the folder that all its processes have in common.
+    """The words of a command, with the folder that all processes have in common that torchrun or srun started.
 
-    A job that was started again goes on from its last checkpoint.
+    A job that was started again, of one process too, goes on from its last checkpoint.
     """
     folders = [word.partition("=")[2].strip("'\"") for key in FOLDERS for word in given if word.startswith(key)]
     is_resumed = any(word.startswith("resume=") for word in given)
@@ -208,8 +208,9 @@ def arguments(given: list[str]) -> list[str]:
             )
         folders = [f"runs/{'torchrun' if by_torchrun() else 'slurm'}/{name}"]
         given = [*given, f"hydra.run.dir='{folders[0]}'"]
-    times = int(os.environ.get("TORCHELASTIC_RESTART_COUNT" if by_torchrun() else "SLURM_RESTART_COUNT", "0"))
-    if times and folders and not is_resumed and (Path(folders[0]) / "checkpoints/last.ckpt").exists():
+    # Of the processes by torchrun, or of the job of SLURM, in which torchrun may count anew.
+    is_again = any(os.environ.get(f"{name}_RESTART_COUNT", "0") != "0" for name in ("TORCHELASTIC", "SLURM"))
+    if is_again and folders and not is_resumed and (Path(folders[0]) / "checkpoints/last.ckpt").exists():
         return [*(word for word in given if not word.startswith(FOLDERS)), f"resume={folders[0]}"]
     return given
 

@@ -382,6 +382,9 @@ def test_a_job_that_is_started_again_goes_on(tmp_path, monkeypatch, variable):
     assert processes.arguments(both) == ["depth=2", f"resume={tmp_path}"]
     monkeypatch.setenv(variable, "0")
     assert processes.arguments(given) == given
+    if variable.startswith("TORCH"):  # by torchrun in a job of SLURM that was requeued
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        assert processes.arguments(given) == ["depth=2", f"resume={tmp_path}"]
 
 
 def test_a_resume_by_another_number_of_processes_is_refused(configure, tmp_path):
