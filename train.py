@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LambdaCallback
 
-from tasks import average, dashboard, door, memory, processes, record, sweep
+from tasks import average, dashboard, door, memory, messages, processes, record, sweep
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -102,4 +102,4 @@ def command() -> None:
 
 
 if __name__ == "__main__":
-    door.guard(command)
+    messages.guard(command)
