@@ -1,6 +1,5 @@
 """Test a trained network on any split of any data: `python evaluate.py checkpoint=runs/classification/<time>`."""
 
-import difflib
 import json
 import logging
 import sys
@@ -18,7 +17,7 @@ import yaml
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from tasks import door, record, trained
+from tasks import door, messages, record, trained
 
 USAGE = """Test a trained network: python evaluate.py checkpoint=FOLDER_OR_FILE KEY=VALUE ...
 
@@ -132,15 +131,10 @@ def parsed(words: list[str]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]
             options[name] = value
         else:
             known = [*OWN, "data.batch_size", "data.root", "task.beam"]
-            raise ValueError(f"there is no option {name!r}.{meant(name, known)}")
+            raise ValueError(f"there is no option {name!r}.{messages.meant(name, known)}")
     if "checkpoint" not in options:
         raise ValueError("checkpoint is missing; type checkpoint=FOLDER, where FOLDER is that of a run, below runs/")
     return options, changes
-
-
-def meant(wrong: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(wrong, known, n=3, cutoff=0.6)
-    return f" Did you mean: {', '.join(close)}?" if close else f" There are: {', '.join(known)}."
 
 
 def batches(limit: str) -> int | float:
@@ -180,7 +174,7 @@ def network(saved: trained.Saved, changes: dict[str, dict[str, Any]]) -> tuple[A
     for name in changes["task"]:
         if name not in known or name in vocabulary.dims:
             known = [name for name in known if name not in vocabulary.dims]
-            raise ValueError(f"{type(task).__name__} has no option task.{name}.{meant(name, known)}")
+            raise ValueError(f"{type(task).__name__} has no option task.{name}.{messages.meant(name, known)}")
     for name in changes["model"]:
         if name != "eval_memory_length" or name not in saved.config["model"]:
             raise ValueError(f"model.{name} is settled by the checkpoint, whose weights belong to it: leave it out")
@@ -199,12 +193,12 @@ def network(saved: trained.Saved, changes: dict[str, dict[str, Any]]) -> tuple[A
 def corpus(saved: trained.Saved, vocabulary: Any, split: str, name: str | None, changes: dict[str, Any]) -> Any:
     """The data of training, or others of their kind, to be read with the checkpoint's vocabulary."""
     run, choices = saved.config["data"], saved.config["choices"]
-    of_training, _ = door.class_and_options(saved.config, "data", pl.LightningDataModule)
+    of_training, _ = trained.class_and_options(saved.config, "data", pl.LightningDataModule)
     is_other = name not in (None, choices["data"])
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(door.ROOT / "conf")):
         cfg = hydra.compose("config", [f"task={choices['task']}", f"data={name or choices['data']}"])
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    target, _ = door.class_and_options({"data": values}, "data", pl.LightningDataModule)
+    target, _ = trained.class_and_options({"data": values}, "data", pl.LightningDataModule)
     if target.vocabulary_of is not of_training.vocabulary_of:
         raise ValueError(
             f"data={name} is of another kind than the data of training, {choices['data']}; of the same are: "
@@ -227,13 +221,13 @@ def corpus(saved: trained.Saved, vocabulary: Any, split: str, name: str | None, 
             raise ValueError(f"data.{key} is settled by the checkpoint, {values.get(top)}: leave it out")
         if top not in known:
             free = [each for each in known if each not in settled]
-            raise ValueError(f"the data have no option data.{key}.{meant(top, free)}")
+            raise ValueError(f"the data have no option data.{key}.{messages.meant(top, free)}")
         if "." in key:
             raise ValueError(f"type data.{top}={{...}} as a whole, not data.{key}")
     values |= changes
     # Nothing but the split is read, where each has files of its own: they stand for all.
     values |= {key: values[split] for key in SPLITS if key in values}
-    target, options = door.class_and_options({"data": values}, "data", pl.LightningDataModule)
+    target, options = trained.class_and_options({"data": values}, "data", pl.LightningDataModule)
     full = OmegaConf.create(saved.config | {"data": values, "choices": choices | {"data": name or choices["data"]}})
     door.check(full)
     data = target(**options)
@@ -253,4 +247,4 @@ def kin(of_training: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    door.guard(lambda: main(sys.argv[1:]))
+    messages.guard(lambda: main(sys.argv[1:]))

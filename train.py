@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LambdaCallback
 
-from tasks import average, dashboard, door, memory, processes, record, sweep
+from tasks import average, dashboard, door, memory, messages, processes, record, sweep
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -72,7 +72,7 @@ def run(cfg: DictConfig) -> float | None:
                 record.write_result(found, folder)
             outcome = found
         finally:
-            dashboard.finish(trainer.loggers, outcome)
+            dashboard.finish(trainer.loggers, outcome, task.writes)
             if outcome is None and has_begun and (folder / "checkpoints/last.ckpt").exists():
                 print(f"The run stopped early. Go on with: python train.py resume={shlex.quote(str(folder))}")
         print(record.summary_table(outcome, folder))
@@ -103,4 +103,4 @@ def command() -> None:
 
 
 if __name__ == "__main__":
-    door.guard(command)
+    messages.guard(command)

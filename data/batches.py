@@ -39,7 +39,8 @@ class Resumable:
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """The next epoch goes on at that position, or is the one after it where that was finished."""
-        self.epoch, self.position = state_dict["epoch"], state_dict["position"]
+        self.epoch = state_dict.get("epoch", -1)  # which texts of older versions lack, and need not
+        self.position = state_dict["position"]
         self.start = self.position if self.position < self.length else 0
 
 

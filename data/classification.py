@@ -92,9 +92,7 @@ class SentenceClassification(pl.LightningDataModule):
         self.clean = clean
         self.splits: dict[str, list[Example]] = {}
         self.embedding: Tensor | None = None
-        self.given: Vocabulary | None = (
-            None  # a checkpoint's, which evaluation reads with; none is made of the corpus then
-        )
+        self.given: Vocabulary | None = None  # a checkpoint's, to read with; none is made of the corpus then
         if batch_size < 1 or min_count < 1:
             raise ValueError(f"data.batch_size={batch_size} and data.min_count={min_count} must be 1 or more")
 

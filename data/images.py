@@ -75,7 +75,7 @@ class ImageSequences(pl.LightningDataModule):
         self.num_val, self.num_train = num_val, num_train
         self.batch_size = batch_size
         self.seed = seed
-        self.given: Form | None = None  # a checkpoint's, which evaluation reads with; none is made of the corpus then
+        self.given: Form | None = None  # a checkpoint's, to read with; none is made of the corpus then
         self.splits: dict[str, tuple[np.ndarray, Tensor]] = {}  # sequences (N, T, n) of bytes, and labels
 
     def prepare_data(self) -> None:

@@ -74,7 +74,7 @@ class Kaldi(pl.LightningDataModule):
         self.cmvn, self.delay, self.segment, self.right = cmvn, delay, segment, right
         self.batch_size, self.num_targets, self.seed = batch_size, num_targets, seed
         self.eval_frames_per_batch = eval_frames_per_batch
-        self.given: Recipe | None = None  # a checkpoint's, which evaluation reads with; none is made of the corpus then
+        self.given: Recipe | None = None  # a checkpoint's, to read with; none is made of the corpus then
         self.splits: dict[str, Frames] = {}
 
     def prepare_data(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data import corpus
-from data.batches import place
+from data.batches import Resumable, place
 from data.corpus import EOS, UNITS, UNK
 from data.fetch import find
 
@@ -67,13 +67,12 @@ class Vocabulary:
         return re.sub(" ?\n ?", "\n", " ".join("\n" if word == EOS else word for word in pieces))
 
 
-class Segments:
+class Segments(Resumable):
     """A text in parallel streams, cut in time: yields (x (T, B), y (T, B), first), int64, y one token ahead of x.
 
     N tokens are W * B streams of n = (N - 1) // (W * B) steps for W processes; process r has streams r * B to
     r * B + B - 1. Stream s reads tokens s * n to s * n + n - 1. The last segment may be shorter. `first` is True where
     the streams begin, so that whoever carries a state from segment to segment starts it there.
-    `state_dict` and `load_state_dict` go on within an epoch; Lightning calls them.
     """
 
     def __init__(self, tokens: np.ndarray, batch_size: int, unroll: int, *, rank: int = 0, world_size: int = 1) -> None:
@@ -84,9 +83,7 @@ class Segments:
         size = streams * self.steps
         self.inputs = tokens[:size].reshape(streams, self.steps)[mine]
         self.targets = tokens[1 : size + 1].reshape(streams, self.steps)[mine]
-        self.epoch = len(self)  # segments of an epoch, which Lightning may cut short
-        self.position = 0  # segments that the current epoch has yielded
-        self.start = 0  # where the next epoch begins
+        super().__init__(len(self))
 
     def __len__(self) -> int:
         return -(-self.steps // self.unroll)
@@ -101,14 +98,6 @@ class Segments:
                 for side in (self.inputs, self.targets)
             )
             yield x, y, position == 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """The next epoch begins at that position; one that was finished begins anew."""
-        position = state_dict["position"]
-        self.start = self.position = position if position < self.epoch else 0
 
 
 class Text(pl.LightningDataModule):
@@ -156,9 +145,7 @@ class Text(pl.LightningDataModule):
         self.min_count = min_count
         self.batch_size, self.unroll = batch_size, unroll
         self.eval_batch_size, self.eval_unroll = eval_batch_size, eval_unroll
-        self.given: Vocabulary | None = (
-            None  # a checkpoint's, which evaluation reads with; none is made of the corpus then
-        )
+        self.given: Vocabulary | None = None  # a checkpoint's, to read with; none is made of the corpus then
         self.splits: dict[str, np.ndarray] = {}
         if unit not in UNITS:
             raise ValueError(f"data.unit={unit} is not one of {', '.join(UNITS)}")
@@ -224,8 +211,7 @@ class Text(pl.LightningDataModule):
     def train_dataloader(self) -> Segments:
         segments = self.segments("train")
         if self.trainer is not None:
-            limit = self.trainer.limit_train_batches  # an epoch of so many begins anew after them, also when resumed
-            segments.epoch = min(limit, len(segments)) if isinstance(limit, int) else int(limit * len(segments))
+            segments.limit(self.trainer.limit_train_batches)
         return segments
 
     def val_dataloader(self) -> Segments:

@@ -86,6 +86,9 @@ class Recordings(pl.LightningDataModule):
     transcript has cannot be written, but count in the error rates. Both are counted in the log.
     """
 
+    # By a checkpoint.
+    SETTLED = ("rate", "num_mels", "stack", "level", "unit", "vocab_size", "lowercase", "speeds", "volume", "noise")
+
     def __init__(
         self,
         *,
@@ -132,12 +135,8 @@ class Recordings(pl.LightningDataModule):
         self.noise = None if noise is None else (float(noise[0]), float(noise[1]))
         self.speeds, self.volume = sorted({float(speed) for speed in speeds}), volume
         self.frames_per_batch, self.eval_frames_per_batch, self.seed = frames_per_batch, eval_frames_per_batch, seed
-        self.given: Vocabulary | None = (
-            None  # a checkpoint's, which evaluation reads with; none is made of the corpus then
-        )
+        self.given: Vocabulary | None = None  # a checkpoint's, to read with; none is made of the corpus then
         self.recorded: dict[str, Recorded] = {}
-
-    SETTLED = ("rate", "num_mels", "stack", "level", "unit", "vocab_size", "lowercase", "speeds", "volume", "noise")
 
     @property
     def DIMS(self) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ class QuestionAnswering(pl.LightningDataModule):
         self.spacy_model = spacy_model if tagger == "spacy" else None
         self.vectors, self.lowercase, self.min_count, self.window = vectors, lowercase, min_count, window
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
-        self.given: Reader | None = None  # a checkpoint's, which evaluation reads with; none is made of the corpus then
+        self.given: Reader | None = None  # a checkpoint's, to read with; none is made of the corpus then
         self.views: dict[str, View] = {}
         self.keys: dict[str, str] = {}
         self.embedding: Tensor | None = None

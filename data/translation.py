@@ -90,9 +90,7 @@ class ParallelText(pl.LightningDataModule):
             )
         self.subword, self.vocab_size, self.max_length = subword, vocab_size, max_length
         self.tokens_per_batch, self.eval_tokens_per_batch, self.seed = tokens_per_batch, eval_tokens_per_batch, seed
-        self.given: Subwords | None = (
-            None  # a checkpoint's, which evaluation reads with; none is made of the corpus then
-        )
+        self.given: Subwords | None = None  # a checkpoint's, to read with; none is made of the corpus then
         self.pairs: dict[str, Pairs] = {}
         self.keys: dict[str, str] = {}
 

@@ -404,7 +404,7 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     words = parse()
     try:
-        from tasks.door import guard
+        from tasks.messages import guard
     except ModuleNotFoundError:  # a machine with a GPU may hold what the layer needs, and not the experiments' packages
         main(words)
     else:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `data` is not installed, it lies beside this folder
 
-from tasks import door
+from tasks import door, messages
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -23,4 +23,4 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv.append("hydra.run.dir=.")  # nothing of this is a run
-    door.guard(main)
+    messages.guard(main)

@@ -13,7 +13,6 @@ from pytorch_lightning.utilities import rank_zero_only
 from tasks.record import write_text
 
 STEP = "trainer/global_step"  # Lightning's name for the steps of the optimiser
-PREDICTIONS = ("likelihoods.ark",)  # what tests write: hybrid.py, for a decoder
 
 
 class Wandb(WandbLogger):
@@ -103,8 +102,11 @@ class Wandb(WandbLogger):
         super().log_metrics({**metrics, **{f"published/{name}": v for name, v in self.published.items()}}, step)
 
     @rank_zero_only
-    def finish(self, outcome: dict[str, Any] | None) -> None:
-        """Close wandb's run: the next job of a sweep gets its own. `outcome` is metrics.json, or None: failed."""
+    def finish(self, outcome: dict[str, Any] | None, writes: Iterable[str] = ()) -> None:
+        """Close wandb's run: the next job of a sweep gets its own.
+
+        outcome: metrics.json, or None: failed. writes: the files of the run's folder that its test wrote.
+        """
         if self._experiment is None:
             return
         run = self.experiment
@@ -115,7 +117,7 @@ class Wandb(WandbLogger):
             if self.artifacts:
                 checkpoint = self.run_dir / "checkpoints" / (outcome["tested"] or "last.ckpt")
                 self._upload("checkpoint", "model", [checkpoint, self.run_dir / "config.yaml"])
-                self._upload("predictions", "predictions", [p for n in PREDICTIONS for p in self.run_dir.glob(n)])
+                self._upload("predictions", "predictions", [p for n in writes if (p := self.run_dir / n).exists()])
         run.finish(exit_code=0 if outcome is not None else 1)
 
     def _upload(self, name: str, kind: str, files: list[Path]) -> None:
@@ -130,11 +132,11 @@ class Wandb(WandbLogger):
         self.experiment.log_artifact(artifact)
 
 
-def finish(loggers: Iterable[Logger], outcome: dict[str, Any] | None) -> None:
-    """Close the wandb runs among the loggers; no outcome: they failed."""
+def finish(loggers: Iterable[Logger], outcome: dict[str, Any] | None, writes: Iterable[str] = ()) -> None:
+    """Close the wandb runs among the loggers, as `Wandb.finish` does each."""
     for logger in loggers:
         if isinstance(logger, Wandb):
-            logger.finish(outcome)
+            logger.finish(outcome, writes)
 
 
 def check(options: Mapping[str, Any]) -> None:

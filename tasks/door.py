@@ -1,33 +1,21 @@
-"""What stands at a command's door: its options and its run folder are checked, and errors are told to a person."""
+"""What stands at a command's door: its options and its run folder are checked."""
 
 import contextlib
-import difflib
 import inspect
 import json
-import os
-import re
-import select
-import signal
-import sys
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import hydra
-import torch
 import yaml
 from filelock import FileLock, Timeout
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from hydra.utils import get_class, get_object
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from tasks import dashboard, failures, processes, record
+from tasks import dashboard, processes, record
 
 ROOT = Path(__file__).parent.parent
 # Key: lowest and highest value, example. An example with a point takes any number, one without only whole ones.
-PRODUCT = "sru.kernels.linear.linear"  # the one function that a configuration may name
 RANGES: dict[str, tuple[float, float, float]] = {
     "seed": (0, 2**32 - 1, 1),
     "depth": (1, 1000, 2),
@@ -184,7 +172,7 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
             f"resume={folder}: it has no checkpoints/last.ckpt, so it stopped before its first epoch ended. "
             f"Start it anew: the same command without resume, with run_dir={folder}."
         )
-    state = checkpoint(last)
+    state = record.checkpoint(last)
     try:
         before = OmegaConf.load(folder / "config.yaml")
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -238,65 +226,11 @@ def check_data(cfg: DictConfig, data: Any, last: Path | None) -> None:
             "(frames_sample, kaldi) for task=hybrid"
         )
     if last is not None:
-        data.load_state_dict(checkpoint(last)[type(data).__qualname__])
-
-
-def checkpoint(path: Path) -> dict[str, Any]:
-    """A run's checkpoint, of which nothing is executed; ValueError for what is none."""
-    try:
-        content = loaded(path)
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
-        raise ValueError(
-            f"{path} is damaged, or no checkpoint of this project ({type(error).__name__}); nothing of it was run. "
-            f"{instead_of(path)}"
-        ) from error
-    if not {"random_state", "state_dict", "epoch", "loops", "pytorch-lightning_version"} <= content.keys():
-        raise ValueError(f"{path} is no checkpoint of this project; use a copy of the folder, or start a new run.")
-    return content
-
-
-def loaded(path: Path) -> dict[str, Any]:
-    # torch compares no checksums: a flipped bit would be a weight like any other.
-    with zipfile.ZipFile(path) as archive:
-        if broken := archive.testzip():
-            raise ValueError(f"the checksum of {broken} is wrong")
-    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-
-
-def instead_of(damaged: Path) -> str:
-    """What to type where a checkpoint is damaged: the other one of the run may be whole."""
-    other = damaged.with_name("best.ckpt" if damaged.name == "last.ckpt" else "last.ckpt")
-    try:
-        step = loaded(other)["global_step"]
-    except Exception:  # as above
-        return "Use a copy of the folder, or start a new run."
-    if damaged.name == "last.ckpt":
-        return f"{other} is whole, of step {step}: to go on from there, `cp {other} {damaged}` and the same again."
-    return f"{other} is whole, of step {step}: take that."
-
-
-def class_and_options(config: dict[str, Any], part: str, base: type) -> tuple[Any, dict[str, Any]]:
-    """What a part of a run's configuration builds, and with what; ValueError where that is none of this project.
-
-    For folders that somebody may have sent: nothing but a class of `base` is taken, and nothing within its options.
-    """
-    options: dict[str, Any] = dict(config[part])
-    target = str(options.pop("_target_"))
-    has_product = part == "task" and options.get("linear") == {"_target_": PRODUCT, "_partial_": True}
-    if has_product:
-        del options["linear"]
-    options.pop("_partial_", None)
-    found = get_object(target) if re.fullmatch(r"(sru|tasks|data)(\.\w+)+", target) else None
-    own = isinstance(found, type) and issubclass(found, base) and found.__module__.split(".")[0] in target
-    if not own or "_target_" in json.dumps(options):
-        raise ValueError(f"the run names {target} as {part}, or classes within: not of this project, nothing built")
-    return found, options | ({"linear": get_object(PRODUCT)} if has_product else {})
+        data.load_state_dict(record.checkpoint(last)[type(data).__qualname__])
 
 
 def resumed(arguments: list[str]) -> list[str]:
     """Put the overrides of the run in `resume=FOLDER` before those given now, and go on in its folder."""
-    if "SLURM_RESTART_COUNT" in os.environ:  # a job that was requeued has the command that it began with
-        arguments = [requeued(word) for word in arguments]
     folders = [word.removeprefix("resume=") for word in arguments if word.startswith("resume=")]
     if not folders:
         return arguments
@@ -325,13 +259,6 @@ def recorded(path: Path) -> list[str]:
     return words
 
 
-def requeued(word: str) -> str:
-    """run_dir=FOLDER as resume=FOLDER, where a run lies there that can go on."""
-    name, _, folder = word.partition("=")
-    can_go_on = name == "run_dir" and (Path(folder.strip("'\"")) / "checkpoints/last.ckpt").exists()
-    return f"resume={folder}" if can_go_on else word
-
-
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dict as {dotted key: value}."""
     if not isinstance(node, dict):
@@ -343,80 +270,6 @@ def changes(before: Any, after: Any) -> list[tuple[str, Any, Any]]:
     """The keys whose values differ, as (dotted key, old, new)."""
     old, new = (leaves(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, after))
     return [(key, old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-
-
-def explain(error: BaseException) -> str:
-    """One message for a person: what is wrong, what is there, what was perhaps meant."""
-    if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        error = error.__cause__
-    if message := failures.told(error):
-        return message
-    text = (
-        f"{error}" if isinstance(error, (ValueError, OSError, HydraException)) else f"{type(error).__name__}: {error}"
-    )
-    if isinstance(error, OverrideParseException):
-        word = error.override
-        if "=" in word:
-            return (
-                f"{word} cannot be read; type a list as 'ablation=[no_vc,no_highway]', a text as \"run_dir='a (b)'\"."
-            )
-        group = next((path.parent.name for path in ROOT.glob("conf/*/*.yaml") if path.stem == word), None)
-        return f"{word!r} is no KEY=VALUE; type {f'{group}={word}' if group else 'for example depth=3'}."
-    if several := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
-        key, values = several.groups()
-        return f"{key}={values} has several values; for a run of each add -m; type a list as '{key}=[{values}]'."
-    missing_file = re.search(r"Could not (?:find|load) '([\w/]+)/([^']+)'", text)
-    missing_key = re.search(r"Could not override '([^']+)'", text)
-    if not isinstance(error, (HydraException, OmegaConfBaseException)) or not (missing_file or missing_key):
-        return text
-    if missing_file:
-        group, wrong = missing_file[1], missing_file[2]
-        text = f"There is no {group}={wrong}."
-        known = sorted(path.stem for path in (ROOT / "conf" / group).glob("[!_]*.yaml"))
-    else:
-        assert missing_key is not None
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-            known = list(leaves(OmegaConf.to_container(hydra.compose("config"))))
-        known += [path.name for path in (ROOT / "conf").iterdir() if path.is_dir()]
-        wrong, text = missing_key[1], f"There is no key {missing_key[1]!r}."
-    close = difflib.get_close_matches(wrong.lower(), known, n=3, cutoff=0.5)
-    return text + (f" Did you mean: {', '.join(close)}?" if close else f" There are: {', '.join(known)}.")
-
-
-def guard(main: Callable[[], Any]) -> None:
-    """Run a command; an error becomes one message and exit status 1, unless HYDRA_FULL_ERROR asks for the traceback."""
-    # A process that another one starts has the variable from it, who may have it from here.
-    show_traceback = "HYDRA_FULL_ERROR" in os.environ and "SRU_MESSAGES" not in os.environ
-    if not show_traceback:
-        os.environ["SRU_MESSAGES"] = "1"
-    # Hydra would print a traceback and exit; with this it hands the error on.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        main()
-        sys.stdout.flush()  # here, not behind all of this
-    except KeyboardInterrupt:  # before a training that saves itself (tasks/interruption.py) has begun
-        sys.exit(128 + signal.SIGINT)
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and is_unread(sys.stdout):
-            # Whoever reads has seen enough; Python would complain once more at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(128 + 13)  # as SIGPIPE ends others
-        if show_traceback:
-            raise
-        sys.exit(f"error: {explain(error)}\n(--help lists what there is, HYDRA_FULL_ERROR=1 shows where.)")
-    except SystemExit as refused:
-        if refused.code == 2:  # by argparse, which knows Hydra's own options only
-            print("Options have no dashes: depth=3, not --depth 3. --help lists what there is.", file=sys.stderr)
-        raise
-    finally:
-        os.environ.pop("SRU_MESSAGES", None)
-
-
-def is_unread(stream: TextIO) -> bool:
-    """Whether whoever read what is written there has closed it."""
-    poll = select.poll()
-    poll.register(stream, 0)  # an error is told unasked
-    return bool(poll.poll(0))
 
 
 def remove_if_empty(folder: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import uuid
 from collections.abc import Iterator
@@ -127,8 +128,10 @@ def settle(cfg: DictConfig) -> int:
 def launch(cfg: DictConfig, count: int) -> float | None:
     """Run `cfg` by so many processes of this machine, to the end; what run() returns.
 
-    The first that fails ends the others, within seconds.
+    The first that fails ends the others, within seconds. A signal to this process is handed to them, and ends it when
+    they have ended.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -156,10 +159,14 @@ def launch(cfg: DictConfig, count: int) -> float | None:
         number, failure = error.get_first_failure()
         how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}, as told above"
         folder = Path(cfg.run_dir)
-        go_on = f" Go on with: python train.py resume={folder}" if (folder / "checkpoints/last.ckpt").exists() else ""
+        again = f" Go on with: python train.py resume={shlex.quote(str(folder))}"
+        go_on = again if (folder / "checkpoints/last.ckpt").exists() else ""
         raise ChildProcessError(
             f"process {number} of {count} ended by {how}; the others were stopped.{go_on}"
         ) from None
+    except SignalException as error:
+        # No Exception, after which a sweep would begin its next job.
+        raise SystemExit(128 + error.sigval) from None
     finally:
         del os.environ[HANDED_OVER]
     outcome = json.loads((Path(cfg.run_dir) / "metrics.json").read_text(encoding="utf-8"))
@@ -184,9 +191,9 @@ def overrides() -> list[str]:
 
 
 def arguments(given: list[str]) -> list[str]:
-    """The words of a command that torchrun or srun started, with the folder that all its processes have in common.
+    """The words of a command, with the folder that all processes have in common that torchrun or srun started.
 
-    A job that was started again goes on from its last checkpoint.
+    A job that was started again, of one process too, goes on from its last checkpoint.
     """
     folders = [word.partition("=")[2].strip("'\"") for key in FOLDERS for word in given if word.startswith(key)]
     is_resumed = any(word.startswith("resume=") for word in given)
@@ -201,8 +208,9 @@ def arguments(given: list[str]) -> list[str]:
             )
         folders = [f"runs/{'torchrun' if by_torchrun() else 'slurm'}/{name}"]
         given = [*given, f"hydra.run.dir='{folders[0]}'"]
-    times = int(os.environ.get("TORCHELASTIC_RESTART_COUNT" if by_torchrun() else "SLURM_RESTART_COUNT", "0"))
-    if times and folders and not is_resumed and (Path(folders[0]) / "checkpoints/last.ckpt").exists():
+    # Of the processes by torchrun, or of the job of SLURM, in which torchrun may count anew.
+    is_again = any(os.environ.get(f"{name}_RESTART_COUNT", "0") != "0" for name in ("TORCHELASTIC", "SLURM"))
+    if is_again and folders and not is_resumed and (Path(folders[0]) / "checkpoints/last.ckpt").exists():
         return [*(word for word in given if not word.startswith(FOLDERS)), f"resume={folders[0]}"]
     return given
 

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,6 +80,40 @@ class Checkpoint(ModelCheckpoint):
         paths = {key: moved(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
         models = {moved(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | paths | {"best_k_models": models, "dirpath": self.dirpath})
+
+
+def checkpoint(path: Path) -> dict[str, Any]:
+    """A run's checkpoint, of which nothing is executed; ValueError for what is none."""
+    try:
+        content = loaded(path)
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        raise ValueError(
+            f"{path} is damaged, or no checkpoint of this project ({type(error).__name__}); nothing of it was run. "
+            f"{instead_of(path)}"
+        ) from error
+    if not {"random_state", "state_dict", "epoch", "loops", "pytorch-lightning_version"} <= content.keys():
+        raise ValueError(f"{path} is no checkpoint of this project; use a copy of the folder, or start a new run.")
+    return content
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    # torch compares no checksums: a flipped bit would be a weight like any other.
+    with zipfile.ZipFile(path) as archive:
+        if broken := archive.testzip():
+            raise ValueError(f"the checksum of {broken} is wrong")
+    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+
+
+def instead_of(damaged: Path) -> str:
+    """What to type where a checkpoint is damaged: the other one of the run may be whole."""
+    other = damaged.with_name("best.ckpt" if damaged.name == "last.ckpt" else "last.ckpt")
+    try:
+        step = loaded(other)["global_step"]
+    except Exception:  # as above
+        return "Use a copy of the folder, or start a new run."
+    if damaged.name == "last.ckpt":
+        return f"{other} is whole, of step {step}: to go on from there, `cp {other} {damaged}` and the same again."
+    return f"{other} is whole, of step {step}: take that."
 
 
 class MetricsFile(Logger):

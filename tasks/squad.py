@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks import answers, door
+from tasks import answers, messages
 from tasks.base import Dropout, Task
 from tasks.processes import gathered, rank
 from tasks.record import write_text
@@ -277,4 +277,4 @@ class Layers(nn.Module):
 
 
 if __name__ == "__main__":
-    door.guard(lambda: answers.command(sys.argv[1:]))
+    messages.guard(lambda: answers.command(sys.argv[1:]))

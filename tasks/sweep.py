@@ -18,7 +18,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from tasks import door
+from tasks import door, messages
 from tasks.record import write_text
 
 # Words of a resumed sweep that say how it runs and not what; a search may also get longer.
@@ -96,7 +96,7 @@ def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | N
             raise ValueError("run_dir= is for one run; the jobs of a sweep have folders below hydra.sweep.dir=FOLDER")
         return run(cfg)
     except Exception as error:
-        kept = {"overrides": words, "error": door.explain(error), "traceback": traceback.format_exc()}
+        kept = {"overrides": words, "error": messages.explain(error), "traceback": traceback.format_exc()}
         folder.mkdir(parents=True, exist_ok=True)  # a run that is refused takes its empty folder away
         write_text(failure, json.dumps(kept, indent=2) + "\n")
         print(f"failed: {kept['error']}")

@@ -3,6 +3,7 @@
 `task.encoder` is the network alone, which takes x (T, B, n); `task.encoders` where a task has several.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -11,14 +12,16 @@ from typing import Any
 
 import torch
 import yaml
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import LightningDataModule
 from torch import nn
 
-from tasks import door
+from tasks import record
 from tasks.base import Task
 
+PRODUCT = "sru.kernels.linear.linear"  # the one function that a configuration may name
 # What a configuration that is damaged, or belongs to another checkpoint, leads to.
 MISFITS = AttributeError, ImportError, KeyError, TypeError, RuntimeError, yaml.YAMLError, OmegaConfBaseException
 
@@ -63,7 +66,7 @@ def opened(checkpoint: str | Path) -> Saved:
         raise FileNotFoundError(
             f"checkpoint={checkpoint} is neither a run's folder nor a .ckpt (there is no {path}); runs lie below runs/"
         )
-    content = door.checkpoint(path)
+    content = record.checkpoint(path)
     if isinstance(content.get("config"), dict):
         return checked(Saved(path, content["config"], content, f"the configuration in {path}"))
     file = path.parent.parent / "config.yaml"
@@ -88,14 +91,32 @@ def checked(saved: Saved) -> Saved:
     return saved
 
 
+def class_and_options(config: dict[str, Any], part: str, base: type) -> tuple[Any, dict[str, Any]]:
+    """What a part of a run's configuration builds, and with what; ValueError where that is none of this project.
+
+    For folders that somebody may have sent: nothing but a class of `base` is taken, and nothing within its options.
+    """
+    options: dict[str, Any] = dict(config[part])
+    target = str(options.pop("_target_"))
+    has_product = part == "task" and options.get("linear") == {"_target_": PRODUCT, "_partial_": True}
+    if has_product:
+        del options["linear"]
+    options.pop("_partial_", None)
+    found = get_object(target) if re.fullmatch(r"(sru|tasks|data)(\.\w+)+", target) else None
+    own = isinstance(found, type) and issubclass(found, base) and found.__module__.split(".")[0] in target
+    if not own or "_target_" in json.dumps(options):
+        raise ValueError(f"the run names {target} as {part}, or classes within: not of this project, nothing built")
+    return found, options | ({"linear": get_object(PRODUCT)} if has_product else {})
+
+
 def built(saved: Saved) -> tuple[Any, Any]:
     """The task with a checkpoint's weights, and its vocabulary."""
     try:
-        data, _ = door.class_and_options(saved.config, "data", LightningDataModule)
-        model, model_options = door.class_and_options(saved.config, "model", nn.Module)
+        data, _ = class_and_options(saved.config, "data", LightningDataModule)
+        model, model_options = class_and_options(saved.config, "model", nn.Module)
         of_training = ("optimizer", "scheduler")
         task_config = {name: value for name, value in saved.config["task"].items() if name not in of_training}
-        task_class, task_options = door.class_and_options({"task": task_config}, "task", Task)
+        task_class, task_options = class_and_options({"task": task_config}, "task", Task)
         vocabulary = data.vocabulary_of(saved.content[data.__qualname__])
         options = task_options | vocabulary.dims
         make = partial(task_class, encoder=partial(model, **model_options), optimizer=torch.optim.SGD, **options)

@@ -88,12 +88,19 @@ def test_artifacts_are_what_was_tested_and_what_the_test_wrote(configure, tmp_pa
     }
 
 
-def test_a_hybrids_likelihoods_are_predictions(configure, tmp_path):
-    """The one test that writes a file so far."""
-    train.run(configure("task=hybrid", "logger=wandb", "trainer=debug", "loggers.wandb.artifacts=true"))
-    path = tmp_path / "run/likelihoods.ark"
-    assert path.stat().st_size
-    assert read_offline_run(tmp_path / "run")["artifacts"]["predictions"] == {path.name: str(path)}
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["task=hybrid"], {"likelihoods.ark", "likelihoods.scp"}),
+        (["task=squad", "data=squad_sample"], {"predictions.json"}),
+    ],
+)
+def test_what_a_tasks_test_writes_are_predictions(configure, tmp_path, words, names):
+    train.run(configure(*words, "logger=wandb", "trainer=debug", "loggers.wandb.artifacts=true"))
+    paths = {name: tmp_path / "run" / name for name in names}
+    assert all(path.stat().st_size for path in paths.values())
+    found = read_offline_run(tmp_path / "run")["artifacts"]["predictions"]
+    assert found == {name: str(path) for name, path in paths.items()}
 
 
 @pytest.mark.parametrize(

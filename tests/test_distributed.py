@@ -279,6 +279,19 @@ def test_each_job_of_a_sweep_has_its_processes(tmp_path):
     assert sizes[0] < sizes[1]
 
 
+@pytest.mark.slow
+def test_a_signal_to_the_command_saves_by_all_processes_and_ends_the_sweep(tmp_path):
+    running = start("-m", "seed=1,2", *LONG, *TWO, f"hydra.sweep.dir={tmp_path}")
+    wait_for(tmp_path / "0/checkpoints/last.ckpt", running)
+    running.terminate()
+    status, out, err = ended(running, within=120)
+    assert status == 128 + signal.SIGTERM, err
+    assert f"Go on with: python train.py resume={tmp_path}" in out
+    assert len(checkpoint(tmp_path / "0")["processes"]) == 2
+    assert not (tmp_path / "0/failed.json").exists()
+    assert not (tmp_path / "1").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "started", "message"),
     [
@@ -369,6 +382,9 @@ def test_a_job_that_is_started_again_goes_on(tmp_path, monkeypatch, variable):
     assert processes.arguments(both) == ["depth=2", f"resume={tmp_path}"]
     monkeypatch.setenv(variable, "0")
     assert processes.arguments(given) == given
+    if variable.startswith("TORCH"):  # by torchrun in a job of SLURM that was requeued
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        assert processes.arguments(given) == ["depth=2", f"resume={tmp_path}"]
 
 
 def test_a_resume_by_another_number_of_processes_is_refused(configure, tmp_path):

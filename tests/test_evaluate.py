@@ -238,7 +238,7 @@ def test_a_checkpoint_from_a_stranger_downloads_nothing(translator, tmp_path):
     ],
 )
 def test_evaluation_says_what_is_wrong(translator, tmp_path, words, expected):
-    from tasks import door
+    from tasks import messages
 
     best = (translator / "checkpoints/best.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(best[: len(best) // 2])
@@ -248,7 +248,7 @@ def test_evaluation_says_what_is_wrong(translator, tmp_path, words, expected):
         words = [word.replace(name, str(place)) for word in words]
     with pytest.raises(Exception) as caught:  # noqa: PT011
         evaluate.main(words)
-    told = door.explain(caught.value)
+    told = messages.explain(caught.value)
     assert expected in told
     assert not told.startswith(("TypeError", "KeyError", "AttributeError"))
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import sru
 import train
-from tasks import door
+from tasks import messages
 from tasks.lm import LanguageModelling, detached, draw
 
 SMALL = (
@@ -334,7 +334,7 @@ def test_what_cannot_be_trained_is_refused_at_once(configure, tmp_path, words, e
     words = [word.replace("{words}", str(tmp_path / "words")) for word in words]
     with pytest.raises((ValueError, InstantiationException)) as caught:
         train.run(configure("task=lm", *words))
-    assert expected in door.explain(caught.value)
+    assert expected in messages.explain(caught.value)
     assert not (tmp_path / "run").exists()
 
 

@@ -17,7 +17,7 @@ from conftest import ROOT
 from hydra.errors import InstantiationException
 
 import train
-from tasks import door, record
+from tasks import door, messages, processes, record
 from tasks.base import Task
 from tasks.interruption import Interruption
 
@@ -176,15 +176,15 @@ def test_a_job_of_slurm_is_requeued_and_the_same_command_goes_on(configure, tmp_
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     tell(signal.SIGUSR1, "training", 2)
     command = [f"run_dir={run}", "depth=1"]
-    assert door.resumed(command) == command
+    assert processes.arguments(command) == command
     assert stopped(configure(*SHORT, *SMALL)) == 128 + signal.SIGUSR1
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     assert checkpoint(run)["global_step"] == 2
     assert not list(run.glob("hpc_ckpt*"))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert f"resume='{run}'" in door.resumed(command)
+    assert processes.arguments(command) == ["depth=1", f"resume={run}"]
     other = [f"run_dir={tmp_path / 'other'}"]
-    assert door.resumed(other) == other
+    assert processes.arguments(other) == other
 
 
 def test_train_ends_as_a_scheduler_expects_and_says_how_to_go_on(tmp_path):
@@ -230,7 +230,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one_and_the_next_st
             time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
         assert status_of(child) == -signal.SIGKILL
-        assert len(door.checkpoint(last).get("turns", torch.zeros(1)).unique()) == 1
+        assert len(record.checkpoint(last).get("turns", torch.zeros(1)).unique()) == 1
     half.write_bytes(b"half")
     (run / "config.yaml.tmp").write_bytes(b"half")
     train.run(configure(*SHORT, *SMALL, "trainer.max_epochs=2", f"resume={run}"))
@@ -263,13 +263,13 @@ def test_a_full_disk_takes_nothing_that_was_saved_and_the_run_goes_on_when_there
     words = (*SHORT, *SMALL, f"run_dir={run}", "epochs=3")
     with pytest.raises(OSError, match="No space left") as caught:
         train.run(configure(*words))
-    told = door.explain(caught.value)
+    told = messages.explain(caught.value)
     assert re.fullmatch(
         rf"{run}/checkpoints/last.ckpt: No space left on device, \d MiB are free there\. Whatever was saved before is "
         r"whole\. Make room .* goes on with: python train\.py resume=FOLDER",
         told,
     ), told
-    assert door.checkpoint(run / "checkpoints/last.ckpt")["global_step"] == 6
+    assert record.checkpoint(run / "checkpoints/last.ckpt")["global_step"] == 6
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     disk(64)
     train.run(configure(*words, f"resume={run}"))
@@ -296,7 +296,7 @@ def test_a_cache_on_a_full_disk_is_told_by_its_place_and_is_made_when_there_is_r
     cfg = configure(*words, f"data.cache={folder / 'cache'}")
     with pytest.raises(OSError, match=r"No space left|Error writing") as caught:
         instantiate(cfg.data).setup()
-    told = door.explain(caught.value)
+    told = messages.explain(caught.value)
     assert told.startswith(f"{folder}/cache/"), told
     assert "MiB are free there" in told
     disk(64)
@@ -330,7 +330,7 @@ def test_a_file_of_the_data_is_not_told_as_if_the_run_was_meant(tmp_path):
     (tmp_path / "corpus").mkdir()
     with pytest.raises(IsADirectoryError) as caught:
         (tmp_path / "corpus").read_bytes()
-    told = door.explain(caught.value)
+    told = messages.explain(caught.value)
     assert told == (
         f"{tmp_path}/corpus: Is a directory. Corpora lie in data.root=FOLDER, what is prepared of them in "
         "data.cache=FOLDER"
@@ -424,7 +424,7 @@ def test_too_little_memory_is_told_with_what_to_type_and_frees_the_folder(config
             train.run(cfg)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-    told = door.explain(caught.value)
+    told = messages.explain(caught.value)
     assert told.startswith("the memory is too small"), told
     assert "data.batch_size=" in told
     assert "width=" in told

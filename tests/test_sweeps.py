@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from test_conf import bind
 
 import train
-from tasks import door, sweep
+from tasks import door, messages, sweep
 
 TINY = ("logger=csv", "width=16", "data.batch_size=8", "trainer.enable_progress_bar=false")
 TINY += ("trainer.limit_train_batches=4", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2")
@@ -37,7 +37,7 @@ def command(monkeypatch, tmp_path):
         monkeypatch.delenv("HYDRA_FULL_ERROR")
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
         try:
-            door.guard(train.command)
+            messages.guard(train.command)
         except SystemExit as ended:
             return ended.code
         finally:

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from offline_runs import read_offline_run
 
 import train
-from tasks import door
+from tasks import door, messages
 
 SHORT = ("trainer.limit_train_batches=6", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2")
 
@@ -293,7 +293,7 @@ def test_bad_input_gets_one_message(tmp_path, monkeypatch, capsys, words, expect
     monkeypatch.setattr(sys, "argv", ["train.py", f"hydra.run.dir={tmp_path}/hydra", "logger=csv", *words])
     try:
         with pytest.raises(SystemExit) as caught:
-            door.guard(train.command)
+            messages.guard(train.command)
     finally:
         HydraConfig.instance().cfg = None
     told = f"{capsys.readouterr().err}{caught.value.code}"
