@@ -74,9 +74,9 @@ def draw(groups: list[Group], path: Path, metric: str | None = None) -> list[str
             # A model looks alike in all panels; after ten colours come other dashes.
             number = labels.index(group.label)
             style = ("-", "--", ":", "-.")[number // 10 % 4]
-            axes.plot(
-                mean.T[across], mean.T[2], style, color=f"C{number % 10}", marker=".", markersize=5, label=group.label
-            )
+            name = group.label.removesuffix(", †") if metric else group.label  # a mark of the value, not of this curve
+            look = {"color": f"C{number % 10}", "marker": ".", "markersize": 5}
+            axes.plot(mean.T[across], mean.T[2], style, label=name, **look)
         axes.set(title=data, xlabel=unit, ylabel=shown)
         axes.grid(alpha=0.3)
         # Below the axes: a long one would hide the curves.

@@ -244,6 +244,9 @@ def read_run(place: Place) -> Run:
         # What is chosen by its loss is reported by what says more.
         follows = next((name for name in ("test/bleu", "test/bpc", "test/perplexity") if name in metrics), None)
         wanted = paper.get("metric") or follows or "test/" + monitor.partition("/")[2]
+        rows = place.read("metrics.csv") if wanted.startswith("train/") and place.has("metrics.csv") else []
+        if losses := [row[wanted] for row in rows if row.get(wanted) not in (None, "")]:
+            metrics[wanted] = float(losses[-1])  # where training ended
         validated = "val/" + wanted.partition("/")[2]
         metric = next((name for name in (wanted, validated, monitor) if name in metrics), None)
         if metric is None:

@@ -251,3 +251,13 @@ def test_ticks_are_round_and_reach_around(low, high, expected):
     assert found[: len(expected)] == pytest.approx(expected[: len(found)])
     assert found[0] <= low
     assert found[-1] >= high
+
+
+def test_a_row_of_the_training_loss_has_the_value_that_training_ended_with(configure, tmp_path):
+    (row,) = results_papers.compose_rows("scaling_sru_5l")
+    folder = tmp_path / "a"
+    write_run(folder, 80.0)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(configure("experiment=scaling_sru_5l"), resolve=True))
+    (folder / "metrics.csv").write_text("step,seconds,train/loss,test/loss\n50,1.0,0.69,\n100,2.0,0.25,\n100,,,0.5\n")
+    (row,) = results_papers.match([row], found(tmp_path).runs)
+    assert (results_papers.measured(row.metric, row.runs), row.state) == ((0.25, None), "reached")
