@@ -126,7 +126,8 @@ def test_resumed_within_an_epoch_equals_uninterrupted(configure, tmp_path, model
     # Stopped in the second epoch, after the first of its validations.
     train.run(configure(f"run_dir={parts}", *words, "trainer.max_steps=14"))
     assert state_of(parts)["global_step"] == 14
-    assert state_of(parts)["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [{"position": 4}]
+    (loader,) = state_of(parts)["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert loader["position"] == 4
     torch.manual_seed(99)
     train.run(configure(f"run_dir={parts}", f"resume={parts}", *words))
     for name in ("last", "best"):
