@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ class Watch(Callback):
 
     folder: ClassVar[Path | None] = None  # of the sweep that this process has started
     lock: ClassVar[FileLock | None] = None
+    before: ClassVar[Any] = None  # what heard SIGTERM
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         # An Exception would become a warning here.
@@ -61,6 +63,8 @@ class Watch(Callback):
             words = [word for word in words if key(word) not in OWN]
             write_text(folder / "sweep.json", json.dumps({"overrides": words}, indent=2) + "\n")
         Watch.folder = folder
+        # Between jobs, and where others run them, nobody hears it; a training puts its own in this one's place.
+        Watch.before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         # A launcher's processes find this project from any folder.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(door.ROOT), os.environ.get("PYTHONPATH")]))
 
@@ -169,6 +173,7 @@ def told() -> Iterator[None]:
         is_done = True
     finally:
         if folder := Watch.folder:
+            signal.signal(signal.SIGTERM, Watch.before)
             if any(folder.glob("*/")):
                 failed = report(folder, is_done)
             else:  # refused as a whole

@@ -11,6 +11,7 @@ import joblib
 import pytest
 import torch
 from conftest import ROOT, options
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
@@ -163,6 +164,26 @@ def test_jobs_run_side_by_side_by_joblib_and_share_the_cores(command, tmp_path, 
     done = times(folder / "0")
     assert command(f"resume={folder}", "hydra/launcher=basic") == 1
     assert times(folder / "0") == done
+
+
+@pytest.mark.slow
+def test_a_signal_ends_jobs_that_run_side_by_side(tmp_path):
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    words = ("seed=1,2", "depth=1", "trainer.max_epochs=100000", *TINY, f"hydra.sweep.dir={tmp_path}")
+    start = [sys.executable, "train.py", "-m", *words, *launcher]
+    process = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not all((tmp_path / f"{i}/checkpoints/last.ckpt").exists() for i in (0, 1)):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"Go on with: python train.py resume={tmp_path}" in out
+    for i in (0, 1):  # no job runs on unseen
+        with FileLock(tmp_path / f"{i}/.lock", timeout=20):
+            pass
 
 
 @pytest.mark.slow
