@@ -139,7 +139,10 @@ def parsed(words: list[str]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]
 
 def batches(limit: str) -> int | float:
     """How many, or which part of them."""
-    value = yaml.safe_load(limit)
+    try:
+        value = yaml.safe_load(limit)
+    except yaml.YAMLError:
+        value = None
     if type(value) not in (int, float) or not value > 0 or (type(value) is float and value > 1):
         raise ValueError(f"limit={limit} must be a number of batches, as 10, or a part of them, as 0.5 or 1.0")
     return value

@@ -36,6 +36,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     readme = "rewrite the tables between <!-- results: ... --> and <!-- end --> in this file (default: README.md)"
     parser.add_argument("--readme", nargs="?", type=Path, const=ROOT / "README.md", help=readme)
     given = parser.parse_args(arguments)
+    if given.keep and given.keep.suffix != ".jsonl":
+        parser.error(f"--keep {given.keep} must end in .jsonl: bench/results/mine.jsonl for example")
     if not given.places:
         if not (given.papers or given.html or given.readme):
             parser.error("name folders of runs, or .jsonl files of kept ones, such as runs/")

@@ -232,6 +232,7 @@ def test_a_checkpoint_from_a_stranger_downloads_nothing(translator, tmp_path):
         (["checkpoint={run}", "data=cr"], "of another kind than the data of training, translation_sample; of the same"),
         (["checkpoint={run}", "data=parallel"], "data.source=None must be a language"),
         (["checkpoint={run}", "limit=0"], "limit=0 must be a number of batches"),
+        (["checkpoint={run}", "limit=["], "limit=[ must be a number of batches"),
         (["checkpoint={run}", "precision=8"], "precision=8 must be one of 32-true"),
         (["checkpoint={run}", "device=tpu"], "device=tpu must be auto, cpu"),
         (["checkpoint={run}", "output=/proc/x"], "output=/proc/x cannot be written"),

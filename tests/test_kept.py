@@ -80,10 +80,10 @@ def test_a_kept_text_may_have_any_character(tmp_path, capsys):
 
 def test_what_is_no_file_is_not_replaced_by_kept_runs(tmp_path, capsys):
     write_run(tmp_path / "runs/a", 80.0)
-    os.mkfifo(tmp_path / "pipe")
-    assert results.main([str(tmp_path / "runs"), "--keep", str(tmp_path / "pipe")]) == 1
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert results.main([str(tmp_path / "runs"), "--keep", str(tmp_path / "pipe.jsonl")]) == 1
     assert "is no file; name one" in capsys.readouterr().err
-    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "pipe.jsonl").is_fifo()
     assert not list(tmp_path.glob("*.part"))
 
 
