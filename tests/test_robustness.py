@@ -62,6 +62,8 @@ def assert_same_training(one, two):
 @pytest.fixture
 def tell(monkeypatch):
     """tell(signal, stage, call): the process sends itself the signal in so many calls of a stage's step."""
+    # A shell starts what runs in the background with SIGINT ignored, which a training then leaves so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     plain = {stage: getattr(Task, f"{stage}_step") for stage in ("training", "validation", "test")}
 
     def told(number, stage, call):
@@ -78,7 +80,8 @@ def tell(monkeypatch):
 
         monkeypatch.setattr(Task, f"{stage}_step", step)
 
-    return told
+    yield told
+    signal.signal(signal.SIGINT, before)
 
 
 def stopped(cfg):
