@@ -33,13 +33,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--papers", action="store_true", help="tabulate the rows of the papers: which were run, reached"
     )
     parser.add_argument("--html", type=Path, help="write all of it as one page")
-    readme = "rewrite the tables between <!-- results: ... --> and <!-- end --> in this file (default: README.md)"
-    parser.add_argument("--readme", nargs="?", type=Path, const=ROOT / "README.md", help=readme)
+    readme = "rewrite the tables between <!-- results: ... --> and <!-- end --> in these files (or README.md and docs/)"
+    parser.add_argument("--readme", nargs="*", type=Path, metavar="MARKDOWN", help=readme)
     given = parser.parse_args(arguments)
     if given.keep and given.keep.suffix != ".jsonl":
         parser.error(f"--keep {given.keep} must end in .jsonl: bench/results/mine.jsonl for example")
     if not given.places:
-        if not (given.papers or given.html or given.readme):
+        if not (given.papers or given.html or given.readme is not None):
             parser.error("name folders of runs, or .jsonl files of kept ones, such as runs/")
         results = ROOT / "bench/results"
         given.places = [*sorted(results.glob("*.json*")), *(path for path in [ROOT / "runs"] if path.is_dir())]
@@ -50,10 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table; returns the exit code: 0, or 1 without a finished run to show or a file that can be written."""
     given = parse(arguments)
     try:
-        if given.readme:
-            from results_readme import rewrite
+        if given.readme is not None:
+            from results_readme import pages, rewrite
 
-            print(rewrite(given.readme))
+            for path in given.readme or pages():
+                print(rewrite(path))
             return 0
         return show(given)
     except OSError as error:

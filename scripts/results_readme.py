@@ -1,4 +1,4 @@
-"""The tables of README.md that kept runs write: what stands between <!-- results: ... --> and <!-- end -->."""
+"""The tables of README.md and docs/ that kept runs write, between <!-- results: ... --> and <!-- end -->."""
 
 import os
 import re
@@ -14,6 +14,12 @@ BLOCK = re.compile(
 )
 OPENING = re.compile(r"^<!-- results:", re.M)
 EXAMPLE = "<!-- results: bench/results/figure5.jsonl rows=model,depth,ablation columns=data -->"
+
+
+def pages() -> list[Path]:
+    """The documents that have such tables."""
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [path for path in paths if OPENING.search(path.read_text(encoding="utf-8"))]
 
 
 def filled(text: str, root: Path = ROOT) -> str:
@@ -33,8 +39,8 @@ def table(words: str, root: Path) -> list[str]:
 
     FILE ... names kept runs; `rows=` the columns that name a row, `columns=` whose values are columns; `metric=` what
     of metrics.json, if not the metric that the runs report, or without `columns=` several; `cell=` the form, of the
-    words mean, std and n; `places=` the digits behind the point, of each metric. Any other KEY=VALUE keeps the runs
-    that have it.
+    words mean, std and n; `places=` the digits behind the point, of each metric. A row's or a metric's NAME:TITLE has
+    that title above its column. Any other KEY=VALUE, or KEY=VALUE,VALUE, keeps the runs that have one of them.
     """
     asked: dict[str, str] = {"rows": "model,depth,ablation", "columns": "", "metric": "", "cell": "mean ± std"}
     asked["places"] = "1"
@@ -53,21 +59,22 @@ def table(words: str, root: Path) -> list[str]:
             only[key] = value
     for file in files:
         if not file.is_file():
-            raise DamagedError(
-                f"no file {file}, which a table of the README names; make it: results.py RUNS --keep {file}"
-            )
+            raise DamagedError(f"no file {file}, which a table names; make it: results.py RUNS --keep {file}")
     found = read_runs(find_runs(files))
     if found.damaged:
         raise DamagedError(f"{found.damaged[0]} is damaged; nothing was written")
-    groups = [group for group in group_runs(found.runs) if all(named(group, k) == v for k, v in only.items())]
+    groups = group_runs(found.runs)
+    rows, row_titles = titled(asked["rows"])
+    check_names(groups, [*rows, *(asked["columns"] and [asked["columns"]]), *only])
+    for key, values in only.items():
+        groups = [group for group in groups if named(group, key) in (values, *values.split(","))]
     if not groups:
         raise DamagedError(f"no run for the table `{words}`; such a line is `{EXAMPLE}`")
-    rows = [key for key in asked["rows"].split(",") if key]
     cells: dict[tuple[str, ...], dict[str, tuple[Group, str]]] = {}
     for group in groups:
         row = cells.setdefault(tuple(named(group, key) for key in rows), {})
-        metrics = asked["metric"].split(",") if asked["metric"] else [group.runs[0].names["metric"]]
-        columns = [named(group, asked["columns"])] if asked["columns"] else metrics
+        metrics, titles = titled(asked["metric"] or group.runs[0].names["metric"])
+        columns = [named(group, asked["columns"])] if asked["columns"] else titles
         if len(columns) != len(metrics):
             raise DamagedError(f"the table `{words}` has columns= and several metrics: name one, or leave columns= out")
         if column := next((column for column in columns if column in row), None):
@@ -86,9 +93,25 @@ def table(words: str, root: Path) -> list[str]:
         for column, metric, digits in zip(columns, metrics, places * (len(metrics) // len(places)), strict=True):
             row[column] = (group, cell(group, metric, asked["cell"], int(digits)))
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
-    lines = [[*rows, *columns]]
+    lines = [[*row_titles, *columns]]
     lines += [[*row, *(here[c][1] if c in here else "" for c in columns)] for row, here in cells.items()]
-    return markdown(lines, [name == "depth" for name in rows] + [True] * len(columns))
+    numbers = [all(re.fullmatch(r"[\d.,-]*", line[column]) for line in lines[1:]) for column in range(len(rows))]
+    return markdown(lines, numbers + [True] * len(columns))
+
+
+def titled(words: str) -> tuple[list[str], list[str]]:
+    """The names in `name,name:title`, and their titles."""
+    pairs = [word.partition(":") for word in words.split(",") if word]
+    return [name for name, _, _ in pairs], [title or name for name, _, title in pairs]
+
+
+def check_names(groups: list[Group], names: list[str]) -> None:
+    """Refuse what no run has; what only some have, as an option of one model, is empty for the others."""
+    known = {*IDENTITY, "parameters", *(name for group in groups for name in group.runs[0].options)}
+    if unknown := [name for name in names if name not in known]:
+        raise DamagedError(
+            f"no run has an option {unknown[0]}; there are {', '.join(IDENTITY)}, parameters and the runs' options"
+        )
 
 
 def named(group: Group, key: str) -> str:
@@ -98,11 +121,7 @@ def named(group: Group, key: str) -> str:
         return str(first.names[key] or "")
     if key == "parameters":
         return f"{first.encoder_parameters:,}"
-    if key not in first.options:
-        raise DamagedError(
-            f"{first.place} has no option {key}; there are {', '.join(IDENTITY)}, parameters and its options"
-        )
-    return first.options[key].strip('"')
+    return first.options.get(key, "").strip('"')
 
 
 def cell(group: Group, metric: str, form: str, places: int) -> str:

@@ -6,7 +6,6 @@ import os
 import pytest
 import results
 import results_readme
-from conftest import ROOT
 from results_runs import DamagedError, find_runs, group_runs, read_runs
 from results_table import table
 from test_results import PAPER, write_run
@@ -140,6 +139,15 @@ def test_a_table_may_have_several_metrics(kept):
         results_readme.table(f"{words} columns=data", kept)
 
 
+def test_a_column_may_have_a_title_and_an_option_that_some_models_lack(kept):
+    write_run(kept / "runs/e", 75.0, {"model.bias": "2"})
+    results.main([str(kept / "runs"), "--keep", str(kept / "kept.jsonl")])
+    words = "kept.jsonl rows=model,model.bias:bias metric=test/accuracy:score data=cr model=gru,sru task=classification"
+    lines = results_readme.table(words, kept)
+    assert lines[0] == "| model | bias | score |"
+    assert lines[2:] == ["| sru |  | 81.0 ± 1.4 |", "| sru | 2 | 75.0 |"]
+
+
 def test_the_command_rewrites_the_file_once(kept, monkeypatch, capsys):
     path = kept / "README.md"
     path.write_text(MARKED.replace("kept.jsonl", str(kept / "kept.jsonl")), encoding="utf-8")
@@ -150,7 +158,7 @@ def test_the_command_rewrites_the_file_once(kept, monkeypatch, capsys):
     assert "1 tables, as they were" in capsys.readouterr().out
     path.write_text(MARKED)
     assert results.main(["--readme", str(path)]) == 1
-    assert "kept.jsonl, which a table of the README names" in capsys.readouterr().err
+    assert "kept.jsonl, which a table names" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -158,7 +166,7 @@ def test_the_command_rewrites_the_file_once(kept, monkeypatch, capsys):
     [
         ("<!-- end -->", "", "lacks its line"),
         ("rows=model,depth", "rows=data", r"two groups in one cell \(model=lstm depth=3 / model=sru depth=2\)"),
-        ("rows=model,depth", "rows=model,deep", "has no option deep"),
+        ("rows=model,depth", "rows=model,deep", "no run has an option deep"),
         ("task=classification", "task=none", "no run for the table"),
         ("task=class", "metric=test/f1 task=class", "has no test/f1; it has val/accuracy, test/accuracy"),
         ("kept.jsonl", "absent.jsonl", "no file .*absent.jsonl"),
@@ -173,6 +181,7 @@ def test_a_marker_that_asks_for_nothing_is_refused(kept, old, new, message):
         results_readme.filled(MARKED.replace(old, new), kept)
 
 
-def test_the_tables_of_the_readme_are_those_of_the_kept_runs():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", results_readme.pages(), ids=lambda page: page.name)
+def test_the_tables_of_the_documents_are_those_of_the_kept_runs(page):
+    text = page.read_text(encoding="utf-8")
     assert results_readme.filled(text) == text, "python scripts/results.py --readme"

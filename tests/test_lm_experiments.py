@@ -7,11 +7,13 @@ from hydra.utils import instantiate
 
 VOCABULARIES = {
     "enwik8": (205, "bytes"),
+    "enwik8_4mb": (205, "bytes"),  # of its own rather fewer
     "ptb": (10_000, "words"),
     "wikitext103": (267_735, "words"),
     "lm1b": (793_470, "words"),
 }
-EXPERIMENTS = [name for name in options("experiment") if name.split("_")[0] in VOCABULARIES]
+SMALL = [name for name in options("experiment") if name.startswith(("enwik8_4mb_", "ptb_small_"))]
+EXPERIMENTS = [name for name in options("experiment") if name.split("_")[0] in VOCABULARIES and name not in SMALL]
 ATTENDING = [name for name in EXPERIMENTS if "srupp" in name or "transformer" in name]
 
 
@@ -40,6 +42,12 @@ def test_an_experiment_names_its_corpus_and_has_an_optimizer_with_a_schedule(con
     assert rate(cfg, 300) > 0
     unit = "bpc" if cfg.choices.data == "enwik8" else "perplexity"
     assert cfg.paper.metric in (f"test/{unit}", f"val/{unit}")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_networks_that_are_compared_have_two_million_parameters(configure, name):
+    parameters = sum(p.numel() for p in build(configure(f"experiment={name}")).parameters())
+    assert parameters == pytest.approx(2e6, rel=0.03)
 
 
 def test_noam_reaches_its_peak_after_32_000_steps(configure):

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from data.streams import Recipe
 
 # Networks of this project beside one another, of which no paper has a number.
-OWN = ("multi30k_", "fsdd_", "librispeech_", "smnist_sru", "psmnist_sru")
+OWN = ("enwik8_4mb_", "ptb_small_", "multi30k_", "fsdd_", "librispeech_", "smnist_sru", "psmnist_sru")
 EXPERIMENTS = [name for name in options("experiment") if not name.startswith(OWN)]
 WORDS = {"enwik8": 205, "ptb": 10_000, "wikitext103": 267_735, "lm1b": 793_470}
 # Millions of parameters that follow from the published widths, or from those that were chosen for the published size.
