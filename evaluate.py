@@ -66,7 +66,10 @@ def main(words: list[str]) -> dict[str, float]:
     limit = batches(options["limit"]) if "limit" in options else trainer_options[f"limit_{split}_batches"]
     start = time.perf_counter()
     with ExitStack() as stack:
-        folder, file = places(options.get("output"), task.writes if split == "test" else ())
+        written = task.writes if split == "test" else ()
+        folder, file = places(options.get("output"), written)
+        if folder is None and hasattr(task, "writes_likelihoods"):
+            task.writes_likelihoods = False  # gigabytes, which nobody would see
         trainer = pl.Trainer(
             accelerator="gpu" if device[:4] == "cuda" else device,
             devices=[int(device[5:])] if ":" in device else 1,
@@ -86,31 +89,32 @@ def main(words: list[str]) -> dict[str, float]:
             name: value for part in run(task, data.evaluation(split), verbose=False) for name, value in part.items()
         }
     metrics = {f"{split}/{name.partition('/')[2]}": value for name, value in found.items() if name != "step"}
+    outcome = {
+        "metrics": metrics,
+        "checkpoint": str(saved.path),
+        "split": split,
+        "data": options.get("data", saved.config["choices"]["data"]),
+        "options": changes,
+        "limit": limit,
+        "precision": precision,
+    }
+    rows = [*summary(outcome, task), ("wall time", f"{time.perf_counter() - start:.1f} s")]
     if file is not None:
-        outcome = {
-            "metrics": metrics,
-            "checkpoint": str(saved.path),
-            "split": split,
-            "data": options.get("data", saved.config["choices"]["data"]),
-            "options": changes,
-            "limit": limit,
-            "precision": precision,
-        }
         record.write_text(file, json.dumps(outcome, indent=2) + "\n")
-    encoder = sum(p.numel() for encoder in task.encoders for p in encoder.parameters())
-    rows = [
-        *((name, f"{value:.4g}") for name, value in metrics.items()),
-        ("parameters", f"{sum(p.numel() for p in task.parameters()):,} ({encoder:,} in the encoder)"),
-        ("data", f"{options.get('data', saved.config['choices']['data'])}, {split}"),
-        ("wall time", f"{time.perf_counter() - start:.1f} s"),
-        ("checkpoint", str(saved.path)),
-        *(
-            [("written", f"{file}" + "".join(f", {folder}/{name}" for name in task.writes if split == "test"))]
-            * bool(file)
-        ),
-    ]
+        rows.append(("written", ", ".join(map(str, [file, *(folder / name for name in written)]))))
     print(record.table(rows))
     return metrics
+
+
+def summary(outcome: dict[str, Any], task: Any) -> list[tuple[str, str]]:
+    """What was evaluated, and its metrics, for people."""
+    sizes, limit = record.sizes(task), outcome["limit"]
+    rows = [(name, f"{value:.4g}") for name, value in outcome["metrics"].items()]
+    rows.append(("parameters", f"{sizes['parameters']:,} ({sizes['encoder_parameters']:,} in the encoder)"))
+    rows.append(("data", f"{outcome['data']}, {outcome['split']}"))
+    if limit not in (None, 1.0) or type(limit) is int:  # 1 is one batch
+        rows.append(("only", f"{limit} of the batches" if type(limit) is float else f"{limit} batches"))
+    return [*rows, ("checkpoint", outcome["checkpoint"])]
 
 
 def parsed(words: list[str]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
@@ -209,12 +213,7 @@ def corpus(saved: trained.Saved, vocabulary: Any, split: str, name: str | None, 
         )
     known, settled = door.options_of(target), target.SETTLED
     if not is_other:
-        if other := [key for key in ("_target_", *DOWNLOADS) if run.get(key) != values.get(key)]:
-            raise ValueError(
-                f"data.{other[0]} of the checkpoint is not that of conf/data/{choices['data']}.yaml, from which alone "
-                "is downloaded; type data=NAME"
-            )
-        values |= {key: value for key, value in run.items() if key not in PLACES}
+        values |= {key: value for key, value in run.items() if key not in ("_target_", *PLACES, *DOWNLOADS)}
     values |= {key: run[key] for key in settled if key in run and key in known}
     # The folders of training, where they are here.
     values |= {key: run[key] for key in PLACES if key in values and Path(str(run.get(key, ""))).expanduser().is_dir()}

@@ -12,7 +12,6 @@ import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import LambdaCallback
 
 from tasks import average, dashboard, door, memory, messages, processes, record, sweep
 
@@ -43,26 +42,16 @@ def run(cfg: DictConfig) -> float | None:
         # A bar in a file is a wall of lines.
         cfg.trainer.enable_progress_bar &= sys.stdout.isatty()
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        origin, sizes, outcome, has_begun = record.provenance(), record.sizes(task), None, False
-
-        def begin(*_: object) -> None:
-            nonlocal has_begun
-            has_begun = True
-            if not processes.rank():
-                record.write_config(config, origin, folder)
-
-        def describe(trainer: object, module: object, checkpoint: dict[str, object]) -> None:
-            checkpoint["config"] = config  # so that the file alone is enough to use the network
-
+        recorder = record.Recorder(config, record.provenance(on_gpu=processes.on_gpu(cfg)), folder)
+        sizes, outcome = record.sizes(task), None
         trainer = instantiate(cfg.trainer)
         try:
-            # Not before the checkpoint of a resumed run was read: a run that cannot go on keeps its record.
-            trainer.callbacks.append(LambdaCallback(on_train_start=begin, on_save_checkpoint=describe))
+            trainer.callbacks.append(recorder)
             for logger in trainer.loggers:
                 logger.log_hyperparams(config)
             trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
             # Before the test, which sets the callbacks back to the best epoch.
-            found = record.result(trainer, task) | sizes | {"commit": origin["commit"]}
+            found = record.result(trainer, task) | sizes | {"commit": recorder.origin["commit"]}
             path = average.tested(trainer)
             found["tested"] = path and Path(path).name
             for tested in trainer.test(task, datamodule=data, ckpt_path=path, verbose=False, weights_only=True):
@@ -73,7 +62,7 @@ def run(cfg: DictConfig) -> float | None:
             outcome = found
         finally:
             dashboard.finish(trainer.loggers, outcome, task.writes)
-            if outcome is None and has_begun and (folder / "checkpoints/last.ckpt").exists():
+            if outcome is None and recorder.has_begun and (folder / "checkpoints/last.ckpt").exists():
                 print(f"The run stopped early. Go on with: python train.py resume={shlex.quote(str(folder))}")
         print(record.summary_table(outcome, folder))
         return outcome["metrics"].get(outcome["monitor"])

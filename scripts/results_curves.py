@@ -75,8 +75,8 @@ def draw(groups: list[Group], path: Path, metric: str | None = None) -> list[str
             number = labels.index(group.label)
             style = ("-", "--", ":", "-.")[number // 10 % 4]
             name = group.label.removesuffix(", †") if metric else group.label  # a mark of the value, not of this curve
-            look = {"color": f"C{number % 10}", "marker": ".", "markersize": 5}
-            axes.plot(mean.T[across], mean.T[2], style, label=name, **look)
+            color = f"C{number % 10}"
+            axes.plot(mean.T[across], mean.T[2], style, label=name, color=color, marker=".", markersize=5)
         axes.set(title=data, xlabel=unit, ylabel=shown)
         axes.grid(alpha=0.3)
         # Below the axes: a long one would hide the curves.

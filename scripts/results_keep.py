@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from results_runs import FILES, PLACES, DamagedError, Run
+from results_runs import FILES, PLACES, DamagedError, Run, find_runs, read_runs
 
 POINTS = 200  # of a kept learning curve, at most
 PATH = re.compile(r"(?:^|(?<=[=\[,'\" ]))(?:~?/|[A-Za-z]:\\)[^,'\"\]]*")  # not the slash of val/loss
@@ -75,8 +75,21 @@ def line(run: Run, tops: list[Path]) -> str:
         return json.dumps({"run": name} | dict(zip(FILES, held, strict=True)), ensure_ascii=False)
 
 
+def lost_from(file: Path, runs: list[Run]) -> int:
+    """How many runs of a file are not among these: other metrics or other chance make another run."""
+    if not file.exists():
+        return 0
+    kept = {json.dumps([run.chance, run.record], sort_keys=True) for run in runs}
+    held = read_runs(find_runs([file]))
+    lost = [run for run in held.runs if json.dumps([run.chance, run.record], sort_keys=True) not in kept]
+    return len(lost) + len(held.damaged)
+
+
 def keep(runs: list[Run], file: Path, tops: list[Path]) -> list[str]:
-    """Write the runs into a file, a line each, and nothing else; returns messages about it."""
+    """Write the runs into a file, a line each, and nothing else; returns messages about it.
+
+    Raises DamagedError where the file holds runs that would be lost.
+    """
     lines, messages = [], []
     for run in runs:
         try:
@@ -86,6 +99,11 @@ def keep(runs: list[Run], file: Path, tops: list[Path]) -> list[str]:
     if file.exists() and not file.is_file():
         # A device or a pipe would be gone, with this file in its place.
         raise DamagedError(f"--keep {file} is no file; name one, such as bench/results/mine.jsonl")
+    if lost := lost_from(file, runs):
+        raise DamagedError(
+            f"--keep {file} has {lost} runs that are not among these, and would lose them; name it too, to keep both: "
+            f"python scripts/results.py {' '.join(map(str, tops))} {file} --keep {file}"
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".part")
     try:

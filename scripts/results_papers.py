@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from results_table import markdown, mean_and_std
 CONF = Path(__file__).resolve().parent.parent / "conf"
 RISING = ("accuracy", "em", "f1", "bleu", "chrf")  # metrics of which more is better
 # Names of parts, of which the options say all; and what only picks the hardware.
-NAMES = ("choices.", "ablations.", "trainer.accelerator", "monitor")
+PROCESSES = ("trainer.devices", "trainer.num_nodes")
+HARDWARE = ("trainer.accelerator", "trainer.strategy", "trainer.plugins", "trainer.use_distributed_sampler", *PROCESSES)
+NAMES = ("choices.", "ablations.", "monitor", *HARDWARE)
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Row:
     metric: str
     value: float
     std: float | None
+    digits: int  # behind the point, as published
     verified: bool
     parameters: float | None  # published, in millions
     words: list[str]  # of the command
@@ -51,13 +54,8 @@ def measured(metric: str, runs: list[Run]) -> tuple[float, float | None]:
 def judge(row: Row, mean: float) -> str:
     """Whether the mean is as good as published: to the published digits, or within the published deviation."""
     worse = row.value - mean if row.metric.rpartition("/")[2] in RISING else mean - row.value
-    half = 0.5 * 10.0 ** -digits(row.value)
+    half = 0.5 * 10.0**-row.digits
     return "reached" if worse <= max(half + 1e-9, row.std or 0.0) else "not reached"
-
-
-def digits(value: float) -> int:
-    """Behind the point, as published: 82.0 has one."""
-    return len(repr(value).partition(".")[2])
 
 
 def composed(words: list[str], *keys: str) -> dict[str, Any]:
@@ -84,7 +82,7 @@ def compose_rows(names: str = "[!_]*") -> list[Row]:
     """Every row, by experiment and data set; `names` is a pattern of experiments."""
     rows = []
     for path in sorted((CONF / "experiment").glob(f"{names}.yaml")):
-        config = composed([f"experiment={path.stem}"], "paper", "choices")
+        config = composed([f"experiment={path.stem}"], "paper", "choices", "model")
         paper, choices = config["paper"] or {}, config["choices"]
         values, spreads = paper.get("value"), paper.get("std")
         for data, value in (values if isinstance(values, dict) else {choices["data"]: values}).items():
@@ -100,17 +98,28 @@ def compose_rows(names: str = "[!_]*") -> list[Row]:
                 metric=paper["metric"],
                 value=float(value),
                 std=None if spread is None else float(spread),
+                digits=paper.get("digits") or len(repr(float(value)).partition(".")[2]),  # 82.0 has one
                 verified=paper.get("verified", True),
                 parameters=paper.get("parameters"),
                 words=[f"experiment={path.stem}", *([f"data={data}"] if data != choices["data"] else [])],
             )
-            rows.append(row)
+            rows += places(row, config) if "values" in paper else [row]
     return rows
+
+
+def places(row: Row, config: dict[str, Any]) -> list[Row]:
+    """Of an experiment whose published values are by the place of its first layer that attends, a row for each."""
+    others = config["model"]["attention_layers"][1:]
+    words = [f"model.attention_layers={[place, *others]}".replace(" ", "") for place in range(20)]
+    values = enumerate(config["paper"]["values"])
+    return [replace(row, value=value, words=[*row.words, words[n]]) for n, value in values if value is not None]
 
 
 def differences(options: dict[str, str], run: Run) -> str:
     """What a run has otherwise than these options; "" where nothing but chance, places and hardware."""
-    ours, theirs = ({k: v for k, v in o.items() if not k.startswith(NAMES)} for o in (run.options, options))
+    ours, theirs = (
+        {k: v for k, v in whole_batch(o).items() if not k.startswith(NAMES)} for o in (run.options, options)
+    )
     pairs = {key: (ours.get(key), theirs.get(key)) for key in [*ours, *theirs] if ours.get(key) != theirs.get(key)}
     # `epochs` reaches trainer.max_epochs by interpolation: naming it once is enough.
     sources = {pair for key, pair in pairs.items() if "." not in key}
@@ -121,8 +130,16 @@ def differences(options: dict[str, str], run: Run) -> str:
     )
 
 
+def whole_batch(options: dict[str, str]) -> dict[str, str]:
+    """The options with data.batch_size, and its like, of all processes together."""
+    count = math.prod(int(options.get(name, "1")) for name in PROCESSES if options.get(name, "1").isdigit())
+    sizes = ("data.batch_size", "data.tokens_per_batch", "data.frames_per_batch")
+    return options | {name: str(int(options[name]) * count) for name in sizes if options.get(name, "").isdigit()}
+
+
 def match(rows: list[Row], runs: list[Run]) -> list[Row]:
-    """Give every row the runs that are it, and those of its experiment and data set that are not."""
+    """Give every row the runs that are it, and those of its experiment and data set that are no row."""
+    strangers: dict[tuple[str, str], list[tuple[str, Run]]] = {}
     for row in rows:
         here = [run for run in runs if run.names["data"] == row.data]
         options = flatten(composed(row.words)) if here else {}
@@ -133,6 +150,12 @@ def match(rows: list[Row], runs: list[Run]) -> list[Row]:
             if not differs:
                 row.runs.append(run)
             elif json.loads(run.options.get("choices.experiment", "null")) == row.experiment:
+                strangers.setdefault((row.experiment, row.data), []).append((differs, run))
+    found = {id(run) for row in rows for run in row.runs}
+    for row in rows:  # the first of an experiment's
+        for differs, run in strangers.pop((row.experiment, row.data), []):
+            if id(run) not in found:
+                found.add(id(run))
                 row.others.setdefault(differs, []).append(run)
     return rows
 
@@ -140,14 +163,20 @@ def match(rows: list[Row], runs: list[Run]) -> list[Row]:
 def cells(row: Row, runs: list[Run]) -> dict[str, str]:
     """What the runs of a row, or of one of its others, have to show."""
     mean, std = measured(row.metric, runs)
-    places = digits(row.value) + 1
+    places = row.digits + 1
     origins = [run.origin for run in runs if run.origin]
-    hardware = {f"{o.get('machine')}, {o.get('threads')} threads, torch {o.get('torch')}" for o in origins}
+    hardware = {
+        f"{o.get('machine')}, "
+        + (f"{o['processes']} processes, " if o.get("processes", 1) > 1 else "")
+        + f"{o.get('threads')} threads, torch {o.get('torch')}"
+        for o in origins
+    }
     hours = [run.record["seconds"] / 3600 for run in runs if "seconds" in run.record]
     return {
         "mean": "" if math.isnan(mean) else f"{mean:.{places}f}",
         "std": "" if std is None or math.isnan(std) else f"{std:.{places}f}",
-        "n": str(len(runs)),
+        "n": f"{len(runs)}"
+        + (f" (repeated {repeats})" if (repeats := len(runs) - len({r.chance for r in runs})) else ""),
         "difference": "" if math.isnan(mean) else f"{mean - row.value:+z.{places}f}",
         "hours": f"{sum(hours) / len(hours):.2g}" if hours else "",
         "hardware": "; ".join(sorted(hardware)),
@@ -155,7 +184,9 @@ def cells(row: Row, runs: list[Run]) -> dict[str, str]:
 
 
 def published(row: Row) -> str:
-    return f"{row.value}" + (f" ± {row.std}" if row.std is not None else "") + ("" if row.verified else "?")
+    return (
+        f"{row.value:.{row.digits}f}" + (f" ± {row.std}" if row.std is not None else "") + ("" if row.verified else "?")
+    )
 
 
 def papers_table(rows: list[Row]) -> str:
@@ -181,7 +212,8 @@ def papers_table(rows: list[Row]) -> str:
 NOTES = (
     "Reached: the mean of n runs is no worse than the published value to its digits, or within its deviation where "
     "that is published. Hours are of training, for one run.",
-    "A run counts where all its options are the experiment's, but for seed, fold, folders and accelerator; "
+    "A run counts where all its options are the experiment's, but for seed, fold, folders and hardware (the batch is "
+    "that of all processes together); repeated are runs with the seed and fold of another, so that n and std say less; "
     "runs of an experiment with other options stand below its row, and count for nothing.",
     "?: the published value is quoted from memory, not verified in the paper.",
 )

@@ -245,7 +245,7 @@ def read_run(place: Place) -> Run:
         follows = next((name for name in ("test/bleu", "test/bpc", "test/perplexity") if name in metrics), None)
         wanted = paper.get("metric") or follows or "test/" + monitor.partition("/")[2]
         rows = place.read("metrics.csv") if wanted.startswith("train/") and place.has("metrics.csv") else []
-        if losses := [row[wanted] for row in rows if row.get(wanted) not in (None, "")]:
+        if wanted not in metrics and (losses := [row[wanted] for row in rows if row.get(wanted) not in (None, "")]):
             metrics[wanted] = float(losses[-1])  # where training ended
         validated = "val/" + wanted.partition("/")[2]
         metric = next((name for name in (wanted, validated, monitor) if name in metrics), None)
@@ -274,7 +274,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
     """Put runs together that differ in seed or fold only, in the order of the table."""
     same: dict[str, list[Run]] = {}
     for run in runs:
-        key = [run.options, run.names["metric"], run.published, run.verified]
+        key = [run.options, run.names["metric"]]
         same.setdefault(json.dumps(key, sort_keys=True), []).append(run)
     groups = [Group(members) for members in same.values()]
     alike: dict[tuple[Any, ...], list[Group]] = {}

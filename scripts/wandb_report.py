@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from results_papers import RISING
 
 ROOT = Path(__file__).parent.parent
-STEP = "trainer/global_step"
+STEP = "trainer/global_step"  # as in tasks/dashboard.py
+# What papers report, where it is not what the task monitors; of words in place of bytes --metric test/perplexity.
+REPORTED = {"lm": "test/bpc", "translation": "test/bleu", "squad": "test/em"}
 SPEEDS = ("examples_per_second", "tokens_per_second", "frames_per_second", "steps_per_second")
 
 
@@ -109,15 +112,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=tasks, help="whose runs: one of %(choices)s", metavar="task")
     parser.add_argument("--data", help="only the runs on this corpus")
-    parser.add_argument("--metric", help="what to compare by; test/ and the task's monitored metric if not given")
-    parser.add_argument("--mode", choices=("max", "min"), help="whether more is better; as the task's monitor")
+    parser.add_argument("--metric", help="what to compare by; what the papers report if not given")
+    parser.add_argument("--mode", choices=("max", "min"), help="whether more is better; as the metric has it")
     parser.add_argument("--project", default="sru", help="as in loggers.wandb.project (%(default)s)")
     parser.add_argument("--entity", help="a team; your own if not given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the specification here, save nothing online")
     given = parser.parse_args(arguments)
     best = yaml.safe_load((ROOT / f"conf/task/{given.task}.yaml").read_text(encoding="utf-8"))["callbacks"]["best"]
-    metric = given.metric or re.sub("^val/", "test/", best["monitor"])
-    what = (given.task, best["monitor"], metric, given.mode or best["mode"], given.data, given.project)
+    metric = given.metric or REPORTED.get(given.task) or re.sub("^val/", "test/", best["monitor"])
+    mode = given.mode or ("max" if metric.rpartition("/")[2] in RISING else "min")
+    what = (given.task, best["monitor"], metric, mode, given.data, given.project)
     try:
         report = build(*what, "")
     except ModuleNotFoundError as error:

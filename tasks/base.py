@@ -88,7 +88,7 @@ class Task(pl.LightningModule, ABC):
             size = sums.pop("size")
             # Nothing that counts for the loss is no loss, rather than one of 0.
             means = {name: value / size for name, value in sums.items() if size > 0}
-            if stage != "test" and means and not torch.isfinite(means["loss"]):
+            if self.trainer.state.fn == "fit" and means and not torch.isfinite(means["loss"]):
                 raise ValueError(
                     f"the {stage} loss is {means['loss']:g} after {self.trainer.global_step} steps; type a lower "
                     "task.optimizer.lr=, trainer.gradient_clip_val=1, or trainer.precision=32-true"

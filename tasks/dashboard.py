@@ -18,10 +18,11 @@ STEP = "trainer/global_step"  # Lightning's name for the steps of the optimiser
 class Wandb(WandbLogger):
     """Lightning's wandb logger: offline unless the user is logged in, and one run of wandb for a run folder.
 
-    A run's name says data, model, depth x width, ablations, seed and fold. Its group is the experiment or, without one,
-    the name without seed and fold. Where the configuration has a published value, `published/METRIC` is a constant
-    series beside the curves, and `difference/METRIC` in the summary what the run lies above it. The summary of a
-    finished run has all of metrics.json: the best epoch's value of the monitored metric, not the last one's.
+    A run's name says data, model, depth x width, ablations, seed and fold. Its group is the experiment, with the data
+    where that has several corpora, or, without an experiment, the name without seed and fold. Where the configuration
+    has a published value, `published/METRIC` is a constant series beside the curves, and `difference/METRIC` in the
+    summary what the run lies above it. The summary of a finished run has all of metrics.json: the best epoch's value
+    of the monitored metric, not the last one's.
 
     An agent of a wandb sweep chooses project, entity and id.
 
@@ -82,19 +83,23 @@ class Wandb(WandbLogger):
         fold = params["data"].get("fold")
         chance = [f"seed {params['seed']}", *([] if fold is None else [f"fold {fold}"])]
         options["name"] = " ".join([*parts, *chance])
-        options["group"] = options["group"] or choices["experiment"] or " ".join(parts)
-        named = [choices["task"], choices["data"], choices["model"], *choices["ablation"], choices["experiment"]]
+        paper, data, experiment = params["paper"] or {}, choices["data"], choices["experiment"]
+        values = paper.get("value")
+        values = values if isinstance(values, Mapping) else {data: values}
+        if experiment and len(values) > 1:
+            experiment = f"{experiment} {data}"
+        options["group"] = options["group"] or experiment or " ".join(parts)
+        named = [choices["task"], data, choices["model"], *choices["ablation"], choices["experiment"]]
         options["tags"] = list(dict.fromkeys([*filter(None, named), *options["tags"]]))
         super().log_hyperparams(params)
-        run, best, paper = self.experiment, params["callbacks"]["best"], params["paper"] or {}
+        run, best = self.experiment, params["callbacks"]["best"]
         write_text(id_file, run.id)
         # Any of the three is an axis; the steps are that of a plot of which nobody said more.
         run.define_metric("seconds")
         run.define_metric("epoch")
         # So that also a run which is killed has its best value, as METRIC.max or METRIC.min.
         run.define_metric(best["monitor"], step_metric=STEP, step_sync=True, summary=best["mode"])
-        value = paper.get("value")
-        value = value.get(choices["data"]) if isinstance(value, Mapping) else value
+        value = values.get(data)
         self.published = {} if value is None else {paper["metric"]: value}
 
     @rank_zero_only
@@ -117,7 +122,9 @@ class Wandb(WandbLogger):
             if self.artifacts:
                 checkpoint = self.run_dir / "checkpoints" / (outcome["tested"] or "last.ckpt")
                 self._upload("checkpoint", "model", [checkpoint, self.run_dir / "config.yaml"])
-                self._upload("predictions", "predictions", [p for n in writes if (p := self.run_dir / n).exists()])
+                # Of several processes some write likelihoods.0.ark and so on.
+                written = [p for name in writes for p in self.run_dir.glob("*".join(os.path.splitext(name)))]
+                self._upload("predictions", "predictions", sorted(written))
         run.finish(exit_code=0 if outcome is not None else 1)
 
     def _upload(self, name: str, kind: str, files: list[Path]) -> None:

@@ -195,7 +195,7 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
             f"type for example trainer.max_epochs={done + 1}"
         )
     # What a run may be given anew; the optimiser's settings are not among it, for the checkpoint holds them.
-    free = ("epochs", "trainer.", "callbacks.", "loggers.", "data.root", "data.cache", "run_dir")
+    free = ("epochs", "paper", "trainer.", "callbacks.", "loggers.", "data.root", "data.cache", "run_dir")
     for key, old, new in changes(before, cfg):
         # What only names the folder is no change, a list repeats what has keys of its own, the terminal sets the bar.
         moved = str(old).replace(str(before.run_dir), cfg.run_dir) == str(new)

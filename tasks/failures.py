@@ -52,4 +52,6 @@ def told(error: BaseException) -> str | None:
     ours = [name for name in modules if name.partition(".")[0] not in sys.stdlib_module_names or name == "__main__"]
     if ours and ours[-1].startswith("hydra."):
         return f"{path}: {error.strerror}. Runs are written below hydra.run.dir=FOLDER (hydra.sweep.dir)"
+    if not any(name.startswith("data.") for name in modules):
+        return f"{path}: {error.strerror}"
     return f"{path}: {error.strerror}. Corpora lie in data.root=FOLDER, what is prepared of them in data.cache=FOLDER"

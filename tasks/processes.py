@@ -148,6 +148,7 @@ def launch(cfg: DictConfig, count: int) -> float | None:
         local_addr="localhost",
         max_restarts=0,
         shutdown_timeout=10,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )
     # Its report of a failure, and its advice, are of its own functions.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -193,7 +194,8 @@ def overrides() -> list[str]:
 def arguments(given: list[str]) -> list[str]:
     """The words of a command, with the folder that all processes have in common that torchrun or srun started.
 
-    A job that was started again, of one process too, goes on from its last checkpoint.
+    A job that was started again, of one process too, goes on from its last checkpoint. Each torchrun counts its own
+    restarts, and one on a machine that takes another's place has none, so that there the checkpoint alone decides.
     """
     folders = [word.partition("=")[2].strip("'\"") for key in FOLDERS for word in given if word.startswith(key)]
     is_resumed = any(word.startswith("resume=") for word in given)
@@ -208,8 +210,7 @@ def arguments(given: list[str]) -> list[str]:
             )
         folders = [f"runs/{'torchrun' if by_torchrun() else 'slurm'}/{name}"]
         given = [*given, f"hydra.run.dir='{folders[0]}'"]
-    # Of the processes by torchrun, or of the job of SLURM, in which torchrun may count anew.
-    is_again = any(os.environ.get(f"{name}_RESTART_COUNT", "0") != "0" for name in ("TORCHELASTIC", "SLURM"))
+    is_again = by_torchrun() or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
     if is_again and folders and not is_resumed and (Path(folders[0]) / "checkpoints/last.ckpt").exists():
         return [*(word for word in given if not word.startswith(FOLDERS)), f"resume={folders[0]}"]
     return given
@@ -233,8 +234,9 @@ def joined(cfg: DictConfig) -> Iterator[None]:
         wait_for_workers=False,
         multi_tenant=True,
     )
-    # torchrun's may be the one of before a restart, with the addresses of processes that are gone.
-    store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), server)
+    # torchrun's may be the one of before a restart, with the addresses of processes that are gone. Machines that count
+    # restarts otherwise do not meet there, nor at torch's own: docs/cluster.md says which variable gives a new one.
+    store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"] if is_served else "0", server)
     options: dict[str, Any] = {"store": store, "rank": rank(), "world_size": world_size()}
     if on_gpu(cfg):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK" if by_torchrun() else "SLURM_LOCALID"]))

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import zipfile
@@ -23,6 +25,8 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from tasks import failures, processes
 from tasks.clock import Clock, peak_memory
+
+TESTED = {"average.ckpt": "the mean of several checkpoints", "best.ckpt": "the best epoch", None: "the last weights"}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -205,7 +209,16 @@ def sizes(task: Any) -> dict[str, int]:
     }
 
 
-def provenance() -> dict[str, Any]:
+def processor() -> str:
+    """What this machine's processor is called."""
+    with contextlib.suppress(OSError):  # of Linux alone, where `platform` knows no more than x86_64
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def provenance(*, on_gpu: bool) -> dict[str, Any]:
     """What a repetition of the run needs beside its configuration."""
 
     def git(*words: str) -> str:
@@ -215,21 +228,39 @@ def provenance() -> dict[str, Any]:
     commit = None
     if shutil.which("git"):
         commit = git("rev-parse", "HEAD") + ("-modified" if git("status", "--porcelain") else "")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "commit": commit,
         "overrides": processes.overrides(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "machine": gpu or platform.processor() or platform.machine(),
+        "machine": torch.cuda.get_device_name() if on_gpu and torch.cuda.is_available() else processor(),
+        "processes": processes.world_size(),
         "threads": torch.get_num_threads(),
     }
 
 
-def write_config(config: Any, origin: dict[str, Any], folder: Path) -> None:
-    """config.yaml and run.json, which a resume starts from."""
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
-    write_text(folder / "run.json", json.dumps(origin, indent=2) + "\n")
+class Recorder(pl.Callback):
+    """Writes config.yaml and run.json, which a resume starts from, and the configuration into each checkpoint, which
+    is then enough to use the network.
+
+    Not before training begins: a run whose checkpoint cannot be read keeps its record. What an earlier training ended
+    with is no result of this one, and is removed.
+    """
+
+    def __init__(self, config: Any, origin: dict[str, Any], folder: Path) -> None:
+        self.config, self.origin, self.folder = config, origin, folder
+        self.has_begun = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.has_begun = True
+        if not processes.rank():
+            for name in ("metrics.json", "checkpoints/average.ckpt"):
+                (self.folder / name).unlink(missing_ok=True)
+            write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.config)))
+            write_text(self.folder / "run.json", json.dumps(self.origin, indent=2) + "\n")
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.config
 
 
 def summary_table(outcome: dict[str, Any], folder: Path) -> str:
@@ -244,11 +275,11 @@ def summary_table(outcome: dict[str, Any], folder: Path) -> str:
             f"{outcome['seconds_per_epoch']:.1f} s, {outcome['encoder_seconds_per_epoch']:.1f} s in the encoder",
         ),
         *((f"{name.removesuffix('_per_second')}/s", f"{outcome[name]:.0f}") for name in outcome if "_per_s" in name),
-        ("tested", {"average.ckpt": "the mean of several checkpoints"}.get(outcome["tested"], "the best epoch")),
+        ("tested", TESTED[outcome["tested"]]),
         ("run folder", str(folder)),
     ]
     if list(folder.glob("wandb/offline-run-*")):
-        rows.append(("to upload", f"wandb sync {folder}/wandb/offline-run-*"))
+        rows.append(("to upload", f"wandb sync {shlex.quote(str(folder))}/wandb/offline-run-*"))
     return table(rows)
 
 

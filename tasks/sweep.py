@@ -19,7 +19,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from tasks import door, messages
+from tasks import door, failures, messages
 from tasks.record import write_text
 
 # Words of a resumed sweep that say how it runs and not what; a search may also get longer.
@@ -37,7 +37,8 @@ class Watch(Callback):
 
     folder: ClassVar[Path | None] = None  # of the sweep that this process has started
     lock: ClassVar[FileLock | None] = None
-    before: ClassVar[Any] = None  # what heard SIGTERM
+    is_new: ClassVar[bool] = False  # rather than resumed
+    before: ClassVar[dict[signal.Signals, Any]] = {}  # what heard the signals
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         # An Exception would become a warning here.
@@ -53,7 +54,8 @@ class Watch(Callback):
                 f"error: hydra.sweep.dir={folder} cannot be written ({error.strerror}); name another with "
                 "hydra.sweep.dir=FOLDER."
             )
-        if not config.resume:
+        Watch.is_new = not config.resume
+        if Watch.is_new:
             if (folder / "sweep.json").exists():
                 sys.exit(
                     f"error: hydra.sweep.dir={folder} holds a sweep already. Go on with resume={folder}, or name "
@@ -61,10 +63,16 @@ class Watch(Callback):
                 )
             words = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
             words = [word for word in words if key(word) not in OWN]
-            write_text(folder / "sweep.json", json.dumps({"overrides": words}, indent=2) + "\n")
+            try:
+                write_text(folder / "sweep.json", json.dumps({"overrides": words}, indent=2) + "\n")
+            except OSError as error:
+                sys.exit(f"error: {failures.told(error)}.")
         Watch.folder = folder
-        # Between jobs, and where others run them, nobody hears it; a training puts its own in this one's place.
-        Watch.before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        # Between jobs, and where others run them, nobody hears them; a training puts its own in their place.
+        Watch.before = {
+            number: signal.signal(number, lambda number, _: sys.exit(128 + number))
+            for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM))
+        }
         # A launcher's processes find this project from any folder.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(door.ROOT), os.environ.get("PYTHONPATH")]))
 
@@ -77,18 +85,25 @@ def is_job() -> bool:
 def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | None:
     """Run one job; its failure is kept in its folder and stops no other job.
 
-    In a resumed sweep a finished job gives the value that it had, and one with a checkpoint goes on from there.
+    In a resumed sweep a finished job gives the value that it had, and one with a checkpoint goes on from there; so does
+    one that a cluster's scheduler has started again.
     """
     config = HydraConfig.get()
     folder = Path(config.runtime.output_dir)
     failure = folder / "failed.json"
     words = [word for word in config.overrides.task if key(word) not in OWN]
-    if cfg.resume:
-        refuse_another(words, folder)
-        if (folder / "metrics.json").exists():
+    before = words_before(folder)
+    if cfg.resume and before not in (None, words):
+        # No Exception, which would be this job's alone.
+        sys.exit(
+            f"error: {folder} holds the job {' '.join(before or [])}, where now {' '.join(words)} is due: conf/ has "
+            "changed since, or a search has no hydra.sweeper.sampler.seed. Start a new sweep."
+        )
+    if cfg.resume or before == words:
+        if (outcome := finished(folder)) is not None:
             failure.unlink(missing_ok=True)
             print(f"finished already: {folder}")
-            return finished(folder)
+            return outcome["metrics"].get(outcome["monitor"])
         # What a search tries next depends on what it has seen: a trial that failed stays failed.
         if failure.exists() and "optuna" in str(config.runtime.choices["hydra/sweeper"]):
             print(f"failed already: {folder}")
@@ -101,9 +116,12 @@ def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | N
         return run(cfg)
     except Exception as error:
         kept = {"overrides": words, "error": messages.explain(error), "traceback": traceback.format_exc()}
-        folder.mkdir(parents=True, exist_ok=True)  # a run that is refused takes its empty folder away
-        write_text(failure, json.dumps(kept, indent=2) + "\n")
         print(f"failed: {kept['error']}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # a run that is refused takes its empty folder away
+            write_text(failure, json.dumps(kept, indent=2) + "\n")
+        except OSError as refused:
+            print(f"{failures.told(refused)}; so no list will have this failure, and a resume runs the job again")
         return None
     finally:
         # The next job of this process gets the memory.
@@ -112,27 +130,26 @@ def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | N
             torch.cuda.empty_cache()
 
 
-def refuse_another(words: list[str], folder: Path) -> None:
-    """End a resumed sweep whose jobs are not those that it had, before it takes one's result for another's."""
-    record = folder / "run.json"
-    if record.exists():
-        before = [word for word in door.recorded(record) if key(word) not in OWN]
-        if before != words:
-            # No Exception, which would be this job's alone.
-            sys.exit(
-                f"error: {folder} holds the job {' '.join(before)}, where now {' '.join(words)} is due: conf/ has "
-                "changed since, or a search has no hydra.sweeper.sampler.seed. Start a new sweep."
-            )
+def words_before(folder: Path) -> list[str] | None:
+    """The words of the job that a folder holds, which began or failed; None of a folder that holds none."""
+    for name in ("run.json", "failed.json"):
+        with contextlib.suppress(OSError, ValueError):  # what is damaged is written anew
+            return [word for word in door.recorded(folder / name) if key(word) not in OWN]
+    return None
 
 
-def finished(folder: Path) -> float | None:
+def finished(folder: Path) -> dict[str, Any] | None:
+    """What metrics.json says of a finished job; without it, or where it is damaged, the job is not finished."""
     path = folder / "metrics.json"
+    if not path.exists():
+        return None
     try:
         outcome = json.loads(path.read_text(encoding="utf-8"))
-        value = outcome["metrics"].get(outcome["monitor"])
-        return None if value is None else float(value)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        sys.exit(f"error: {path} is damaged; delete it, and the job is tested again.")
+        float(outcome["metrics"].get(outcome["monitor"], 0.0))
+        return dict(outcome)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        print(f"{path} is damaged: the job is tested again")
+        return None
 
 
 def is_resumed(arguments: list[str]) -> bool:
@@ -173,15 +190,17 @@ def told() -> Iterator[None]:
         is_done = True
     finally:
         if folder := Watch.folder:
-            signal.signal(signal.SIGTERM, Watch.before)
+            for number, before in Watch.before.items():
+                signal.signal(number, before)
             if any(folder.glob("*/")):
                 failed = report(folder, is_done)
-            else:  # refused as a whole
+            elif Watch.is_new:  # refused as a whole
                 for name in ("sweep.json", "multirun.yaml"):
                     (folder / name).unlink(missing_ok=True)
         if Watch.lock is not None and Watch.lock.is_locked:
-            Watch.lock.release()
+            # Before it is released: another process may hold it from then on.
             Path(Watch.lock.lock_file).unlink(missing_ok=True)
+            Watch.lock.release()
             door.remove_if_empty(Path(Watch.lock.lock_file).parent)
     if failed:
         sys.exit(1)
@@ -189,10 +208,11 @@ def told() -> Iterator[None]:
 
 def report(folder: Path, is_done: bool) -> list[Path]:
     """Print how a sweep stands; returns the jobs that failed."""
-    finished = sum(1 for _ in folder.rglob("metrics.json"))
     failed = sorted(folder.rglob("failed.json"), key=lambda path: (len(path.parent.name), path.parent.name))
+    # Below a job may lie what evaluate.py has written.
+    done = {path.parent for path in folder.rglob("config.yaml") if path.with_name("metrics.json").exists()}
     early = "" if is_done else ", and it stopped early"
-    print(f"Sweep {folder}: finished {finished}, failed {len(failed)}{early}.")
+    print(f"Sweep {folder}: finished {len(done - {path.parent for path in failed})}, failed {len(failed)}{early}.")
     for path in failed:
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))

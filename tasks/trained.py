@@ -18,9 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import LightningDataModule
 from torch import nn
 
-from tasks import record
+from tasks import failures, record
 from tasks.base import Task
 
+OURS = ("sru", "tasks", "data")
 PRODUCT = "sru.kernels.linear.linear"  # the one function that a configuration may name
 # What a configuration that is damaged, or belongs to another checkpoint, leads to.
 MISFITS = AttributeError, ImportError, KeyError, TypeError, RuntimeError, yaml.YAMLError, OmegaConfBaseException
@@ -60,8 +61,9 @@ def opened(checkpoint: str | Path) -> Saved:
     """A .ckpt, or that of a run's folder which its test took; nothing of it is executed."""
     path = Path(checkpoint).expanduser()
     if path.is_dir():
-        average = path / "checkpoints/average.ckpt"
-        path = average if average.is_file() else path / "checkpoints/best.ckpt"
+        names = ("average.ckpt", "best.ckpt", "last.ckpt")  # the last where nothing was validated
+        paths = [path / "checkpoints" / name for name in names]
+        path = next((each for each in paths if each.is_file()), paths[1])
     if not path.is_file():
         raise FileNotFoundError(
             f"checkpoint={checkpoint} is neither a run's folder nor a .ckpt (there is no {path}); runs lie below runs/"
@@ -102,8 +104,9 @@ def class_and_options(config: dict[str, Any], part: str, base: type) -> tuple[An
     if has_product:
         del options["linear"]
     options.pop("_partial_", None)
-    found = get_object(target) if re.fullmatch(r"(sru|tasks|data)(\.\w+)+", target) else None
-    own = isinstance(found, type) and issubclass(found, base) and found.__module__.split(".")[0] in target
+    found = get_object(target) if re.fullmatch(rf"({'|'.join(OURS)})(\.\w+)+", target) else None
+    own = isinstance(found, type) and issubclass(found, base)
+    own = own and found.__module__.split(".")[0] == target.split(".")[0]  # not what a module imports from elsewhere
     if not own or "_target_" in json.dumps(options):
         raise ValueError(f"the run names {target} as {part}, or classes within: not of this project, nothing built")
     return found, options | ({"linear": get_object(PRODUCT)} if has_product else {})
@@ -126,6 +129,9 @@ def built(saved: Saved) -> tuple[Any, Any]:
         task = make()
         task.load_state_dict(saved.content["state_dict"])
     except MISFITS as error:
+        is_absent = isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] not in OURS
+        if is_absent or failures.told(error):  # a package that is not installed, memory that is too small
+            raise
         raise ValueError(
             f"{saved.source} is damaged, or not that of {saved.path} ({type(error).__name__}: {error}); "
             "take both from one run"

@@ -109,8 +109,9 @@ def test_what_a_tasks_test_writes_are_predictions(configure, tmp_path, words, na
         (
             ["experiment=classification_sru_8l", "data.fold=3", "seed=7"],
             "cr sru 8x128 seed 7 fold 3",
-            "classification_sru_8l",
+            "classification_sru_8l cr",  # one of six corpora
         ),
+        (["experiment=squad_sru_4l"], "{} seed 1234", "squad_sru_4l"),
         (["model=cnn"], "pydoc cnn seed 1234 fold 0", "pydoc cnn"),
         (["task=lm", "ablation=[no_vc,no_highway]"], "{} no_highway no_vc seed 1234", "{} no_highway no_vc"),
         (["loggers.wandb.group=mine"], "{} seed 1234 fold 0", "mine"),

@@ -145,8 +145,7 @@ TASKS = {
 
 def test_every_task_is_tested_by_two_processes_as_by_one(configure, tmp_path):
     """A rate of 0 leaves the weights; so what differs is what the two were given, and what became of their parts."""
-    still = ("epochs=1", "trainer.limit_train_batches=2", "task.optimizer.lr=0", f"data.cache={tmp_path}/cache")
-    still = (*still[:3],)
+    still = ("epochs=1", "trainer.limit_train_batches=2", "task.optimizer.lr=0")
     run_by_two(configure, *[[*words, *still, f"run_dir={tmp_path / kind}"] for kind, words in TASKS.items()])
     for kind, words in TASKS.items():
         alone = tmp_path / f"{kind}-alone"
@@ -280,12 +279,13 @@ def test_each_job_of_a_sweep_has_its_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_command_saves_by_all_processes_and_ends_the_sweep(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_command_saves_by_all_processes_and_ends_the_sweep(tmp_path, number):
     running = start("-m", "seed=1,2", *LONG, *TWO, f"hydra.sweep.dir={tmp_path}")
     wait_for(tmp_path / "0/checkpoints/last.ckpt", running)
-    running.terminate()
+    running.send_signal(number)
     status, out, err = ended(running, within=120)
-    assert status == 128 + signal.SIGTERM, err
+    assert status == 128 + number, err
     assert f"Go on with: python train.py resume={tmp_path}" in out
     assert len(checkpoint(tmp_path / "0")["processes"]) == 2
     assert not (tmp_path / "0/failed.json").exists()
@@ -381,10 +381,9 @@ def test_a_job_that_is_started_again_goes_on(tmp_path, monkeypatch, variable):
     both = [*given, "hydra.run.dir=elsewhere"]
     assert processes.arguments(both) == ["depth=2", f"resume={tmp_path}"]
     monkeypatch.setenv(variable, "0")
-    assert processes.arguments(given) == given
-    if variable.startswith("TORCH"):  # by torchrun in a job of SLURM that was requeued
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        assert processes.arguments(given) == ["depth=2", f"resume={tmp_path}"]
+    # By torchrun it may be another machine's, which has lost this one's before.
+    expected = ["depth=2", f"resume={tmp_path}"] if variable.startswith("TORCH") else given
+    assert processes.arguments(given) == expected
 
 
 def test_a_resume_by_another_number_of_processes_is_refused(configure, tmp_path):

@@ -57,6 +57,32 @@ def test_a_kept_run_without_paths_of_its_own_gives_the_table_of_its_folder(tmp_p
     assert folders == kept == both  # a run and its copy count once
 
 
+def test_a_curves_end_and_a_kept_one_are_one_run(tmp_path):
+    write_run(tmp_path / "runs/a", 80.0, {"paper": PAPER | {"metric": "train/loss"}})
+    path = tmp_path / "runs/a/metrics.csv"
+    path.write_text("step,seconds,train/loss\n1,1.0,0.7\n2,2.0,0.30000001\n")
+    file = tmp_path / "kept.jsonl"
+    results.main([str(tmp_path / "runs"), "--keep", str(file)])
+    (run,) = found(tmp_path / "runs", file).runs
+    assert run.value == 0.30000001
+
+
+def test_a_file_of_kept_runs_loses_none(tmp_path, capsys):
+    file, runs = tmp_path / "kept.jsonl", tmp_path / "runs"
+    write_run(runs / "a", 80.0)
+    assert results.main([str(runs), "--keep", str(file)]) == 0
+    before = file.read_text()
+    (runs / "a").rename(tmp_path / "elsewhere")
+    write_run(runs / "b", 82.0, {"seed": 2})
+    assert results.main([str(runs), "--keep", str(file)]) == 1
+    told = capsys.readouterr().err
+    assert "has 1 runs that are not among these, and would lose them; name it too, to keep both: python " in told
+    assert f"scripts/results.py {runs} {file} --keep {file}" in told
+    assert file.read_text() == before
+    assert results.main([str(runs), str(file), "--keep", str(file)]) == 0
+    assert [run.value for run in found(file).runs] == [82.0, 80.0]
+
+
 def test_a_damaged_line_is_named_and_the_others_go_on(tmp_path, capsys):
     write_run(tmp_path / "runs/a", 80.0)
     file = tmp_path / "kept.jsonl"

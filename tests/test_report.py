@@ -80,6 +80,31 @@ def test_a_run_is_a_row_with_all_its_options_and_is_else_named_below_it(tmp_path
     assert (subj.data, subj.runs, subj.others, subj.state) == ("subj", [], {}, "not run")
 
 
+def test_a_run_by_several_processes_is_a_row_where_their_batches_are_the_published_one(tmp_path, rows, write_row):
+    several = ("trainer=ddp", "trainer.devices=4", "trainer.num_nodes=2")
+    write_row("a", 84.0, *several, "data.batch_size=4")  # 32 together
+    write_row("b", 84.0, *several)
+    cr = results_papers.match(rows(), found(tmp_path).runs)[0]
+    assert [run.place.path.name for run in cr.runs] == ["a"]
+    assert list(cr.others) == ["data.batch_size=256"]
+
+
+def test_published_digits_and_places_in_a_figure_are_kept():
+    (six,) = results_papers.compose_rows("enwik8_sru_6l")
+    assert (results_papers.published(six), results_papers.judge(six, 1.304)) == ("1.30?", "reached")
+    one = results_papers.compose_rows("enwik8_srupp_one_attention")
+    assert [(row.value, row.words[-1]) for row in one][::9] == [
+        (1.173, "model.attention_layers=[0]"),
+        (1.053, "model.attention_layers=[9]"),
+    ]
+    two = results_papers.compose_rows("enwik8_srupp_two_attentions")
+    assert [(results_papers.published(row), row.words[-1]) for row in two][4] == (
+        "1.050",
+        "model.attention_layers=[5,9]",
+    )
+    assert len(two) == 8  # of nine places the figure leaves out the first
+
+
 def test_a_run_that_only_ends_up_alike_counts_and_one_without_the_metric_does_not(tmp_path, rows, write_row):
     write_row("a", 80.0)
     path = write_row("b", 80.0) / "metrics.json"
@@ -102,13 +127,14 @@ def test_a_run_that_only_ends_up_alike_counts_and_one_without_the_metric_does_no
         ("test/em", 71.4, None, 80.0, "reached"),
         ("test/bpc", 1.19, None, 1.194, "reached"),
         ("test/bpc", 1.19, None, 1.2, "not reached"),
+        ("test/bpc", 1.3, None, 1.345, "not reached"),  # published as 1.30
         ("test/perplexity", 60.3, None, 20.0, "reached"),
         ("test/accuracy", 84.9, None, math.nan, "not reached"),
     ],
 )
 def test_reached_is_no_worse_to_the_published_digits_or_within_the_deviation(rows, metric, value, std, mean, state):
     row = rows()[0]
-    row.metric, row.value, row.std = metric, value, std
+    row.metric, row.value, row.std, row.digits = metric, value, std, 2 if "bpc" in metric else 1
     assert results_papers.judge(row, mean) == state
 
 

@@ -119,6 +119,22 @@ def test_a_run_that_is_stopped_again_and_again_goes_on_as_if_it_never_was(config
     assert one == two
 
 
+def test_a_finished_run_that_trains_on_has_no_result_until_it_ends(configure, tmp_path, tell):
+    run = tmp_path / "run"
+    train.run(configure(*SHORT, *SMALL, "epochs=1"))
+    assert (run / "metrics.json").exists()
+    tell(signal.SIGTERM, "training", 2)
+    assert stopped(configure(*SHORT, *SMALL, "epochs=2", f"resume={run}")) == 143
+    assert not (run / "metrics.json").exists()  # the configuration beside it is of two epochs
+
+
+def test_what_is_trained_since_a_validation_counts_for_the_speed_after_a_stop(configure, tmp_path, tell):
+    words = (*SHORT, *SMALL, "data.batch_size=4", "epochs=1")
+    tell(signal.SIGTERM, "training", 3)
+    assert stopped(configure(*words)) == 143
+    assert checkpoint(tmp_path / "run")["callbacks"]["Clock"]["examples"] == 12
+
+
 def test_a_stopped_text_goes_on_with_its_state_after_a_whole_step_of_the_optimiser(configure, tmp_path, tell):
     words = (*TEXT, *SHORT, "trainer.accumulate_grad_batches=2", "epochs=1")
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -1,5 +1,6 @@
 """Sweeps: failures, resume after a kill, jobs side by side, searches, and the files of conf/sweep/."""
 
+import errno
 import json
 import os
 import signal
@@ -118,6 +119,7 @@ def test_a_resumed_sweep_is_the_same_sweep(command, tmp_path, capsys):
     record = folder / "sweep.json"
     record.write_text(record.read_text().replace("seed=1", "seed=2"))
     assert "holds the job seed=1" in command(f"resume={folder}")
+    assert times(folder / "0") == done
     record.write_text(record.read_text().replace("seed=2", "seed=1"))
     assert command(f"resume={folder / '0'}") == 0  # a job is a run too, and still that of the sweep
     done = times(folder / "0")
@@ -127,6 +129,50 @@ def test_a_resumed_sweep_is_the_same_sweep(command, tmp_path, capsys):
         assert "sweep.json is damaged" in command(f"resume={folder}")
     assert times(folder / "0") == done
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_job_that_a_scheduler_starts_again_goes_on(command, tmp_path, capsys):
+    words = ("-m", "seed=1", "depth=1", "trainer=debug", *TINY, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert command(*words) == 0
+    job = tmp_path / "sweep/0"
+    (tmp_path / "sweep/sweep.json").unlink()  # of which a launcher's process knows nothing
+    assert command(*words) == 0
+    assert f"finished already: {job}" in capsys.readouterr().out
+    (tmp_path / "sweep/sweep.json").unlink()
+    (job / "metrics.json").write_text("{")
+    assert command(*words) == 0
+    told = capsys.readouterr().out
+    assert f"{job / 'metrics.json'} is damaged: the job is tested again" in told
+    assert "only the test is left" in told
+    assert results(tmp_path / "sweep")["0"]["test/accuracy"] >= 0
+
+
+def test_a_failed_trial_stays_failed_and_is_no_other_ones(command, tmp_path, capsys):
+    words = ("-m", "seed=choice(1,2)", "depth=1", "width=0", "trainer=debug", "logger=csv")
+    search = (
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=1",
+        "hydra.sweeper.sampler.seed=1",
+        "hydra.sweeper.direction=maximize",
+    )
+    folder = tmp_path / "sweep"
+    assert command(*words, *search, f"hydra.sweep.dir={folder}") == 1
+    capsys.readouterr()
+    assert command(f"resume={folder}") == 1
+    assert f"failed already: {folder}/0" in capsys.readouterr().out
+    path = folder / "0/failed.json"
+    path.write_text(path.read_text().replace("depth=1", "depth=2"))
+    assert f"{folder}/0 holds the job" in command(f"resume={folder}")
+
+
+def test_a_disk_that_is_full_is_told_before_a_sweep_begins(command, tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(sweep, "write_text", full)
+    told = command("-m", "seed=1,2", "trainer=debug", *TINY, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert "sweep.json: No space left on device" in told
+    assert not list(tmp_path.glob("sweep/*/"))
 
 
 def test_a_sweep_that_does_not_compose_leaves_nothing(command, tmp_path):

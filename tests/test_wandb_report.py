@@ -61,6 +61,20 @@ def test_the_report_is_of_one_task_grouped_and_sorted_by_its_metric(tmp_path):
     assert grids[0]["runSets"][0]["grouping"] == [{"section": "run", "name": "group"}]
 
 
+@pytest.mark.parametrize(
+    ("words", "metric", "rising"),
+    [
+        (["lm"], "test/bpc", False),
+        (["lm", "--metric", "test/perplexity"], "test/perplexity", False),
+        (["squad"], "test/em", True),
+        (["translation"], "test/bleu", True),  # which is not what its best epoch is chosen by
+    ],
+)
+def test_the_report_has_what_the_papers_report(tmp_path, words, metric, rising):
+    (runs,) = specification(tmp_path, *words)[0]["runSets"]
+    assert runs["sort"]["keys"] == [{"key": {"section": "summary", "name": metric}, "ascending": not rising}]
+
+
 def test_every_metric_of_the_report_is_one_that_runs_log(tmp_path):
     """By the names in tasks/; of a task whose test says something else than its monitor, --metric tells."""
     grids = specification(tmp_path, "lm", "--metric", "test/bpc")
