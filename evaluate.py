@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 import tempfile
 import time
@@ -42,6 +43,8 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 DOWNLOADS = ("files", "rows", "parts", "url", "archive")
 PLACES = ("root", "cache")
 SPLITS = ("train", "val", "test")
+# What decides which examples are held out: others of the same corpus were trained on.
+HELD_OUT = ("fold", "seed", "num_train", "num_val", "valid_bytes", "test_bytes")
 
 
 def main(words: list[str]) -> dict[str, float]:
@@ -60,10 +63,10 @@ def main(words: list[str]) -> dict[str, float]:
     task, vocabulary = network(saved, changes)
     data = corpus(saved, vocabulary, split, options.get("data"), changes["data"])
     trainer_options = saved.config["trainer"]
-    precision = options.get("precision", trainer_options["precision"])
+    precision = options.get("precision", trainer_options.get("precision", PRECISIONS[0]))
     if options.get("precision", PRECISIONS[0]) not in PRECISIONS:
         raise ValueError(f"precision={precision} must be one of {', '.join(PRECISIONS)}")
-    limit = batches(options["limit"]) if "limit" in options else trainer_options[f"limit_{split}_batches"]
+    limit = batches(options["limit"]) if "limit" in options else trainer_options.get(f"limit_{split}_batches")
     start = time.perf_counter()
     with ExitStack() as stack:
         written = task.writes if split == "test" else ()
@@ -89,6 +92,8 @@ def main(words: list[str]) -> dict[str, float]:
             name: value for part in run(task, data.evaluation(split), verbose=False) for name, value in part.items()
         }
     metrics = {f"{split}/{name.partition('/')[2]}": value for name, value in found.items() if name != "step"}
+    if nothing := [name for name, value in metrics.items() if math.isnan(value)]:
+        raise ValueError(f"{nothing[0]} is no number, by the weights of {saved.path}; take another checkpoint")
     outcome = {
         "metrics": metrics,
         "checkpoint": str(saved.path),
@@ -98,11 +103,10 @@ def main(words: list[str]) -> dict[str, float]:
         "limit": limit,
         "precision": precision,
     }
-    rows = [*summary(outcome, task), ("wall time", f"{time.perf_counter() - start:.1f} s")]
-    if file is not None:
+    print(record.table([*summary(outcome, task), ("wall time", f"{time.perf_counter() - start:.1f} s")]))
+    if folder is not None and file is not None:
         record.write_text(file, json.dumps(outcome, indent=2) + "\n")
-        rows.append(("written", ", ".join(map(str, [file, *(folder / name for name in written)]))))
-    print(record.table(rows))
+        print(f"written: {', '.join(map(str, [file, *(folder / name for name in written)]))}")
     return metrics
 
 
@@ -164,6 +168,8 @@ def places(output: str | None, writes: tuple[str, ...]) -> tuple[Path | None, Pa
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # not after minutes of work
+            pass
     except OSError as error:
         raise PermissionError(f"output={output} cannot be written ({error.strerror}); name another") from error
     return folder, file
@@ -202,6 +208,12 @@ def corpus(saved: trained.Saved, vocabulary: Any, split: str, name: str | None, 
     run, choices = saved.config["data"], saved.config["choices"]
     of_training, _ = trained.class_and_options(saved.config, "data", pl.LightningDataModule)
     is_other = name not in (None, choices["data"])
+    # Before they are composed: a name may be a path, to a file that came with the checkpoint.
+    for part, chosen in (("data", name or choices.get("data")), ("task", choices.get("task"))):
+        stems = sorted(path.stem for path in (door.ROOT / "conf" / part).glob("[!_]*.yaml"))
+        if chosen not in stems:
+            said = f"{part}={chosen}" if name and part == "data" else f"the checkpoint's {part}, {chosen!r},"
+            raise ValueError(f"{said} is no file of conf/{part}.{messages.meant(str(chosen), stems)}")
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(door.ROOT / "conf")):
         cfg = hydra.compose("config", [f"task={choices['task']}", f"data={name or choices['data']}"])
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
@@ -216,7 +228,7 @@ def corpus(saved: trained.Saved, vocabulary: Any, split: str, name: str | None, 
         values |= {key: value for key, value in run.items() if key not in ("_target_", *PLACES, *DOWNLOADS)}
     values |= {key: run[key] for key in settled if key in run and key in known}
     # The folders of training, where they are here.
-    values |= {key: run[key] for key in PLACES if key in values and Path(str(run.get(key, ""))).expanduser().is_dir()}
+    values |= {key: run[key] for key in PLACES if key in values and Path(str(run.get(key))).expanduser().is_dir()}
     for key in changes:
         top = key.partition(".")[0]
         if top in settled:
@@ -224,6 +236,8 @@ def corpus(saved: trained.Saved, vocabulary: Any, split: str, name: str | None, 
         if top not in known:
             free = [each for each in known if each not in settled]
             raise ValueError(f"the data have no option data.{key}.{messages.meant(top, free)}")
+        if not is_other and key in HELD_OUT and changes[key] != run.get(key):
+            raise ValueError(f"data.{key}={changes[key]} would test what was trained on ({run.get(key)}): leave it out")
         if "." in key:
             raise ValueError(f"type data.{top}={{...}} as a whole, not data.{key}")
     values |= changes

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from results_curves import draw
-from results_keep import keep
+from results_keep import keep, write_whole
 from results_runs import DamagedError, Found, Group, find_runs, group_runs, read_runs
 from results_table import table
 
@@ -36,8 +36,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     readme = "rewrite the tables between <!-- results: ... --> and <!-- end --> in these files (or README.md and docs/)"
     parser.add_argument("--readme", nargs="*", type=Path, metavar="MARKDOWN", help=readme)
     given = parser.parse_args(arguments)
-    if given.keep and given.keep.suffix != ".jsonl":
-        parser.error(f"--keep {given.keep} must end in .jsonl: bench/results/mine.jsonl for example")
+    # So that no kept runs are taken for a place to write to.
+    for option, example in (
+        ("keep", "mine.jsonl"),
+        ("html", "page.html"),
+        ("png", "curves.png"),
+        ("output", "table.md"),
+    ):
+        path = getattr(given, option)
+        if path and path.suffix != Path(example).suffix:
+            parser.error(f"--{option} {path} must end in {Path(example).suffix}: {example} for example")
     if not given.places:
         if not (given.papers or given.html or given.readme is not None):
             parser.error("name folders of runs, or .jsonl files of kept ones, such as runs/")
@@ -83,9 +91,8 @@ def show(given: argparse.Namespace) -> int:
         if given.html:
             from results_page import page
 
-            given.html.parent.mkdir(parents=True, exist_ok=True)
             speeds = [place for place in given.places if is_file(place, ".json")]
-            given.html.write_text(page(rows, groups, found, speeds), encoding="utf-8")
+            write_whole(given.html, page(rows, groups, found, speeds).encode())
             print(f"{given.html} was written", file=sys.stderr)
     elif not any(vars(found).values()):
         below = ", ".join(map(str, given.places))
@@ -104,8 +111,7 @@ def write(given: argparse.Namespace, groups: list[Group], found: Found, text: st
             f"or make one: {MAKE_ONE}"
         )
     if given.output:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(text + "\n", encoding="utf-8")
+        write_whole(given.output, f"{text}\n".encode())
     messages = keep(found.runs, given.keep, given.places) if given.keep else []
     for message in [*messages, *(draw(groups, given.png, given.curve) if given.png else [])]:
         print(message, file=sys.stderr)

@@ -1,9 +1,11 @@
 """Learning curves of finished runs: their means, and a picture of them."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results_keep import write_whole
 from results_runs import DamagedError, Group, Run
 
 Panel = tuple[str, str, str]  # data, task, metric
@@ -81,6 +83,7 @@ def draw(groups: list[Group], path: Path, metric: str | None = None) -> list[str
         axes.grid(alpha=0.3)
         # Below the axes: a long one would hide the curves.
         axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    write_whole(path, drawn.getvalue())
     return [*messages, f"{path} was drawn"]

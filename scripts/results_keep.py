@@ -75,6 +75,20 @@ def line(run: Run, tops: list[Path]) -> str:
         return json.dumps({"run": name} | dict(zip(FILES, held, strict=True)), ensure_ascii=False)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file in one step; a full disk leaves the old one as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def lost_from(file: Path, runs: list[Run]) -> int:
     """How many runs of a file are not among these: other metrics or other chance make another run."""
     if not file.exists():
@@ -104,11 +118,5 @@ def keep(runs: list[Run], file: Path, tops: list[Path]) -> list[str]:
             f"--keep {file} has {lost} runs that are not among these, and would lose them; name it too, to keep both: "
             f"python scripts/results.py {' '.join(map(str, tops))} {file} --keep {file}"
         )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".part")
-    try:
-        temporary.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(file, "".join(f"{text}\n" for text in lines).encode())
     return [*messages, f"{file} keeps {len(lines)} runs"]

@@ -1,10 +1,10 @@
 """The tables of README.md and docs/ that kept runs write, between <!-- results: ... --> and <!-- end -->."""
 
-import os
 import re
 import shlex
 from pathlib import Path
 
+from results_keep import write_whole
 from results_runs import IDENTITY, DamagedError, Group, Run, find_runs, group_runs, read_runs
 from results_table import markdown, mean_and_std
 
@@ -150,7 +150,5 @@ def rewrite(path: Path) -> str:
     count = len(BLOCK.findall(after))
     if after == before:
         return f"{path}: {count} tables, as they were"
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(after, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path.resolve(), after.encode())  # a link stays one
     return f"{path}: {count} tables, written anew"

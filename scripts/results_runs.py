@@ -251,6 +251,8 @@ def read_run(place: Place) -> Run:
         metric = next((name for name in (wanted, validated, monitor) if name in metrics), None)
         if metric is None:
             raise KeyError(wanted)
+        if type(metrics[metric]) not in (int, float):
+            raise TypeError(f"{metric} is {metrics[metric]!r:.40}, no number")
         return Run(
             place=place,
             names=names | {"metric": metric},

@@ -111,7 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
     tasks = sorted(path.stem for path in (ROOT / "conf/task").glob("*.yaml"))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=tasks, help="whose runs: one of %(choices)s", metavar="task")
-    parser.add_argument("--data", help="only the runs on this corpus")
+    corpora = sorted(path.stem for path in (ROOT / "conf/data").glob("[!_]*.yaml"))
+    parser.add_argument("--data", choices=corpora, metavar="DATA", help="only the runs on this corpus")
     parser.add_argument("--metric", help="what to compare by; what the papers report if not given")
     parser.add_argument("--mode", choices=("max", "min"), help="whether more is better; as the metric has it")
     parser.add_argument("--project", default="sru", help="as in loggers.wandb.project (%(default)s)")
@@ -128,7 +129,10 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(f"this needs {error.name}: type pip install -e '.[report]'")
     if given.json:
         text = report._to_model().spec.model_dump_json(by_alias=True, exclude_none=True, indent=2)
-        given.json.write_text(text, encoding="utf-8")
+        try:
+            given.json.write_text(text, encoding="utf-8")
+        except OSError as error:
+            return fail(f"--json {given.json} cannot be written ({error.strerror}); name another file")
         print(f"{given.json} was written; nothing was saved online.")
         return 0
     import wandb

@@ -157,11 +157,16 @@ def check(options: Mapping[str, Any]) -> None:
     for name, is_right, wanted, example in (
         (
             "project",
-            is_text(project, 128) and not re.search(r"[/\\#?%:]", project),
-            r"a text of up to 128 characters without any of / \ # ? % :",
+            is_text(project, 128) and not re.search(r"[/\\#?%:\n]|^[\s.]*$", project),
+            r"a name of up to 128 characters without any of / \ # ? % :",
             "sru",
         ),
-        ("entity", entity is None or is_text(entity, 128), "a user's or team's name, or null", "null"),
+        (
+            "entity",
+            entity is None or (is_text(entity, 128) and re.fullmatch(r"[\w.-]+", entity)),
+            "a user's or team's name, or null",
+            "null",
+        ),
         ("group", group is None or is_text(group, 128), "a text of up to 128 characters, or null", "null"),
         ("job_type", is_text(options["job_type"]), "a text of up to 64 characters", "train"),
         ("tags", is_list and all(map(is_text, tags)), "a list of texts of up to 64 characters", "[]"),

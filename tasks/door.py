@@ -11,6 +11,7 @@ import yaml
 from filelock import FileLock, Timeout
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tasks import dashboard, processes, record
 
@@ -109,8 +110,11 @@ def check(cfg: DictConfig) -> None:
     if "wandb" in cfg.loggers:
         dashboard.check(cfg.loggers.wandb)
     for part in ("data", "model", "task"):
-        known = options_of(get_class(cfg[part]._target_))
+        target = get_class(cfg[part]._target_)
+        known, flags = options_of(target), options_of(target, bool)
         for name in cfg[part]:
+            if name in flags and type(cfg[part][name]) is not bool:
+                raise ValueError(f"{part}.{name}={cfg[part][name]} must be true or false")
             if name not in known and name not in ("_target_", "_partial_"):
                 raise ValueError(
                     f"{part} {cfg[part]._target_} has no option {name!r} (from an ablation or an experiment?). "
@@ -118,12 +122,13 @@ def check(cfg: DictConfig) -> None:
                 )
 
 
-def options_of(target: type) -> list[str]:
-    """What a class of this project, and those that it extends, can be given."""
+def options_of(target: type, kind: type | None = None) -> list[str]:
+    """What a class of this project, and those that it extends, can be given; `kind`: only what is said to be of it."""
     ours = [
         c for c in target.__mro__ if "__init__" in vars(c) and c.__module__.split(".")[0] in ("sru", "data", "tasks")
     ]
-    return sorted({name for c in ours for name in inspect.signature(c).parameters if name != "options"})
+    found = [parameter for c in ours for parameter in inspect.signature(c).parameters.values()]
+    return sorted({p.name for p in found if p.name != "options" and kind in (None, p.annotation)})
 
 
 @contextlib.contextmanager
@@ -175,7 +180,10 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
     state = record.checkpoint(last)
     try:
         before = OmegaConf.load(folder / "config.yaml")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        OmegaConf.resolve(before)
+        if not OmegaConf.is_dict(before) or "run_dir" not in before:
+            raise ValueError("config.yaml has no run_dir")
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(
             f"resume={folder}: damaged ({error}); use a copy of the folder, or start a new run."
         ) from error

@@ -26,6 +26,8 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from torch import Tensor, distributed
 
 ROOT = Path(__file__).parent.parent
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 HANDED_OVER = "SRU_CONFIG"  # the variable with the configuration, as JSON, of the processes that `launch` starts
 PREPARING = timedelta(days=7)  # that the others wait for the first process to prepare a corpus
 FOLDERS = ("run_dir=", "hydra.run.dir=")  # the first counts
@@ -38,17 +40,29 @@ def by_torchrun() -> bool:
 def by_srun() -> bool:
     """Of several tasks; one of a single task starts its own processes. A batch script itself is no job step."""
     is_step = "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-    return is_step and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and not by_torchrun()
+    return is_step and os.environ.get("SLURM_NTASKS", "1") != "1" and not by_torchrun()
+
+
+def number(name: str, low: int = 0) -> int:
+    """A variable that torchrun, or srun, has set for this process."""
+    value = os.environ.get(name, "")
+    if not value.isdecimal() or int(value) < low:
+        by, own = ("torchrun", "TORCHELASTIC_RUN_ID") if by_torchrun() else ("srun", "SLURM_STEP_ID")
+        raise ValueError(
+            f"the variable {name} is {value or 'not set'}, where {by} sets a whole number, {low} or more: start the "
+            f"command by {by}, or without it `unset {own}`"
+        )
+    return int(value)
 
 
 def world_size() -> int:
     """How many processes were started together, by whomever."""
-    return int(os.environ["WORLD_SIZE" if by_torchrun() else "SLURM_NTASKS"]) if by_torchrun() or by_srun() else 1
+    return number("WORLD_SIZE" if by_torchrun() else "SLURM_NTASKS", 1) if by_torchrun() or by_srun() else 1
 
 
 def rank() -> int:
     """The number of this process among them; process 0 writes the run's folder."""
-    return int(os.environ["RANK" if by_torchrun() else "SLURM_PROCID"]) if by_torchrun() or by_srun() else 0
+    return number("RANK" if by_torchrun() else "SLURM_PROCID") if by_torchrun() or by_srun() else 0
 
 
 def on_gpu(cfg: DictConfig) -> bool:
@@ -58,6 +72,11 @@ def on_gpu(cfg: DictConfig) -> bool:
 
 def check(cfg: DictConfig) -> None:
     """Refuse numbers of processes that are none, and any but one without trainer=ddp or trainer=fsdp."""
+    strategy, accelerator = cfg.trainer.get("strategy", "auto"), cfg.trainer.accelerator
+    if not OmegaConf.is_dict(strategy) and strategy not in STRATEGIES:
+        raise ValueError(f"trainer.strategy={strategy} must be one of {', '.join(STRATEGIES)}; or type trainer=fsdp")
+    if accelerator not in ACCELERATORS:
+        raise ValueError(f"trainer.accelerator={accelerator} must be one of {', '.join(ACCELERATORS)}")
     for name, is_auto in (("devices", "strategy" in cfg.trainer), ("num_nodes", "strategy" in cfg.trainer)):
         value = cfg.trainer.get(name, 1)
         if not (type(value) is int and 1 <= value <= 10**5) and not (is_auto and value == "auto"):
@@ -75,6 +94,13 @@ def settle(cfg: DictConfig) -> int:
 
     Of one process nothing is left that is of several.
     """
+    is_parted = OmegaConf.is_dict(cfg.trainer.get("strategy"))
+    if on_gpu(cfg) and not (is_parted or torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise ValueError(
+            f"trainer.accelerator={cfg.trainer.accelerator}: torch finds no GPU here; type trainer.accelerator=cpu"
+        )
+    if rank() >= world_size():
+        raise ValueError(f"process {rank()} was started as one of {world_size()}, which are 0 to {world_size() - 1}")
     if "strategy" not in cfg.trainer:
         if world_size() > 1:
             raise ValueError(
@@ -86,10 +112,10 @@ def settle(cfg: DictConfig) -> int:
     if not gpus and OmegaConf.is_dict(cfg.trainer.strategy):
         raise ValueError("trainer=fsdp parts a network among GPUs, and torch finds none here: type trainer=ddp")
     if by_torchrun():
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        local = number("LOCAL_WORLD_SIZE", 1)
         nodes = world_size() // local
     elif by_srun():
-        nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        nodes = number("SLURM_NNODES", 1) if "SLURM_NNODES" in os.environ else 1
         local = world_size() // nodes
     else:
         local, nodes = max(1, gpus), 1
@@ -239,7 +265,7 @@ def joined(cfg: DictConfig) -> Iterator[None]:
     store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"] if is_served else "0", server)
     options: dict[str, Any] = {"store": store, "rank": rank(), "world_size": world_size()}
     if on_gpu(cfg):
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK" if by_torchrun() else "SLURM_LOCALID"]))
+        device = torch.device("cuda", number("LOCAL_RANK" if by_torchrun() else "SLURM_LOCALID"))
         torch.cuda.set_device(device)
         options["device_id"] = device
     distributed.init_process_group("nccl" if on_gpu(cfg) else "gloo", **options)

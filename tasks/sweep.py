@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import shlex
 import signal
@@ -33,12 +34,20 @@ def key(word: str) -> str:
 
 
 class Watch(Callback):
-    """Keeps the words of a sweep in sweep.json of its folder, for a resume, and the folder for one process."""
+    """Keeps the words of a sweep in sweep.json of its folder, for a resume, and the folder for one process.
+
+    A signal ends the sweep. Between jobs nobody else hears it; a training puts its own handler in this one's place.
+    joblib's processes, where jobs run side by side, are handed it: each ends its training with a checkpoint, and begins
+    no other job.
+    """
 
     folder: ClassVar[Path | None] = None  # of the sweep that this process has started
     lock: ClassVar[FileLock | None] = None
     is_new: ClassVar[bool] = False  # rather than resumed
     before: ClassVar[dict[signal.Signals, Any]] = {}  # what heard the signals
+    by_joblib: ClassVar[bool] = False  # jobs run in its processes
+    is_busy: ClassVar[bool] = False  # with a job, in a process of joblib's
+    signal: ClassVar[int | None] = None  # that this process was told to stop by
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         # An Exception would become a warning here.
@@ -68,13 +77,38 @@ class Watch(Callback):
             except OSError as error:
                 sys.exit(f"error: {failures.told(error)}.")
         Watch.folder = folder
-        # Between jobs, and where others run them, nobody hears them; a training puts its own in their place.
-        Watch.before = {
-            number: signal.signal(number, lambda number, _: sys.exit(128 + number))
-            for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM))
-        }
+        Watch.by_joblib = runs_by_joblib(config.hydra.runtime.choices)
+        heard = (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM), signal.SIGINT)
+        Watch.before = {number: signal.getsignal(number) for number in heard}
+        for number, before in Watch.before.items():
+            if before != signal.SIG_IGN:
+                signal.signal(number, Watch.hear)
         # A launcher's processes find this project from any folder.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(door.ROOT), os.environ.get("PYTHONPATH")]))
+
+    @staticmethod
+    def hear(number: int, _frame: Any) -> None:
+        """In the process of the sweep: hand it to joblib's, which then end; without such, or again, end at once."""
+        others = multiprocessing.active_children() if Watch.by_joblib and Watch.signal is None else []
+        Watch.signal = number
+        for process in others:
+            with contextlib.suppress(OSError):  # it has just ended
+                os.kill(process.pid or 0, signal.SIGTERM)
+        if not others:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            sys.exit(128 + number)
+
+    @staticmethod
+    def hear_apart(number: int, _frame: Any) -> None:
+        """In one of joblib's processes, within a job, but not in its training."""
+        Watch.signal = number
+        if Watch.is_busy:
+            sys.exit(128 + number)
+
+
+def runs_by_joblib(choices: Any) -> bool:
+    return str(choices["hydra/launcher"]) == "joblib"
 
 
 def is_job() -> bool:
@@ -91,6 +125,11 @@ def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | N
     config = HydraConfig.get()
     folder = Path(config.runtime.output_dir)
     failure = folder / "failed.json"
+    if by_joblib := runs_by_joblib(config.runtime.choices):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, Watch.hear_apart)
+        if Watch.signal is not None:
+            return None
     words = [word for word in config.overrides.task if key(word) not in OWN]
     before = words_before(folder)
     if cfg.resume and before not in (None, words):
@@ -110,10 +149,17 @@ def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | N
             return None
         cfg.resume = str(folder) if (folder / "checkpoints/last.ckpt").exists() else None
     failure.unlink(missing_ok=True)
+    Watch.is_busy = by_joblib
     try:
         if Path(cfg.run_dir).absolute() != folder.absolute():
             raise ValueError("run_dir= is for one run; the jobs of a sweep have folders below hydra.sweep.dir=FOLDER")
         return run(cfg)
+    except SystemExit as ended:
+        # joblib would kill its other processes, which are still saving.
+        if not by_joblib or not isinstance(ended.code, int) or ended.code <= 128:
+            raise
+        Watch.signal = ended.code - 128
+        return None
     except Exception as error:
         kept = {"overrides": words, "error": messages.explain(error), "traceback": traceback.format_exc()}
         print(f"failed: {kept['error']}")
@@ -124,6 +170,7 @@ def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | N
             print(f"{failures.told(refused)}; so no list will have this failure, and a resume runs the job again")
         return None
     finally:
+        Watch.is_busy = False
         # The next job of this process gets the memory.
         gc.collect()
         if torch.cuda.is_available():
@@ -182,12 +229,12 @@ def resumed(arguments: list[str]) -> list[str]:
 @contextlib.contextmanager
 def told() -> Iterator[None]:
     """When a sweep has ended, and however it has, tell what failed and how to go on; failures are exit status 1."""
-    Watch.folder = Watch.lock = None
+    Watch.folder = Watch.lock = Watch.signal = None
     failed: list[Path] = []
     is_done = False
     try:
         yield
-        is_done = True
+        is_done = Watch.signal is None
     finally:
         if folder := Watch.folder:
             for number, before in Watch.before.items():
@@ -202,6 +249,8 @@ def told() -> Iterator[None]:
             Path(Watch.lock.lock_file).unlink(missing_ok=True)
             Watch.lock.release()
             door.remove_if_empty(Path(Watch.lock.lock_file).parent)
+    if Watch.signal is not None:
+        sys.exit(128 + Watch.signal)
     if failed:
         sys.exit(1)
 

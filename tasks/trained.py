@@ -120,14 +120,20 @@ def built(saved: Saved) -> tuple[Any, Any]:
         of_training = ("optimizer", "scheduler")
         task_config = {name: value for name, value in saved.config["task"].items() if name not in of_training}
         task_class, task_options = class_and_options({"task": task_config}, "task", Task)
+        weights = saved.content["state_dict"]
+        if model_options.get("num_layers", 0) > len(weights):  # which would be made for hours
+            raise KeyError(f"the weights of {model_options['num_layers']} layers")
         vocabulary = data.vocabulary_of(saved.content[data.__qualname__])
         options = task_options | vocabulary.dims
         make = partial(task_class, encoder=partial(model, **model_options), optimizer=torch.optim.SGD, **options)
         with torch.device("meta"):  # another configuration takes no memory before its sizes are compared
             # A copy: torch notes in the dict that it assigns, and would assign the next time too, which unties weights.
-            make().load_state_dict(dict(saved.content["state_dict"]), assign=True)
+            make().load_state_dict(dict(weights), assign=True)
         task = make()
-        task.load_state_dict(saved.content["state_dict"])
+        task.load_state_dict(weights)
+        for name, tensor in task.state_dict().items():  # of two that are tied the second takes the place of the first
+            if not torch.equal(tensor.nan_to_num(), weights[name].nan_to_num()):
+                raise KeyError(f"{name}, tied to another")
     except MISFITS as error:
         is_absent = isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] not in OURS
         if is_absent or failures.told(error):  # a package that is not installed, memory that is too small

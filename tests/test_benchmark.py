@@ -127,6 +127,7 @@ def test_a_table_shows_failures_and_missing_graphs(report):
     assert table.splitlines()[-1] == "| (1, 2, 3) | fp32 | infer | 1* (2) | failed: a / b | – |"
 
 
+@pytest.mark.slow
 def test_recurrence_on_the_cpu(tmp_path):
     files, done = run("recurrence", "--device", "cpu", "--shapes", "6x2x8", "--modes", "bf16", folder=tmp_path)
     assert sorted(files) == [".json", ".md"]

@@ -184,6 +184,7 @@ for unit, suffix in (("bytes", ".gz"), ("characters", ""), ("words", "")):
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path):
     if not Path("/proc/self/status").is_file() or "RssAnon" not in Path("/proc/self/status").read_text():
         pytest.skip("this system does not tell a process's private memory")

@@ -112,6 +112,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(configure, tmp_path):
         assert counted == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_resume_by_two_processes_equals_one_that_was_never_interrupted(configure, tmp_path):
     """Within an epoch, with dropout, and states that each process carries on."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -143,6 +144,7 @@ TASKS = {
 }
 
 
+@pytest.mark.slow
 def test_every_task_is_tested_by_two_processes_as_by_one(configure, tmp_path):
     """A rate of 0 leaves the weights; so what differs is what the two were given, and what became of their parts."""
     still = ("epochs=1", "trainer.limit_train_batches=2", "task.optimizer.lr=0")
@@ -162,6 +164,7 @@ def test_every_task_is_tested_by_two_processes_as_by_one(configure, tmp_path):
     assert keys == sorted(line.split()[0] for line in (tmp_path / "hybrid-alone/likelihoods.scp").open())
 
 
+@pytest.mark.slow
 def test_a_command_starts_its_processes_and_leaves_one_record(tmp_path):
     quiet = ["logger=wandb" if word == "logger=csv" else word for word in WORDS]
     status, out, err = ended(start(*quiet, *TWO, "trainer=ddp", "epochs=1", f"hydra.run.dir={tmp_path}/a run"))
@@ -296,16 +299,33 @@ def test_a_signal_to_the_command_saves_by_all_processes_and_ends_the_sweep(tmp_p
     ("words", "started", "message"),
     [
         (["trainer.devices=2"], {}, r"trainer\.devices=2 needs several processes: type trainer=ddp trainer\.devices=2"),
+        (["trainer.accelerator=tpu"], {}, r"trainer\.accelerator=tpu must be one of auto, cpu, gpu"),
+        (["trainer=ddp", "trainer.strategy=fsdp"], {}, r"trainer\.strategy=fsdp must be one of auto, ddp"),
+        (["trainer=ddp"], {"TORCHELASTIC_RUN_ID": "a"}, "WORLD_SIZE is not set, where torchrun sets a whole number"),
+        (
+            ["trainer=ddp"],
+            {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": "5", "LOCAL_WORLD_SIZE": "2"},
+            "process 5 was started as one of 2, which are 0 to 1",
+        ),
+        (
+            ["trainer=ddp"],
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "x"},
+            "SLURM_NTASKS is x, where srun sets",
+        ),
         (["trainer=ddp", "trainer.devices=0"], {}, r"trainer\.devices=0 must be a whole number, 1 or more, or auto"),
         (["trainer=ddp", "trainer.devices=[0,1]"], {}, "CUDA_VISIBLE_DEVICES"),
         (["trainer=ddp", "trainer.num_nodes=2", "trainer.devices=4"], {}, "torchrun --nnodes=2 --nproc-per-node=4"),
-        (["trainer=ddp", "trainer.accelerator=gpu", "trainer.devices=4096"], {}, r"this machine has \d+ GPUs"),
+        (
+            ["trainer=ddp", "trainer.accelerator=gpu", "trainer.devices=4096"],
+            {},
+            r"this machine has \d+ GPUs|torch finds no GPU here",
+        ),
         (["trainer=ddp", "trainer.devices=3"], {"WORLD_SIZE": "2"}, r"2 processes were started on each of 1 machines"),
         ([], {"WORLD_SIZE": "2"}, "2 processes were started, and trainer=default is of one: type trainer=ddp"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(configure, monkeypatch, words, started, message):
-    if started:
+    if started and "SLURM_STEP_ID" not in started:
         started = {"TORCHELASTIC_RUN_ID": "a", "RANK": "0", "LOCAL_WORLD_SIZE": "2"} | started
     for name, value in started.items():
         monkeypatch.setenv(name, value)
@@ -313,6 +333,13 @@ def test_numbers_that_do_not_fit_are_refused(configure, monkeypatch, words, star
     monkeypatch.setattr(processes, "launch", lambda *_: pytest.fail("nothing was refused"))
     with pytest.raises(ValueError, match=message):
         train.run(cfg)
+
+
+def test_a_gpu_that_is_not_there_is_told_before_the_data_are_read(configure, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"trainer\.accelerator=gpu: torch finds no GPU here; type trainer\.acc"):
+        train.run(configure("trainer=gpu", "data.root=/nowhere"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")

@@ -1,7 +1,9 @@
 """Kept runs, and the README's tables that are written from them, by scripts/results.py."""
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import results
@@ -65,6 +67,34 @@ def test_a_curves_end_and_a_kept_one_are_one_run(tmp_path):
     results.main([str(tmp_path / "runs"), "--keep", str(file)])
     (run,) = found(tmp_path / "runs", file).runs
     assert run.value == 0.30000001
+
+
+@pytest.mark.parametrize("option", ["--html", "--png", "--output", "--keep"])
+def test_no_output_takes_the_place_of_another_kind_of_file(tmp_path, capsys, option):
+    with pytest.raises(SystemExit):
+        results.main([str(tmp_path), option, str(tmp_path / "runs.csv")])
+    assert f"{option} {tmp_path / 'runs.csv'} must end in ." in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "runs/a", 80.0)
+    path = tmp_path / "table.md"
+    path.write_text("old")
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert results.main([str(tmp_path / "runs"), "--output", str(path)]) == 1
+    assert f"{path} cannot be read or written: No space left on device" in capsys.readouterr().err
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("value", ["72", True, None])
+def test_a_metric_that_is_no_number_is_damage(tmp_path, capsys, value):
+    write_run(tmp_path / "runs/a", value)
+    assert results.main([str(tmp_path / "runs")]) == 1
+    assert "metrics.json: test/accuracy is" in capsys.readouterr().err
 
 
 def test_a_file_of_kept_runs_loses_none(tmp_path, capsys):

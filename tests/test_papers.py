@@ -104,11 +104,11 @@ def test_an_experiment_cites_a_published_number_which_its_papers_page_has(config
     page = PAGES.get(paper.source.partition(",")[0])
     assert [each[0] for each in found] == ([page] if page else [])
     for _, size, shown in found:
-        printed = re.findall(r"\d+\.(\d+)", shown)
         assert [float(n) for n in re.findall(r"\d+\.\d+", shown)] == numbers(paper)
-        assert {len(behind) for behind in printed} <= {
-            paper.get("digits") or max(len(str(n).partition(".")[2]) for n in numbers(paper))
-        }
+        behind = {len(digits) for digits in re.findall(r"\.(\d+)", shown)}
+        assert behind == (
+            {paper.digits} if "digits" in paper else {len(str(n).partition(".")[2]) for n in numbers(paper)}
+        )
         assert len(re.findall(r"\d\?", shown)) == (0 if paper.verified else len(numbers(paper)))
         expected = [paper.get("parameters"), paper.get("encoder_parameters")]
         scales = [1e-3 if unit == "k" else 1 for unit in re.findall(r"\d([kM])", size)]
@@ -122,7 +122,18 @@ def test_an_experiment_cites_a_published_number_which_its_papers_page_has(config
     if (std := paper.get("std")) is not None:
         assert set(std) == set(paper.value)
         assert all(isinstance(value, float) for value in std.values())
-    keys = {"source", "metric", "value", "values", "std", "verified", "f1", "parameters", "encoder_parameters"}
+    keys = {
+        "source",
+        "metric",
+        "value",
+        "values",
+        "std",
+        "digits",
+        "verified",
+        "f1",
+        "parameters",
+        "encoder_parameters",
+    }
     assert set(paper) <= keys
 
 

@@ -285,7 +285,8 @@ def test_the_output_file_holds_what_is_printed(tmp_path, capsys):
     write_run(tmp_path / "runs/a", 80.0)
     _, _, out, _ = show(capsys, tmp_path / "runs", "--output", tmp_path / "new/table.md")
     assert (tmp_path / "new/table.md").read_text(encoding="utf-8") == out
-    assert show(capsys, tmp_path / "runs", "--output", tmp_path)[0] == 1
+    (tmp_path / "folder.md").mkdir()
+    assert show(capsys, tmp_path / "runs", "--output", tmp_path / "folder.md")[0] == 1
 
 
 def test_a_curve_is_the_mean_of_both_axes_over_the_epochs_that_all_runs_have(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from conftest import ROOT
 from hydra.errors import InstantiationException
 
 import train
+from data import fetch
 from tasks import door, messages, processes, record
 from tasks.base import Task
 from tasks.interruption import Interruption
@@ -348,12 +349,14 @@ def test_no_file_of_a_run_is_halved_by_a_limit(tmp_path):
 def test_a_file_of_the_data_is_not_told_as_if_the_run_was_meant(tmp_path):
     (tmp_path / "corpus").mkdir()
     with pytest.raises(IsADirectoryError) as caught:
-        (tmp_path / "corpus").read_bytes()
-    told = messages.explain(caught.value)
-    assert told == (
+        fetch.digest(tmp_path / "corpus", "", "sha256")
+    assert messages.explain(caught.value) == (
         f"{tmp_path}/corpus: Is a directory. Corpora lie in data.root=FOLDER, what is prepared of them in "
         "data.cache=FOLDER"
     )
+    with pytest.raises(IsADirectoryError) as caught:
+        torch.load(tmp_path / "corpus", weights_only=True)
+    assert messages.explain(caught.value) == f"{tmp_path}/corpus: Is a directory"
 
 
 def test_a_second_job_is_refused_by_the_folders_name_and_a_killed_ones_lock_is_free(configure, tmp_path):

@@ -147,22 +147,42 @@ def test_a_job_that_a_scheduler_starts_again_goes_on(command, tmp_path, capsys):
     assert results(tmp_path / "sweep")["0"]["test/accuracy"] >= 0
 
 
-def test_a_failed_trial_stays_failed_and_is_no_other_ones(command, tmp_path, capsys):
-    words = ("-m", "seed=choice(1,2)", "depth=1", "width=0", "trainer=debug", "logger=csv")
-    search = (
-        "hydra/sweeper=optuna",
-        "hydra.sweeper.n_trials=1",
-        "hydra.sweeper.sampler.seed=1",
-        "hydra.sweeper.direction=maximize",
-    )
+def test_a_failure_is_no_other_jobs(command, tmp_path):
     folder = tmp_path / "sweep"
-    assert command(*words, *search, f"hydra.sweep.dir={folder}") == 1
-    capsys.readouterr()
-    assert command(f"resume={folder}") == 1
-    assert f"failed already: {folder}/0" in capsys.readouterr().out
+    assert (
+        command("-m", "seed=1", "task=lm", "data=bytes", "data.path=absent", "logger=csv", f"hydra.sweep.dir={folder}")
+        == 1
+    )
     path = folder / "0/failed.json"
-    path.write_text(path.read_text().replace("depth=1", "depth=2"))
-    assert f"{folder}/0 holds the job" in command(f"resume={folder}")
+    path.write_text(path.read_text().replace("seed=1", "seed=2"))
+    assert f"{folder}/0 holds the job seed=2" in command(f"resume={folder}")
+    path.write_text("{")  # which the job that runs again replaces
+    assert command(f"resume={folder}") == 1
+    assert "absent" in json.loads(path.read_text())["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_has_jobs_side_by_side_save_and_begins_no_other(tmp_path, number):
+    words = ("task=image", "depth=1", "logger=csv", "trainer.max_epochs=100000", "trainer.val_check_interval=1.0")
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}")
+    start = [sys.executable, "train.py", "-m", "seed=1,2,3", *words, *launcher]
+    running = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until = time.monotonic() + 240
+    while not all((tmp_path / job / "checkpoints/last.ckpt").exists() for job in "01"):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    steps = 39  # of an epoch
+    running.send_signal(number)
+    told, _ = running.communicate(timeout=120)
+    assert running.returncode == 128 + number, told
+    assert f"Go on with: python train.py resume={tmp_path}" in told
+    assert "Traceback" not in told
+    found = [torch.load(tmp_path / job / "checkpoints/last.ckpt", weights_only=True)["global_step"] for job in "01"]
+    assert any(step % steps for step in found), found  # not that of the last validation
+    assert not list(tmp_path.glob("*/.lock"))
+    assert not (tmp_path / "2/run.json").exists()
 
 
 def test_a_disk_that_is_full_is_told_before_a_sweep_begins(command, tmp_path, monkeypatch):

@@ -226,7 +226,11 @@ def test_operations_are_counted():
 # Export
 
 
-@pytest.mark.parametrize("options", [{}, EVERY_OPTION | {"zoneout": 0.0}], ids=["plain", "every_option"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.slow), EVERY_OPTION | {"zoneout": 0.0}],
+    ids=["plain", "every_option"],
+)
 def test_an_exported_program_runs_without_this_library(tmp_path, options):
     stack = SRU(4, 6, 2, **options).eval()
     x, state = torch.randn(5, 2, 4), torch.randn(2, 2, stack.output_size)

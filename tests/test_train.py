@@ -34,8 +34,15 @@ def rows(folder):
         return [{k: v for k, v in row.items() if not clock.fullmatch(k)} for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("task", options("task"))
+def pairs():
+    """Every task with every model; two models with each task, and each model with two tasks, are the quick ones."""
+    for task in options("task"):
+        for model in options("model"):
+            is_quick = model in ("sru", "srupp") or task in ("classification", "lm")
+            yield pytest.param(task, model, marks=[] if is_quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("task", "model"), pairs())
 def test_every_task_trains_every_model(configure, tmp_path, task, model):
     # Others have a corpus by default that needs no download.
     data = [f"data={name}" for name in ("squad_sample",) if task == "squad"]
