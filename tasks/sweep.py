@@ -47,7 +47,7 @@ class Watch(Callback):
     before: ClassVar[dict[signal.Signals, Any]] = {}  # what heard the signals
     by_joblib: ClassVar[bool] = False  # jobs run in its processes
     is_busy: ClassVar[bool] = False  # with a job, in a process of joblib's
-    signal: ClassVar[int | None] = None  # that this process was told to stop by
+    heard: ClassVar[int | None] = None  # the signal that this process was told to stop by
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         # An Exception would become a warning here.
@@ -78,8 +78,8 @@ class Watch(Callback):
                 sys.exit(f"error: {failures.told(error)}.")
         Watch.folder = folder
         Watch.by_joblib = runs_by_joblib(config.hydra.runtime.choices)
-        heard = (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM), signal.SIGINT)
-        Watch.before = {number: signal.getsignal(number) for number in heard}
+        numbers = (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM), signal.SIGINT)
+        Watch.before = {number: signal.getsignal(number) for number in numbers}
         for number, before in Watch.before.items():
             if before != signal.SIG_IGN:
                 signal.signal(number, Watch.hear)
@@ -89,8 +89,8 @@ class Watch(Callback):
     @staticmethod
     def hear(number: int, _frame: Any) -> None:
         """In the process of the sweep: hand it to joblib's, which then end; without such, or again, end at once."""
-        others = multiprocessing.active_children() if Watch.by_joblib and Watch.signal is None else []
-        Watch.signal = number
+        others = multiprocessing.active_children() if Watch.by_joblib and Watch.heard is None else []
+        Watch.heard = number
         for process in others:
             with contextlib.suppress(OSError):  # it has just ended
                 os.kill(process.pid or 0, signal.SIGTERM)
@@ -102,7 +102,7 @@ class Watch(Callback):
     @staticmethod
     def hear_apart(number: int, _frame: Any) -> None:
         """In one of joblib's processes, within a job, but not in its training."""
-        Watch.signal = number
+        Watch.heard = number
         if Watch.is_busy:
             sys.exit(128 + number)
 
@@ -128,7 +128,7 @@ def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | N
     if by_joblib := runs_by_joblib(config.runtime.choices):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, Watch.hear_apart)
-        if Watch.signal is not None:
+        if Watch.heard is not None:
             return None
     words = [word for word in config.overrides.task if key(word) not in OWN]
     before = words_before(folder)
@@ -158,7 +158,7 @@ def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | N
         # joblib would kill its other processes, which are still saving.
         if not by_joblib or not isinstance(ended.code, int) or ended.code <= 128:
             raise
-        Watch.signal = ended.code - 128
+        Watch.heard = ended.code - 128
         return None
     except Exception as error:
         kept = {"overrides": words, "error": messages.explain(error), "traceback": traceback.format_exc()}
@@ -229,12 +229,12 @@ def resumed(arguments: list[str]) -> list[str]:
 @contextlib.contextmanager
 def told() -> Iterator[None]:
     """When a sweep has ended, and however it has, tell what failed and how to go on; failures are exit status 1."""
-    Watch.folder = Watch.lock = Watch.signal = None
+    Watch.folder = Watch.lock = Watch.heard = None
     failed: list[Path] = []
     is_done = False
     try:
         yield
-        is_done = Watch.signal is None
+        is_done = Watch.heard is None
     finally:
         if folder := Watch.folder:
             for number, before in Watch.before.items():
@@ -249,8 +249,8 @@ def told() -> Iterator[None]:
             Path(Watch.lock.lock_file).unlink(missing_ok=True)
             Watch.lock.release()
             door.remove_if_empty(Path(Watch.lock.lock_file).parent)
-    if Watch.signal is not None:
-        sys.exit(128 + Watch.signal)
+    if Watch.heard is not None:
+        sys.exit(128 + Watch.heard)
     if failed:
         sys.exit(1)
 
