@@ -7,6 +7,7 @@ model, and all else is kept as it is.
 import argparse
 import copy
 import inspect
+import math
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from sru import SRU, SRUCell, SRUpp, convert
 
 # The layouts, and what a stack calls its list of layers.
-LISTS = {"ours": "layers", **dict.fromkeys(convert.VERSIONS, "rnn_lst")}
+LISTS = {"ours": "layers", **dict.fromkeys((*convert.VERSIONS, "2017"), "rnn_lst")}
 # What no shape tells and not every version has. Directions are not among it: in every layout the columns of the second
 # follow those of the first, each with its k numbers.
 truth = {"true": True, "false": False, "True": True, "False": False}.__getitem__
@@ -37,7 +38,15 @@ def layout(state: dict[str, Any], prefix: str) -> str:
         return ""
     if isinstance(weight_c, Tensor) and bias.dim() == 1 and bias.shape == weight_c.shape:
         return "3.0.0.dev" if any(key.startswith(f"{prefix}transform_module.") for key in state) else "2.6.0"
-    return "ours" if bias.dim() == len(bias) == 2 and {f"{prefix}v", f"{prefix}scale_x"} & state.keys() else ""
+    v, scale_x, weight = (state.get(f"{prefix}{name}") for name in ("v", "scale_x", "weight"))
+    if weight_c is None and (isinstance(v, Tensor) or isinstance(scale_x, Tensor)):
+        # One row a gate in files of earlier versions; without v, the parameters of a layer that has none.
+        fits = bias.shape == v.shape if isinstance(v, Tensor) else bias.numel() % 2 == 0
+        return "ours" if bias.dim() in (1, 2) and fits else ""
+    # Only in a stack of the official name: torch's own layers have a weight and a bias too.
+    if re.search(rf"(^|\.){LISTS['2017']}\.\d+\.$", prefix) and isinstance(weight, Tensor) and bias.dim() == 1:
+        return "2017"
+    return ""
 
 
 def infer(entries: dict[str, Tensor], source: str, has_module: bool) -> dict[str, Any]:
@@ -49,7 +58,7 @@ def infer(entries: dict[str, Tensor], source: str, has_module: bool) -> dict[str
         "layer_norm": norm is not None,
         # Training leaves no weight_c at 0 throughout.
         "has_vc_term": bool(entries.get("v", entries.get("weight_c", torch.zeros(1))).any()),
-    }
+    } | correction(torch.ones(1) if source == "2017" else entries.get("scale_x"))
     if "transform_module.linear1.weight" in entries:  # of SRU++
         arguments["input_size"] = entries["transform_module.linear1.weight"].shape[1]
     if has_module:  # it maps to the same columns in every layout, so its entries only move
@@ -58,7 +67,7 @@ def infer(entries: dict[str, Tensor], source: str, has_module: bool) -> dict[str
     if source == "3.0.0.dev":
         projection = entries.get("transform_module.0.weight")
         matrix = entries.get("transform_module.weight" if projection is None else "transform_module.1.weight")
-    elif source == "2.6.0":
+    elif source in ("2.6.0", "2017"):
         matrix, projection = (None if a is None else a.t() for a in (matrix, projection))
     if matrix is None or matrix.shape[0] not in (3 * size, 4 * size):
         found = "no matrix" if matrix is None else f"a matrix to {matrix.shape[0]} columns"
@@ -72,9 +81,29 @@ def infer(entries: dict[str, Tensor], source: str, has_module: bool) -> dict[str
     }
 
 
-def convert_layer(entries: dict[str, Tensor], to: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], dict]:
-    """One layer's entries in another layout, and the arguments of its SRUCell."""
-    source = layout(entries, "")
+def correction(alpha: Tensor | None) -> dict[str, Any]:
+    """The arguments of a layer whose scaling correction is alpha; none where the file does not say."""
+    if alpha is None or alpha.numel() != 1:
+        return {}
+    if alpha.item() == 1:
+        return {"rescale": False}
+    power = (alpha.item() ** 2 - 1) / 2  # alpha = sqrt(1 + 2 exp(highway_bias))
+    if not 0 < power < math.inf:
+        return {}  # of no layer, as loading it says
+    digits = next((n for n in range(5) if same_alpha(round(math.log(power), n), alpha)), 5)
+    return {"rescale": True, "highway_bias": round(math.log(power), digits) + 0.0}  # not -0.0
+
+
+def same_alpha(highway_bias: float, alpha: Tensor) -> bool:
+    """Whether a layer with this bias has this scaling correction, but for its rounding."""
+    rounding = max(torch.finfo(alpha.dtype).eps, 1e-7)  # the correction itself is rounded to float32
+    return math.isclose(math.sqrt(1 + 2 * math.exp(highway_bias)), alpha.item(), rel_tol=rounding)
+
+
+def convert_layer(
+    entries: dict[str, Tensor], source: str, to: str, options: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict]:
+    """One layer's entries, from one layout to another, and the arguments of its SRUCell."""
     module = {key for key in entries if key.startswith(("custom_m.", "transform_module."))}
     if source != "ours" and module in MATRICES:
         module = set()
@@ -85,7 +114,7 @@ def convert_layer(entries: dict[str, Tensor], to: str, options: dict[str, Any]) 
     cell = SRUCell(**arguments)
     cell.load_state_dict({key: value for key, value in entries.items() if key not in module}, assign=True)
     written = cell.state_dict() if to == "ours" else convert.cell_to_official(cell, to)
-    if "scale_x" not in entries:  # as in a dict of parameters alone
+    if "scale_x" not in entries and source != "2017":  # as in a dict of parameters alone
         del written["scale_x"]
     name = "custom_m" if to == "2.6.0" else "transform_module"
     moved = {f"{name}.{key.partition('.')[2]}": entries[key] for key in module}
@@ -115,7 +144,9 @@ def convert_all(
         try:
             if in_stack:
                 convert.refuse_too_old(named, owner)
-            entries, arguments = convert_layer({key.removeprefix(prefix): named[key] for key in own}, to, options)
+            entries, arguments = convert_layer(
+                {key.removeprefix(prefix): named[key] for key in own}, source, to, options
+            )
             if in_stack and f"{owner}input_to_hidden.weight" in named:
                 size = named[f"{owner}input_to_hidden.weight"].shape[1]
                 arguments |= {"input_size": size, "proj_input_to_hidden_first": True}
@@ -203,7 +234,9 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="IN.pt")
     parser.add_argument("target", type=Path, metavar="OUT.pt")
-    parser.add_argument("--to", default="ours", choices=LISTS, help="the layout to write (default: %(default)s)")
+    parser.add_argument(
+        "--to", default="ours", choices=("ours", *convert.VERSIONS), help="the layout to write (default: %(default)s)"
+    )
     help_set = "v1=true or v1=false: the layers are of 2017, or not (default: v1=true where all of a weight_c is 0)"
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help_set)
     parser.add_argument("--force", action="store_true", help="overwrite OUT.pt, which may be IN.pt")
@@ -217,7 +250,7 @@ def main(words: list[str] | None = None) -> int:
         if not found:
             raise ValueError(f"{given.source} holds no SRU: no layer with bias and weight_c (official) or v (ours)")
         if {source for source, _ in found.values()} == {given.to}:
-            others = " or ".join(f"--to {name}" for name in LISTS if name != given.to)
+            others = " or ".join(f"--to {name}" for name in ("ours", *convert.VERSIONS) if name != given.to)
             raise ValueError(f"{given.source} is in the layout {given.to} already; give {others}")
         torch.save(content, temporary)
         os.replace(temporary, given.target)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sru.dropout import dropout as dropped
-from sru.kernels.linear import linear
+from sru.kernels.linear import affine, is_plain, linear
 from sru.padding import cleared
 
 # What a stack looks up in a source: its padding (S, B), if any, and keys and values (S, B, n) of each layer.
@@ -114,7 +114,7 @@ class SourceAttention(nn.Module):
 
     def read(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (S, B, proj_size) of a source."""
-        k, v = linear(linear(source, self.linear1.weight), self.linear2.weight).chunk(2, dim=-1)
+        k, v = affine(affine(source, self.linear1), self.linear2).chunk(2, dim=-1)
         return k, v
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
@@ -171,19 +171,20 @@ class Projection(nn.Module):
         What attends also sees memory (M, B, n) or, in a step, a cache; mask (B or 1, 1, T, M + T) is added to the
         scores; without a mask, `causal` hides what comes after a step. source: keys, values and padding of a source.
         """
-        q = linear(x, self.linear1.weight)
+        q = affine(x, self.linear1)
         return self.finish(q, q, source, self.linear2)
 
-    def finish(self, q: Tensor, y: Tensor, source: Any, last: nn.Linear) -> Tensor:
+    def finish(self, q: Tensor, y: Tensor, source: Any, last: nn.Module) -> Tensor:
         """A source, layer norm, dropout and the last matrix: (T, B, matrices, columns)."""
         y = y if self.source is None else y + self.source(q, *source)
         y = y if self.layer_norm is None else self.layer_norm(y)
         y = dropped(y, self.dropout, self.training)
-        weight = last.weight.unflatten(0, (-1, self.matrices)).transpose(0, 1)
         # Either the rows of the weight are put in the recurrence's order, or the columns of what it gives.
-        if torch.compiler.is_compiling() or y.shape[0] * y.shape[1] >= weight.shape[1]:
-            return linear(y, weight.flatten(0, 1)).unflatten(2, weight.shape[:2])
-        return linear(y, last.weight).unflatten(2, (-1, self.matrices)).transpose(2, 3)
+        if is_plain(last, nn.Linear):
+            weight = last.weight.unflatten(0, (-1, self.matrices)).transpose(0, 1)
+            if torch.compiler.is_compiling() or y.shape[0] * y.shape[1] >= weight.shape[1]:
+                return linear(y, weight.flatten(0, 1)).unflatten(2, weight.shape[:2])
+        return affine(y, last).unflatten(2, (-1, self.matrices)).transpose(2, 3)
 
 
 class Attention(Projection):
@@ -230,10 +231,10 @@ class Attention(Projection):
         cache: "Cache | None" = None,
         source: tuple[Tensor, Tensor, Tensor | None] | None = None,
     ) -> Tensor:
-        q = seen = linear(x, self.linear1.weight)
+        q = seen = affine(x, self.linear1)
         if memory is not None:
-            seen = torch.cat([linear(memory.to(x.dtype), self.linear1.weight), q])
-        k, v = linear(seen, self.linear2.weight).chunk(2, dim=-1)
+            seen = torch.cat([affine(memory.to(x.dtype), self.linear1), q])
+        k, v = affine(seen, self.linear2).chunk(2, dim=-1)
         if cache is not None:
             k, v = cache.extend(k, v)
         return self.finish(q, q + self.alpha * self.attend(q, k, v, mask, causal), source, self.linear3)

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from sru.cell import sequence_mask
 from sru.door import check_flags
 from sru.kernels import recurrence
-from sru.kernels.linear import linear
+from sru.kernels.linear import affine, is_plain, linear
 from sru.padding import backwards, cleared, lengths_of
 
 
@@ -157,19 +157,26 @@ class QRNNLayer(nn.Module):
         self.bidirectional = bidirectional
         self.has_projected_skip = highway and input_size != size
         self.linear = nn.Linear(input_size, (4 if self.has_projected_skip else 3) * size, bias=False)
-        self.bias = nn.Parameter(torch.zeros(3, size))
-        self.register_buffer("v", torch.zeros(2, size), persistent=False)
+        self.bias = nn.Parameter(torch.zeros(3 * size))
+        self.register_buffer("v", torch.zeros(2 * size), persistent=False)
 
     def forward(self, x: Tensor, c0: Tensor | None = None, pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """h (T, B, output_size) and the last state (B, output_size); pad (T, B) of bool."""
-        z, gates = linear(x, self.linear.weight).unflatten(2, (-1, self.output_size)).tensor_split([1], dim=2)
-        u = torch.cat([torch.tanh(z + self.bias[0]), gates], dim=2)
+        z, gates = affine(x, self.linear).unflatten(2, (-1, self.output_size)).tensor_split([1], dim=2)
+        bias, gate_biases = self.bias.tensor_split([self.output_size])
+        u = torch.cat([torch.tanh(z + bias), gates], dim=2)
         if c0 is None:
             c0 = x.new_zeros(x.shape[1], self.output_size)
         skip = x if self.highway and not self.has_projected_skip else None
         mask = sequence_mask(self.dropout, c0) if self.training else None
         options: dict[str, Any] = {"scale": 1.0 if self.highway else 0.0, "bidirectional": self.bidirectional}
-        return recurrence(u, skip, self.v, self.bias[1:], c0, mask=mask, pad=pad, **options)
+        return recurrence(u, skip, self.v, gate_biases, c0, mask=mask, pad=pad, **options)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        bias = state_dict.get(f"{prefix}bias")
+        if bias is not None and bias.shape == (3, self.output_size):  # of earlier versions of this layer
+            state_dict[f"{prefix}bias"] = bias.flatten()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class QRNN(_Encoder):
@@ -295,6 +302,9 @@ class CNN(_Encoder):
     def respond(self, convolution: nn.Conv1d, x: Tensor, steps: int) -> Tensor:
         """A convolution over time as one matrix product and a sum of shifts, which needs no transposed copy of x."""
         width = convolution.kernel_size[0]
-        taps = linear(x[self.history + 1 - width :], convolution.weight.permute(2, 0, 1).flatten(0, 1))
+        x = x[self.history + 1 - width :]
+        if steps and not is_plain(convolution, nn.Conv1d):
+            return convolution(x.permute(1, 2, 0)).permute(2, 0, 1)
+        taps = linear(x, convolution.weight.permute(2, 0, 1).flatten(0, 1))
         taps = taps.unflatten(2, (width, convolution.out_channels)).unbind(2)
         return sum(tap[i : i + steps] for i, tap in enumerate(taps)) + convolution.bias

@@ -22,6 +22,7 @@ from sru.door import (
     state_dtype,
 )
 from sru.kernels import ACTIVATIONS, BACKENDS, recurrence
+from sru.kernels.autograd import HALVES
 from sru.kernels.linear import linear
 from sru.kernels.ops import has_numbers
 
@@ -30,12 +31,6 @@ def sequence_mask(p: float, like: Tensor) -> Tensor | None:
     """A dropout mask (B, D) that every step of a sequence shares, scaled by 1 / (1 - p); None when p is 0."""
     check_probabilities(dropout=p)
     return None if p == 0 else (torch.rand_like(like) < 1 - p).to(like.dtype) / (1 - p)
-
-
-def same(rounded: float, exact: float, dtype: torch.dtype) -> bool:
-    """Whether a number is another one, or that as half precision holds it."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    return math.isclose(rounded, exact, rel_tol=torch.finfo(dtype).eps if half else 0.0)
 
 
 class SRUCell(nn.Module):
@@ -162,9 +157,6 @@ class SRUCell(nn.Module):
         self.backend = backend
         self.has_projected_skip = has_skip_term and (project_skip or input_size != self.output_size)
         self.matrices = 4 if self.has_projected_skip else 3
-        alpha = math.sqrt(1 + 2 * math.exp(highway_bias)) if rescale else 1.0
-        self._alpha = float(np.float32(alpha))  # as in the official package, whatever the dtype of the layer
-        self._seen = 0, 0  # where scale_x lay, and its version, when alpha was read from it
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         norm_size = self.output_size if normalize_after else input_size
         self.layer_norm = nn.LayerNorm(norm_size, **factory) if layer_norm else None
@@ -179,29 +171,33 @@ class SRUCell(nn.Module):
                 self.weight_proj = nn.Parameter(torch.empty(self.projection_size, input_size, **factory))
         elif self.projection_size:
             raise ValueError("projection_size and transform_module exclude each other; project within the module")
-        self.bias = nn.Parameter(torch.empty(2, self.output_size, **factory))
-        v = torch.empty(2, self.output_size, **factory)
+        # Of the forget gate, then of the reset gate; of one dimension, as biases are, for code that tells them by it.
+        self.bias = nn.Parameter(torch.empty(2 * self.output_size, **factory))
+        v = torch.empty(2 * self.output_size, **factory)
         if self.has_vc_term:
             self.v = nn.Parameter(v)
         else:
             self.register_buffer("v", v)
-        # alpha, in the state dict as in the official package: a file may come from a layer that has another one.
-        self.register_buffer("scale_x", torch.empty(1, **factory))
+        # alpha, in the state dict as in the official package: a file may come from a layer that has another one. The
+        # kernels read it where it lies, so that it holds however it came there, and however the layer is called.
+        self.register_buffer("scale_x", torch.empty(1, device=device, dtype=state_dtype(self.bias)))
         self.reset_parameters()
 
     @property
     def alpha(self) -> float:
-        """The scaling correction, a number that is not learnt: what the buffer scale_x holds, but for its rounding."""
-        buffer = self.scale_x
-        if torch.compiler.is_compiling() or not has_numbers(buffer):
-            return self._alpha
-        now = buffer.data_ptr(), buffer._version
-        if now != self._seen:  # loaded, averaged, broadcast: read once
-            found = buffer.item()
-            if not same(found, self._alpha, buffer.dtype):
-                self._alpha = found
-            self._seen = now
-        return self._alpha
+        """The scaling correction, a number that is not learnt: what the buffer scale_x holds."""
+        return self.scale_x.item()
+
+    def initial_alpha(self) -> float:
+        """What scale_x starts with, rounded as in the official package, whatever the dtype of the layer."""
+        return float(np.float32(math.sqrt(1 + 2 * math.exp(self.highway_bias)) if self.rescale else 1.0))
+
+    def _apply(self, fn, recurse=True):
+        before = self.scale_x
+        super()._apply(fn, recurse)
+        if self.scale_x.dtype in HALVES:  # alpha stays as wide as the state, so that .half() and back loses nothing
+            self.scale_x = before.to(self.scale_x.device, state_dtype(self.scale_x))
+        return self
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -213,7 +209,7 @@ class SRUCell(nn.Module):
             # Dropout makes what reaches the output 1 / (1 - p) as large.
             candidate.mul_(math.sqrt(1 - self.dropout))
             if self.has_projected_skip:
-                skip.mul_(self._alpha)
+                skip.mul_(self.initial_alpha())
             if self.has_vc_term:
                 # W x and v * c share a gate's variance.
                 gates.mul_(math.sqrt(0.5))
@@ -222,9 +218,10 @@ class SRUCell(nn.Module):
             self.weight_proj.uniform_(-bound, bound)
         if self.layer_norm is not None:
             self.layer_norm.reset_parameters()
-        self.scale_x.fill_(self._alpha)
-        self.bias[0].fill_(self.forget_bias)
-        self.bias[1].fill_(self.highway_bias)
+        self.scale_x.fill_(self.initial_alpha())
+        forget, reset = self.bias.chunk(2)
+        forget.fill_(self.forget_bias)
+        reset.fill_(self.highway_bias)
         bound = math.sqrt(1.5) if self.weight_c_init is None else self.weight_c_init
         if self.has_vc_term:
             self.v.uniform_(-bound, bound)
@@ -265,7 +262,7 @@ class SRUCell(nn.Module):
         check_state(c0, shape, "(B, output_size)", x)
         u = self.project(x, *context)
         # A projected skip has alpha in its initial weights.
-        scale = 0.0 if not self.has_skip_term else 1.0 if self.has_projected_skip else self.alpha
+        scale = 0.0 if not self.has_skip_term else 1.0 if self.has_projected_skip else self.scale_x
         if self.training and self.zoneout:
             # A forget gate at 1 keeps the state, to the bit where there is nothing to add.
             kept = torch.rand(u[:, :, :1].shape, device=u.device) < self.zoneout
@@ -313,16 +310,22 @@ class SRUCell(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         convert.read_official_cell(self, state_dict, prefix)
-        v, loaded = state_dict.get(f"{prefix}v"), state_dict.setdefault(f"{prefix}scale_x", self.scale_x)
+        for name in ("bias", "v"):  # of earlier versions of this layer: a row for each gate
+            if (a := state_dict.get(f"{prefix}{name}")) is not None and a.shape == (2, self.output_size):
+                state_dict[f"{prefix}{name}"] = a.flatten()
+        v, alpha = state_dict.get(f"{prefix}v"), state_dict.setdefault(f"{prefix}scale_x", self.scale_x)
         if not self.has_vc_term and v is not None and has_numbers(v) and v.any():
             raise ValueError(f"{prefix[:-1] or 'the layer'} has a v that is not 0: build it with has_vc_term=True")
-        single = loaded.shape == (1,) and has_numbers(loaded)
-        if single and not 0 < loaded.item() < math.inf:
-            raise ValueError(f"{prefix}scale_x must be a positive number, not {loaded.item()}")
+        if alpha.shape == (1,) and has_numbers(alpha):
+            if not 0 < alpha.item() < math.inf:
+                raise ValueError(f"{prefix}scale_x must be a positive number, not {alpha.item()}")
+            exact = self.initial_alpha()
+            if alpha.dtype in HALVES and math.isclose(alpha.item(), exact, rel_tol=torch.finfo(alpha.dtype).eps):
+                # A file of half precision holds alpha rounded, and that is no other alpha.
+                state_dict[f"{prefix}scale_x"] = torch.full_like(alpha, exact, dtype=torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if single and self.scale_x.dtype != loaded.dtype and same(loaded.item(), self._alpha, loaded.dtype):
-            with torch.no_grad():  # a file of half precision holds alpha rounded, and that is no other alpha
-                self.scale_x.fill_(self._alpha)
+        if self.scale_x.dtype in HALVES:  # by load_state_dict(assign=True)
+            self.scale_x = self.scale_x.to(state_dtype(self.scale_x))
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]

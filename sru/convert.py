@@ -1,13 +1,15 @@
-"""The official package's state dicts, versions 2.x and 3.0.0.dev, read and written.
+"""The official package's state dicts: those of 2017, 2.x and 3.0.0.dev read, 2.6.0 and 3.0.0.dev written.
 
 Its matrix (input_size, D * k), transposed from 3.0 on, holds the k numbers of a column together; ours (k * D,
-input_size) is k blocks of rows. Its weight_c and bias (2 * D) are our v and bias (2, D). All else differs in name only.
+input_size) is k blocks of rows. Its weight_c is our v. All else differs in name only. The cell of 2017 has no weight_c,
+and no scale_x: its alpha is 1.
 """
 
 import re
 from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -46,10 +48,12 @@ def read_official_cell(cell: "SRUCell", state: MutableMapping[str, Tensor], pref
 
     ValueError: the entries belong to a layer with other options, which are named.
     """
+    where = prefix[:-1] or "the layer"
+    if is_of_2017(cell, state, prefix):
+        bias = state[f"{prefix}bias"]
+        state[f"{prefix}weight_c"], state[f"{prefix}scale_x"] = torch.zeros_like(bias), torch.ones_like(bias[:1])
     if f"{prefix}weight_c" not in state:
         return
-
-    where = prefix[:-1] or "the layer"
     if f"{prefix}gain" in state:
         raise ValueError(f"{where} has weight normalisation, which ended with version 2.1.7: it cannot be converted")
     v, size = state.pop(f"{prefix}weight_c"), 2 * cell.output_size
@@ -58,12 +62,9 @@ def read_official_cell(cell: "SRUCell", state: MutableMapping[str, Tensor], pref
             f"{where} has {v.numel() // 2} columns in the file and {cell.output_size} here: check hidden_size and "
             "bidirectional"
         )
-    v = v.view(2, -1)
     state[f"{prefix}v"] = v
     if not cell.has_vc_term and v.count_nonzero():
         raise ValueError(f"{where} has a weight_c that is not 0: build ours with has_vc_term=True (v1=False)")
-    if f"{prefix}bias" in state:
-        state[f"{prefix}bias"] = state[f"{prefix}bias"].view(2, -1)
     if cell.transform_module is not None:
         for key in [key for key in state if key.startswith(f"{prefix}custom_m.")]:
             state[f"{prefix}transform_module.{key.removeprefix(f'{prefix}custom_m.')}"] = state.pop(key)
@@ -94,6 +95,23 @@ def read_official_cell(cell: "SRUCell", state: MutableMapping[str, Tensor], pref
     state[f"{prefix}weight"] = from_official_matrix(matrix, cell.matrices)
     if projection is not None:
         state[f"{prefix}weight_proj"] = projection
+
+
+def is_of_2017(cell: "SRUCell", state: Mapping[str, Tensor], prefix: str) -> bool:
+    """Whether a layer's entries are those of the official code of September 2017: `weight` and `bias`, no weight_c.
+
+    ValueError: they are, or are the parameters alone of a layer of ours without v, and no shape tells which.
+    """
+    weight, bias = state.get(f"{prefix}weight"), state.get(f"{prefix}bias")
+    others = {f"{prefix}{name}" for name in ("weight_c", "v", "scale_x")} & state.keys()
+    if weight is None or bias is None or others or weight.dim() != 2 or bias.dim() != 1 or cell.weight is None:
+        return False
+    if weight.shape == cell.weight.shape == cell.weight.t().shape:
+        raise ValueError(
+            f"{prefix}weight {tuple(weight.shape)} without weight_c, v and scale_x may be of 2017 or ours: add "
+            f"{prefix}weight_c (2 * D zeros) if it is of 2017, or {prefix}v (2 * D zeros) if it is ours"
+        )
+    return weight.shape != cell.weight.shape
 
 
 def to_official(sru: "SRU", version: str = "3.0.0.dev") -> dict[str, Tensor]:
@@ -127,8 +145,8 @@ def cell_to_official(cell: "SRUCell", version: str) -> dict[str, Tensor]:
     if cell.activation == "relu" or cell.zoneout:
         raise ValueError(f"version {version} has no relu and no zoneout")
     state = {
-        "weight_c": cell.v.detach().flatten(),
-        "bias": cell.bias.detach().flatten(),
+        "weight_c": cell.v.detach(),
+        "bias": cell.bias.detach(),
         "scale_x": cell.scale_x,
     }
     old = version.startswith("2")

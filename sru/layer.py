@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from sru import convert
 from sru.cell import SRUCell
 from sru.door import check_flags, check_input, check_mask, check_sizes, check_state, refuse, state_dtype
-from sru.kernels.linear import linear
+from sru.kernels.linear import affine
 from sru.kernels.ops import has_numbers
 
 # What the papers use in each setting: SRU(n, d, num_layers, **presets["deep"]).
@@ -181,7 +181,7 @@ class SRU(nn.Module):
             self.check_state(c0, x)
             c0 = c0.unflatten(0, (self.num_layers, -1)).transpose(1, 2).flatten(2) if self.is_split() else c0
         if self.input_to_hidden is not None:
-            x = linear(x, self.input_to_hidden.weight)
+            x = affine(x, self.input_to_hidden)
         states = []
         for i, layer in enumerate(self.layers):
             more = () if context is None else context(i, x, mask_pad)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sru.door import check_flags, check_heads, check_input, check_probabilities, check_sizes, state_dtype
 from sru.dropout import dropout as dropped
-from sru.kernels.linear import affine, linear
+from sru.kernels.linear import affine, is_plain, linear
 from sru.padding import cleared, joined, padding_first
 
 Pair = tuple[Tensor, Tensor]  # keys and values, each (S, B, hidden_size)
@@ -127,7 +127,7 @@ class TransformerXL(nn.Module):
         self, x: Tensor, pasts: Sequence[Pair | None], past_pad: Tensor | None, pad: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor], list[Pair], Tensor | None]:
         """h, the inputs of all layers, what each has seen, and which of these S steps were padding (S, B), if any."""
-        x = x if self.projection is None else linear(x, self.projection.weight)
+        x = x if self.projection is None else affine(x, self.projection)
         steps, length = len(x), 0 if pasts[0] is None else len(pasts[0][0])
         unseen = joined(past_pad, pad, length, x)
         hidden = mask(steps, length, unseen, x, causal=not self.bidirectional)
@@ -215,7 +215,7 @@ class TransformerXLLayer(nn.Module):
 
     def keys_and_values(self, x: Tensor) -> Pair:
         """Two of (S, B, hidden_size)."""
-        k, v = linear(x, self.key_value.weight).chunk(2, dim=-1)
+        k, v = affine(x, self.key_value).chunk(2, dim=-1)
         return k, v
 
     def forward(
@@ -228,11 +228,15 @@ class TransformerXLLayer(nn.Module):
         k, v = self.keys_and_values(x)
         if past is not None:
             k, v = (torch.cat([a.to(b.dtype), b]) for a, b in zip(past, (k, v), strict=True))
-        q, keys, values = (a.unflatten(2, (self.num_heads, -1)) for a in (linear(x, self.query.weight), k, v))
-        weight = self.position.weight.unflatten(0, (self.num_heads, -1))
+        q, keys, values = (a.unflatten(2, (self.num_heads, -1)) for a in (affine(x, self.query), k, v))
+        weight = None
+        if is_plain(self.position, nn.Linear):
+            weight = self.position.weight.unflatten(0, (self.num_heads, -1))
+        else:
+            r = self.position(r).unflatten(1, (self.num_heads, -1))
         p = self.attn_dropout if self.training else 0.0
         a = attend(q, keys, values, r, weight, bias_u.to(q.dtype), bias_v.to(q.dtype), hidden, p)
-        y = self.attention_norm(x + self.dropped(linear(a.flatten(2), self.output.weight)))
+        y = self.attention_norm(x + self.dropped(affine(a.flatten(2), self.output)))
         z = affine(self.dropped(F.relu(affine(y, self.inner))), self.outer)
         return self.norm(y + self.dropped(z)), (k, v)
 
@@ -268,7 +272,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     r: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias_u: Tensor,
     bias_v: Tensor,
     hidden: Tensor | None,
@@ -279,11 +283,13 @@ def attend(
         softmax over j of ((q_i + u) k_j + (q_i + v) W_{k,R} R_{i + S - T - j}) / sqrt(d)
 
     q (T, B, H, d); k, v (S, B, H, d); r: of `positions`, S + 1 for j <= i + S - T, S + T for all; weight (H, d, n):
-    W_{k,R}; bias_u, bias_v (H, d); hidden: of `mask`.
+    W_{k,R}, or None where r (S + 1 or S + T, H, d) is projected already; bias_u, bias_v (H, d); hidden: of `mask`.
     """
     steps, total, row = len(q), len(k), len(r) - 1
     query = (q + bias_v) / math.sqrt(q.shape[-1])
-    if steps == 1:  # one query is cheaper to multiply by W_{k,R} than all positions are
+    if weight is None:
+        scores = torch.einsum("tbhd,shd->bhts", query, r)
+    elif steps == 1:  # one query is cheaper to multiply by W_{k,R} than all positions are
         scores = torch.einsum("tbhn,sn->bhts", torch.einsum("tbhd,hdn->tbhn", query, weight), r)
     else:
         scores = torch.einsum("tbhd,shd->bhts", query, linear(r, weight.flatten(0, 1)).unflatten(1, weight.shape[:2]))

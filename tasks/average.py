@@ -60,9 +60,12 @@ class Average(Checkpoint):
             return best
         content = load(best)
         states = {path: load(path)["state_dict"] for path in sorted(self.best_k_models)}
+        own = content["state_dict"]
         for path, state in states.items():
-            if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in content["state_dict"].items()}:
-                raise ValueError(f"{path} is of another network; delete it, and the mean is that of the others")
+            if {k: v.numel() for k, v in state.items()} != {k: v.numel() for k, v in own.items()}:
+                raise ValueError(f"{path} is of another network, so there is no mean: move it out of the run's folder")
+            # Earlier versions kept a gate's biases as a row each.
+            states[path] = {name: value.reshape(own[name].shape) for name, value in state.items()}
         content["state_dict"] = mean(list(states.values()))
         AtomicCheckpoints().save_checkpoint(content, self.path)
         return str(self.path)

@@ -26,6 +26,20 @@ class Dropout(nn.Module):
         return x * torch.rand_like(x).lt_(1 - self.p).div_(1 - self.p)
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module is the product with its weight and no more.
+
+    A hook, a parametrisation, an adapter or a quantised weight is only heeded by a call.
+    """
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) is nn.Linear and not any(own) and "forward" not in module.__dict__
+
+
+def apply_linear(module: nn.Module, x: Tensor, linear: Callable[..., Tensor]) -> Tensor:
+    """What the module gives for x: by `linear` if it is a plain torch.nn.Linear, else by calling it."""
+    return linear(x, module.weight, module.bias) if is_plain(module) else module(x)
+
+
 class Task(pl.LightningModule, ABC):
     """A network with its loss and metrics; a subclass builds the network and defines `loss`.
 
@@ -159,6 +173,14 @@ class Task(pl.LightningModule, ABC):
         # Of another number of processes, which the door lets no training go on with, the first one's will do.
         every = checkpoint.get("processes", [])
         self.load_own_state(every[rank()] if rank() < len(every) else checkpoint)
+        # Earlier versions kept a gate's biases as a row each: the same numbers in another shape.
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        for optimizer in checkpoint.get("optimizer_states", []):
+            for i, p in enumerate(parameters):
+                state = optimizer["state"].get(i, {})
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.dim() > p.dim() and value.numel() == p.numel():
+                        state[name] = value.reshape(p.shape)
 
     def on_train_start(self) -> None:
         # What a checkpoint brought lies on the CPU.

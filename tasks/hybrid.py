@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.base import Dropout, Task
+from tasks.base import Dropout, Task, apply_linear
 from tasks.decoder import has_memory
 from tasks.latency import LatencyControlled
 from tasks.lm import detached
@@ -114,7 +114,7 @@ class Hybrid(Task):
         return isinstance(self.encoder, LatencyControlled)
 
     def logits(self, h: Tensor) -> Tensor:
-        return self.linear(self.dropout(h), self.softmax.weight, self.softmax.bias).float()
+        return apply_linear(self.softmax, self.dropout(h), self.linear).float()
 
     def segment_logits(self, batch: Any) -> Tensor:
         """Logits (S, B, num_targets) of a segment of each stream, whose state goes on."""

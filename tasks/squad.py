@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tasks import answers, messages
-from tasks.base import Dropout, Task
+from tasks.base import Dropout, Task, apply_linear
 from tasks.processes import gathered, rank
 from tasks.record import write_text
 
@@ -124,8 +124,7 @@ class QuestionAnswering(Task):
 
     def aligned(self, p: Tensor, q: Tensor, q_pad: Tensor) -> Tensor:
         """For each step of p (T, B, n) the mean of q (Q, B, n), weighed by the likeness of the two."""
-        weight, bias = self.likeness.weight, self.likeness.bias
-        p_keys, q_keys = (F.relu(self.linear(a, weight, bias)).transpose(0, 1) for a in (p, q))
+        p_keys, q_keys = (F.relu(apply_linear(self.likeness, a, self.linear)).transpose(0, 1) for a in (p, q))
         scores = at_least_float32(torch.bmm(p_keys, q_keys.transpose(1, 2)))
         weights = scores.masked_fill(q_pad.T[:, None], -math.inf).softmax(dim=2).to(q.dtype)
         return torch.bmm(weights, q.transpose(0, 1)).transpose(0, 1)

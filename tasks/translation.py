@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.base import Dropout, Task
+from tasks.base import Dropout, Task, apply_linear, is_plain
 from tasks.cross_entropy import linear_cross_entropy
 from tasks.decoder import GlobalAttention, has_memory
 from tasks.processes import gathered, rank
@@ -142,7 +142,7 @@ class Translation(Task):
         return self.logits(self.write(source, target))
 
     def logits(self, h: Tensor) -> Tensor:
-        return self.linear(h, self.softmax.weight, self.softmax.bias)
+        return apply_linear(self.softmax, h, self.linear)
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], int]:
         source, target, items = batch
@@ -150,8 +150,12 @@ class Translation(Task):
         places = wanted.nonzero()[:, 0]  # of what is no padding
         h = self.write(source, target[:-1]).flatten(0, 1).index_select(0, places)
         smoothing = self.label_smoothing if self.training else 0.0
-        softmax = self.softmax.weight, self.softmax.bias
-        loss = linear_cross_entropy(h, *softmax, wanted[places], smoothing=smoothing, linear=self.linear)
+        if is_plain(self.softmax):
+            softmax = self.softmax.weight, self.softmax.bias
+            loss = linear_cross_entropy(h, *softmax, wanted[places], smoothing=smoothing, linear=self.linear)
+        else:
+            logits = self.softmax(h).to(torch.promote_types(h.dtype, torch.float32))
+            loss = F.cross_entropy(logits, wanted[places], reduction="sum", label_smoothing=smoothing)
         if not self.training and (self.validates_bleu or self.trainer.testing):
             self.keep(source, items)
         return loss / max(1, len(places)), {}, len(places)

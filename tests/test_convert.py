@@ -235,8 +235,8 @@ def test_a_weight_c_of_zeros_is_a_v1_unless_told_otherwise(convert, capsys):
 
 def test_the_script_says_where_it_found_what(convert, capsys):
     convert({"model": {f"rnn.{key}": value for key, value in to_official(network("projected")).items()}})
-    found = "model.rnn: 3.0.0.dev -> ours\n    SRU(input_size=6, hidden_size=5, num_layers=2, projection_size=[2, 0])\n"
-    assert capsys.readouterr().out.startswith(found)
+    call = "SRU(input_size=6, hidden_size=5, num_layers=2, projection_size=[2, 0], rescale=False)"
+    assert capsys.readouterr().out.startswith(f"model.rnn: 3.0.0.dev -> ours\n    {call}\n")
     convert(to_official(SRU(4, 4, transform_module=nn.Linear(4, 12))))
     assert "    SRU(input_size=4, hidden_size=4, num_layers=2, transform_module=...)\n" in capsys.readouterr().out
 

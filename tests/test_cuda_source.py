@@ -277,7 +277,7 @@ def test_the_question_whether_a_gpu_can_run_breaks_no_graph():
 
 def test_the_operators_keep_torchs_rules_in_half_precision(on_cpu):
     u, x, v, b, c0 = inputs(5, 3, 8)
-    given = [a.requires_grad_() for a in (u.bfloat16(), x, v, b, c0)]
-    options = None, None, 1.0, 0.0, 0, 1
+    given = [a.requires_grad_() for a in (u.bfloat16(), x, v.flatten(), b.flatten(), c0)]
+    options = None, None, torch.ones(1), 0.0, 0, 1
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.sru.recurrence.default, (*given, *options, True), test_utils=checks)

@@ -49,14 +49,15 @@ def directions(layer, model):
         return [cell(""), cell("_reverse")], (zeros, zeros)
     cell = layer.layers[0]
     weight = cell.weight.unflatten(0, (cell.matrices, 2, 5))
+    v, b = cell.v.view(2, -1), cell.bias.view(2, -1)
 
     def half(side):
         columns = slice(5 * side, 5 * side + 5)
 
         def step(x, c):
             z, f, r, *skip = weight[:, side] @ x
-            f = torch.sigmoid(f + cell.v[0, columns] * c + cell.bias[0, columns])
-            r = torch.sigmoid(r + cell.v[1, columns] * c + cell.bias[1, columns])
+            f = torch.sigmoid(f + v[0, columns] * c + b[0, columns])
+            r = torch.sigmoid(r + v[1, columns] * c + b[1, columns])
             c = f * c + (1 - f) * z
             carried = skip[0] if skip else x[columns] * cell.alpha
             return r * c + (1 - r) * carried, c

@@ -403,7 +403,7 @@ BAD = {
     "x missing": ({"x": None}, ValueError, "scale must be 0, not 1.0"),
     "x beside a skip": ({"u": torch.zeros(3, 2, 4, 4)}, ValueError, "x must be None"),
     "v": ({"v": torch.zeros(3, 4)}, ValueError, r"v must be \(2, 4\).*not \(3, 4\)"),
-    "b": ({"b": torch.zeros(2, 4, 1)}, ValueError, r"b must be \(2, 4\).*not \(2, 4, 1\)"),
+    "b": ({"b": torch.zeros(2, 4, 1)}, ValueError, r"b must be \(8,\).*not \(2, 4, 1\)"),
     "c0": ({"c0": torch.zeros(4, 2)}, ValueError, r"c0 must be \(2, 4\).*not \(4, 2\)"),
     "c0 of integers": ({"c0": torch.zeros(2, 4).int()}, TypeError, "c0 must be of a floating dtype.*int32"),
     "c0 elsewhere": ({"c0": torch.zeros(2, 4, device="meta")}, ValueError, "c0 is on meta, u on cpu"),

@@ -66,8 +66,8 @@ def test_a_packed_sequence_is_handled_as_torch_handles_it():
     """The last output of a sequence is where the LSTM of torch has it, and the state in the same order."""
     lstm, stack = nn.LSTM(4, 6).double(), SRU(4, 6, 1, has_skip_term=False).double()
     with torch.no_grad():  # an open reset gate, so that h is c
-        stack[0].v[1].zero_()
-        stack[0].bias[1].fill_(1e3)
+        stack[0].v.chunk(2)[1].zero_()
+        stack[0].bias.chunk(2)[1].fill_(1e3)
     packed = pack_padded_sequence(torch.randn(7, 3, 4, dtype=torch.float64), [2, 7, 4], enforce_sorted=False)
     for network in (lstm, stack):
         h, state = network(packed)

@@ -85,17 +85,18 @@ def test_a_compiled_network_takes_any_number_of_steps_without_compiling_again():
 def test_the_operators_keep_torchs_rules(projected, padded):
     u = torch.randn(4, 2, 4 if projected else 3, 6, requires_grad=True)
     x = None if projected else torch.randn(4, 2, 6, requires_grad=True)
-    v, b = (torch.randn(2, 6, requires_grad=True) for _ in "vb")
+    v, b = (torch.randn(12, requires_grad=True) for _ in "vb")
     c0 = torch.randn(2, 6, requires_grad=True)
     pad = torch.rand(4, 2) < 0.3 if padded else None
     mask = torch.rand(2, 6) if padded else None
+    scale = torch.tensor([1.3]) if padded else None
     torch.library.opcheck(
-        torch.ops.sru.recurrence.default, (u, x, v, b, c0, mask, pad, 1.0, 0.1, 1, 1, True), raise_exception=True
+        torch.ops.sru.recurrence.default, (u, x, v, b, c0, mask, pad, scale, 0.1, 1, 1, True), raise_exception=True
     )
     detached = [a if a is None else a.detach() for a in (u, x, v, b, c0)]
     torch.library.opcheck(
         torch.ops.sru.recurrence_backward.default,
-        (torch.randn(4, 2, 6), torch.randn(2, 6), *detached, mask, pad, torch.randn(4, 2, 6), 1.0, 0.1, 1, 1),
+        (torch.randn(4, 2, 6), torch.randn(2, 6), *detached, mask, pad, scale, torch.randn(4, 2, 6), 0.1, 1, 1),
         raise_exception=True,
     )
 

@@ -108,6 +108,31 @@ def test_resumed_equals_uninterrupted(configure, tmp_path):
     assert rows(whole) == rows(parts)
 
 
+def test_a_run_whose_gates_had_a_row_each_goes_on_to_the_bit(configure, tmp_path):
+    """Checkpoints of earlier versions hold v and bias, and what the optimiser knows of them, as (2, D)."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = (*SHORT, "callbacks.average.count=2", "callbacks.average.of=last")
+    train.run(configure(*words, f"run_dir={whole}", "trainer.max_epochs=2"))
+    train.run(configure(*words, f"run_dir={parts}", "trainer.max_epochs=1"))
+    for path in (parts / "checkpoints").glob("*.ckpt"):
+        content = torch.load(path, weights_only=True)
+        state = content["state_dict"]
+        for name in [name for name in state if name.startswith("encoder.") and name.endswith((".v", ".bias"))]:
+            state[name] = state[name].view(2, -1)
+        for moments in content.get("optimizer_states", [{"state": {}}])[0]["state"].values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape == (256,):  # of a gate's biases
+                    moments[name] = moments[name].view(2, -1)
+        torch.save(content, path)
+    train.run(configure(*words, f"run_dir={parts}", f"resume={parts}", "trainer.max_epochs=2"))
+    for name in ("last", "average"):
+        one, two = checkpoint(whole, name)["state_dict"], checkpoint(parts, name)["state_dict"]
+        # The mean has the shapes of the best epoch, which may be that of the earlier version.
+        assert all(torch.equal(one[key].flatten(), two[key].flatten()) for key in one)
+    moments = [c["optimizer_states"][0]["state"] for c in (checkpoint(whole), checkpoint(parts))]
+    assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i])
+
+
 def test_a_resume_at_an_epochs_end_trains_no_step_too_many(configure, tmp_path):
     """Where no validation was due at the end: four batches do not divide the epoch of six."""
     often = (*SHORT, "trainer.val_check_interval=4")

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 import warnings
 from typing import Any
 
@@ -26,7 +27,7 @@ def recurrence(
     *,
     mask: Tensor | None = None,
     pad: Tensor | None = None,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     zoneout: float = 0.0,
     activation: str = "identity",
     bidirectional: bool = False,
@@ -42,11 +43,13 @@ def recurrence(
     Args:
         u: (T, B, K, D), the projected input: candidate, forget, reset and, with K = 4, the skip.
         x: (T, B, D), the input carried past the gates; None with K = 4, and where scale is 0.
-        v, b: (2, D), recurrent weights and biases of the forget and the reset gate; v = 0 is the cell of 2017.
+        v, b: (2 * D,) or (2, D), recurrent weights and biases of the forget gate and then of the reset gate; v = 0 is
+            the cell of 2017.
         c0: (B, D), the state before the first step.
         mask: (B, D), a dropout mask that all steps of a sequence share, already divided by 1 - p.
         pad: (T, B) of bool, True where a step is padding: there c is carried on and h is 0.
-        scale: weight of the skip; 0 removes the highway, 1 the scaling correction.
+        scale: weight of the skip, a number or a tensor that holds one; 0 removes the highway, 1 the scaling correction.
+            A tensor is read by the kernel alone: nothing waits for a GPU. It gets no gradient.
         zoneout: share of its state that every step keeps, as the expectation of zoneout does; 0 for none.
         activation: g, one of identity, tanh, relu.
         bidirectional: the second half of the D columns runs from the last step to the first; its c_last is the state
@@ -67,10 +70,18 @@ def recurrence(
         reason = why_not_cpu(u) if backend == "cpu" else why_not_cuda(u)
         if reason:
             raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
+    v, b = v.flatten(), b.flatten()
+    if isinstance(scale, Tensor):
+        weight: Tensor | None = scale if scale.dim() == 1 else scale.reshape(1)
+    elif scale == 0:  # no skip at all
+        u, x, weight = u[:, :, :3], None, None
+    else:
+        wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+        weight = None if scale == 1 else torch.full((1,), float(scale), dtype=wide, device=u.device)
     options: dict[str, Any] = {
         "mask": mask,
         "pad": pad,
-        "scale": float(scale),
+        "scale": weight,
         "zoneout": float(zoneout),
         "activation": activation,
         "bidirectional": bidirectional,
@@ -88,7 +99,7 @@ def recurrence(
 
     through = "transform" if transforms else ""
     watched = u.is_meta or compiling or ops.modes_are_active()
-    if not transforms and (watched or not ops.have_memory(u, x, v, b, c0, mask, pad)):
+    if not transforms and (watched or not ops.have_memory(u, x, v, b, c0, mask, pad, weight)):
         through = "operators"
     return autograd.recurrence(u, x, v, b, c0, through=through, **options)
 
@@ -144,7 +155,7 @@ def check(
     c0: Tensor,
     mask: Tensor | None,
     pad: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
     zoneout: float,
     activation: str,
     bidirectional: bool,
@@ -160,8 +171,8 @@ def check(
     steps, batch, matrices, size = u.shape
     shapes = {
         "x": (x, (steps, batch, size)),
-        "v": (v, (2, size)),
-        "b": (b, (2, size)),
+        "v": (v, (2, size) if v.dim() == 2 else (2 * size,)),
+        "b": (b, (2, size) if b.dim() == 2 else (2 * size,)),
         "c0": (c0, (batch, size)),
         "mask": (mask, (batch, size)),
         "pad": (pad, (steps, batch)),
@@ -181,7 +192,15 @@ def check(
         raise ValueError("mask gets no gradient, but requires one; pass mask.detach()")
     if matrices == 4 and x is not None:
         raise ValueError("x must be None when u holds the skip (K = 4)")
-    if matrices == 3 and x is None and scale != 0:
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1 or not scale.is_floating_point() or scale.device != u.device or scale.requires_grad:
+            raise ValueError(
+                f"scale must be a number, or a floating tensor of one on {u.device} that needs no gradient, not "
+                f"{tuple(scale.shape)} of {scale.dtype} on {scale.device}"
+            )
+    elif not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be a finite number, not {scale}")
+    if matrices == 3 and x is None and (isinstance(scale, Tensor) or scale != 0):
         raise ValueError(f"x is None and u holds no skip (K = 3), so scale must be 0, not {scale}")
     if not 0 <= zoneout < 1:
         raise ValueError(f"zoneout must lie in [0, 1), not {zoneout}")

@@ -32,7 +32,7 @@ def recurrence(
     *,
     mask: Tensor | None,
     pad: Tensor | None,
-    scale: float,
+    scale: Tensor | None,
     zoneout: float,
     activation: str,
     bidirectional: bool,
@@ -40,10 +40,9 @@ def recurrence(
 ) -> tuple[Tensor, Tensor]:
     """As `sru.kernels.recurrence`; `through`: operators, or transform (of torch.func), where addresses mean nothing."""
     dtype = u.dtype
-    if scale == 0:
-        x = None
     wide = torch.float32 if dtype in HALVES else dtype
-    v, b, c0, mask = v.to(wide), b.to(wide), c0.to(wide), None if mask is None else mask.to(wide)
+    v, b, c0 = v.to(wide), b.to(wide), c0.to(wide)
+    mask, scale = (None if a is None else a.to(wide) for a in (mask, scale))
     if not kernels(u.device).READS_HALVES:
         u = u.to(wide)
     if x is not None and x.dtype != u.dtype:
@@ -65,9 +64,9 @@ class Recurrence(torch.autograd.Function):
     """The recurrence with its backward kernel."""
 
     @staticmethod
-    def forward(ctx, u, x, v, b, c0, mask, pad, *options):
-        h, c, c_last = kernels(u.device).run_forward(u, x, v, b, c0, mask, pad, *options, keep=True)
-        ctx.save_for_backward(u, x, v, b, c0, mask, pad, c)
+    def forward(ctx, u, x, v, b, c0, mask, pad, scale, *options):
+        h, c, c_last = kernels(u.device).run_forward(u, x, v, b, c0, mask, pad, scale, *options, keep=True)
+        ctx.save_for_backward(u, x, v, b, c0, mask, pad, scale, c)
         ctx.options = options
         return h, c_last
 
@@ -77,7 +76,7 @@ class Recurrence(torch.autograd.Function):
             gu, gx, *grads = torch.ops.sru.recurrence_backward(gh, gc_last, *ctx.saved_tensors, *ctx.options)
             return gu, None if ctx.saved_tensors[1] is None else gx, *grads, *[None] * 6
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-            return *differentiate_reference(gh, gc_last, *ctx.saved_tensors[:7], *ctx.options), *[None] * 6
+            return *differentiate_reference(gh, gc_last, *ctx.saved_tensors[:8], *ctx.options), *[None] * 6
         grads = kernels(gh.device).run_backward(
             gh, gc_last, *ctx.saved_tensors, *ctx.options, needs_x=ctx.needs_input_grad[1]
         )

@@ -139,8 +139,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const __gr
     const Place place(a);
     if (!place.exists) return;
     const long long row = place.sequence * a.D + place.column;
-    const Gate f_gate(a.v, a.b, place), r_gate(a.v + a.v_k, a.b + a.b_k, place);
-    const Dropout dropout(a, place);
+    const Gate f_gate(a.v, a.b, place), r_gate(a.v + a.D, a.b + a.D, place);
+    const Weights weights(a, place);
     Walk<U_TYPE> h(a.h + row, a.B * a.D, place);
     Walk<WIDE> states(a.c + row, a.B * a.D, place);
     WIDE c[LANES];
@@ -150,11 +150,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const __gr
         WIDE out[LANES];
 #pragma unroll
         for (int i = 0; i < LANES; ++i) {
-            const WIDE u0 = wide(in.u0.number[i]), x = in.skip(a, i);
+            const WIDE u0 = wide(in.u0.number[i]), x = in.skip(weights.scale, i);
             const WIDE f = forget(a, f_gate.open(i, in.u1.number[i], c[i]));
             const WIDE r = r_gate.open(i, in.u2.number[i], c[i]);
             const WIDE state = (c[i] - u0) * f + u0;
-            const WIDE result = dropout.mask[i] * r * (activate(state) - x) + x;
+            const WIDE result = weights.mask[i] * r * (activate(state) - x) + x;
             c[i] = in.pad ? c[i] : state;
             out[i] = in.pad ? WIDE(0) : result;
         }
@@ -175,8 +175,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __g
     const Place place(a);
     if (!place.exists) return;
     const long long row = place.sequence * a.D + place.column;
-    const Gate f_gate(a.v, a.b, place), r_gate(a.v + a.v_k, a.b + a.b_k, place);
-    const Dropout dropout(a, place);
+    const Gate f_gate(a.v, a.b, place), r_gate(a.v + a.D, a.b + a.D, place);
+    const Weights weights(a, place);
     Walk<U_TYPE> gu(a.gu + place.sequence * a.gu_b + place.column, a.gu_t, place);
     Walk<X_TYPE> gx(a.gx + place.sequence * a.gx_b + place.column, a.gx_t, place);
     WIDE lambda[LANES], sums[4][LANES] = {};
@@ -187,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __g
 #pragma unroll
         for (int i = 0; i < LANES; ++i) {
             const WIDE v_f = f_gate.v[i] * (1 / FOLD), v_r = r_gate.v[i] * (1 / FOLD), cp = in.c.number[i];
-            const Parts parts(a, in, i, f_gate, r_gate, dropout.mask[i], v_f, v_r);
+            const Parts parts(a, in, i, f_gate, r_gate, weights, v_f, v_r);
             const WIDE total = parts.own + lambda[i], g1 = in.pad ? WIDE(0) : total * parts.to_forget;
             const WIDE g2 = in.pad ? WIDE(0) : parts.g2;
             lambda[i] = in.pad ? lambda[i] : parts.jacobian * total + parts.from_reset;

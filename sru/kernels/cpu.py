@@ -59,12 +59,12 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=pool.cache_clear)
 
 
-def launch(
-    kernel: Callable, inputs: "Inputs", scale: float, zoneout: float, options: list[int], tensors: list[Tensor]
-) -> None:
+def launch(kernel: Callable, inputs: "Inputs", zoneout: float, options: list[int], tensors: list[Tensor]) -> None:
     """Run a pass. The options follow the inputs' arguments; the tensors are those whose addresses they hold."""
     arguments = [0, inputs.tiles, *inputs.arguments, *options]
-    run_tiles(kernel, inputs.dtype, packed(inputs.dtype, scale, zoneout, arguments), inputs.elements, (inputs, tensors))
+    run_tiles(
+        kernel, inputs.dtype, packed(inputs.dtype, inputs.scale, zoneout, arguments), inputs.elements, (inputs, tensors)
+    )
 
 
 def run_tiles(kernel: Callable, dtype: torch.dtype, memory: array, elements: int, tensors: Any) -> None:
@@ -130,12 +130,13 @@ class Inputs:
     def __init__(self, u, x, v, b, c0, mask, pad, scale, halves):
         steps, batch, matrices, size = u.shape
         u, v, b, c0 = map(with_rows, (u, v, b, c0))
+        self.scale = 1.0 if scale is None else scale.item()
         # What is not given is one row for all steps and sequences.
         mask = u.new_ones(size).expand(batch, size) if mask is None else with_rows(mask)
-        if scale == 0:
-            skip = u.new_zeros(size).expand(steps, batch, size)
+        if matrices == 4:
+            skip = u[:, :, 3]
         else:
-            skip = u[:, :, 3] if matrices == 4 else with_rows(x)
+            skip = u.new_zeros(size).expand(steps, batch, size) if x is None else with_rows(x)
         pad = None if pad is None else pad.contiguous()
         tile_batch = max(TILE_BATCH, -(-batch // 64))
         self.chunks = -(-batch // tile_batch)
@@ -146,7 +147,7 @@ class Inputs:
         self.arguments = [
             *(steps, batch, size, tile_batch, columns, halves, u.element_size()),
             *(u.data_ptr(), *u.stride()[:3], skip.data_ptr(), *skip.stride()[:2]),
-            *(v.data_ptr(), v.stride(0), b.data_ptr(), b.stride(0), c0.data_ptr(), c0.stride(0)),
+            *(v.data_ptr(), b.data_ptr(), c0.data_ptr(), c0.stride(0)),
             *(mask.data_ptr(), mask.stride(0), 0 if pad is None else pad.data_ptr()),
         ]
 
@@ -159,11 +160,11 @@ def run_forward(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, *
     c = new_empty(u, steps if keep else 2, batch, size)
     c_last = u.new_empty(batch, size)
     outputs = [activation, h.data_ptr(), c.data_ptr(), int(keep), c_last.data_ptr()]
-    launch(forward, inputs, scale, zoneout, outputs, [h, c, c_last])
+    launch(forward, inputs, zoneout, outputs, [h, c, c_last])
     return h, c, c_last
 
 
-def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, c, scale, zoneout, activation, halves, *, needs_x):
+def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, scale, c, zoneout, activation, halves, *, needs_x):
     """The gradients of u, x (None where it is not needed), v, b and c0."""
     steps, batch, matrices, size = u.shape
     inputs = Inputs(u, x, v, b, c0, mask, pad, scale, halves)
@@ -181,9 +182,10 @@ def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, c, scale, zoneout, acti
         *(activation, c.data_ptr(), gh.data_ptr(), gh.stride(0), gh.stride(1), gu.data_ptr(), gu.stride(2)),
         *(gskip.data_ptr(), gskip.stride(0), gskip.stride(1), gc.data_ptr(), sums.data_ptr(), matrices),
     ]
-    launch(backward, inputs, scale, zoneout, outputs, [c, gh, gu, gskip, gc, sums])
+    launch(backward, inputs, zoneout, outputs, [c, gh, gu, gskip, gc, sums])
     total = sums.sum(0)
-    return gu, gskip if needs_x else None, total[:2], total[2:], gc
+    gv, gb = total.view(2, -1)
+    return gu, gskip if needs_x else None, gv, gb, gc
 
 
 def transposed(matrix: Tensor) -> Tensor:

@@ -166,8 +166,8 @@ def forward(like):
     one, scale, zoneout, a = like[0], like[1], like[2], integers(like)
     T, B, D, tile_batch, tile_columns, halves, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
     u, u_t, u_b, u_k, skip, skip_t, skip_b = a[9], a[10], a[11], a[12], a[13], a[14], a[15]
-    v, v_k, b, b_k, c0, c0_b, mask, mask_b, pad = a[16], a[17], a[18], a[19], a[20], a[21], a[22], a[23], a[24]
-    activation, h, c, keep, c_last = a[25], a[26], a[27], a[28], a[29]
+    v, b, c0, c0_b, mask, mask_b, pad = a[16], a[17], a[18], a[19], a[20], a[21], a[22]
+    activation, h, c, keep, c_last = a[23], a[24], a[25], a[26], a[27]
     half = D // halves
     rest = one - zoneout
     blocks = (half + tile_columns - 1) // tile_columns
@@ -180,8 +180,8 @@ def forward(like):
         n = min(tile_columns, (side + 1) * half - start)
         b_first = tile // (blocks * halves) * tile_batch
         b_last = min(B, b_first + tile_batch)
-        vf, vr = row(like, v + size * start, n), row(like, v + size * (v_k + start), n)
-        bf, br = row(like, b + size * start, n), row(like, b + size * (b_k + start), n)
+        vf, vr = row(like, v + size * start, n), row(like, v + size * (D + start), n)
+        bf, br = row(like, b + size * start, n), row(like, b + size * (D + start), n)
         for i in range(T):
             t = T - 1 - i if side else i
             # Where no gradient needs c, two rows take turns.
@@ -235,9 +235,9 @@ def backward(like):
     one, scale, zoneout, a = like[0], like[1], like[2], integers(like)
     T, B, D, tile_batch, tile_columns, halves, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
     u, u_t, u_b, u_k, skip, skip_t, skip_b = a[9], a[10], a[11], a[12], a[13], a[14], a[15]
-    v, v_k, b, b_k, c0, c0_b, mask, mask_b, pad = a[16], a[17], a[18], a[19], a[20], a[21], a[22], a[23], a[24]
-    activation, c, gh, gh_t, gh_b, gu, gu_k = a[25], a[26], a[27], a[28], a[29], a[30], a[31]
-    gskip, gskip_t, gskip_b, gc, sums, matrices = a[32], a[33], a[34], a[35], a[36], a[37]
+    v, b, c0, c0_b, mask, mask_b, pad = a[16], a[17], a[18], a[19], a[20], a[21], a[22]
+    activation, c, gh, gh_t, gh_b, gu, gu_k = a[23], a[24], a[25], a[26], a[27], a[28], a[29]
+    gskip, gskip_t, gskip_b, gc, sums, matrices = a[30], a[31], a[32], a[33], a[34], a[35]
     half = D // halves
     rest = one - zoneout
     blocks = (half + tile_columns - 1) // tile_columns
@@ -251,8 +251,8 @@ def backward(like):
         chunk = tile // (blocks * halves)
         b_first = chunk * tile_batch
         b_last = min(B, b_first + tile_batch)
-        vf, vr = row(like, v + size * start, n), row(like, v + size * (v_k + start), n)
-        bf, br = row(like, b + size * start, n), row(like, b + size * (b_k + start), n)
+        vf, vr = row(like, v + size * start, n), row(like, v + size * (D + start), n)
+        bf, br = row(like, b + size * start, n), row(like, b + size * (D + start), n)
         at = sums + size * (chunk * 4 * D + start)
         svf, svr = row(like, at, n), row(like, at + size * D, n)
         sbf, sbr = row(like, at + size * 2 * D, n), row(like, at + size * 3 * D, n)

@@ -22,8 +22,8 @@ TILED_COLUMNS, TILED_STEPS = 2048, 128
 WIDE_BYTES = 2**18
 # Threads that a multiprocessor must have registers for, of each way to look ahead: enough reads are under way then.
 RESIDENT_THREADS = 256, 512, 256
-# The struct of that name in recurrence.cu: addresses, sizes, strides, and two numbers of the wide dtype.
-ARGUMENTS = {torch.float32: struct.Struct("39q2f"), torch.float64: struct.Struct("39q2d")}
+# The struct of that name in recurrence.cu: addresses, sizes, strides, and a number of the wide dtype.
+ARGUMENTS = {torch.float32: struct.Struct("38qf0q"), torch.float64: struct.Struct("38qd")}
 
 
 class Cut(NamedTuple):
@@ -182,10 +182,10 @@ def plan(
 
 
 def run(backward: bool, inputs: list[Any], options: tuple, outputs: list[Any], keep: bool = False) -> None:
-    """Run a kernel: `inputs` are u to pad, `outputs` h to sums, in the order of recurrence.cu; None is left out."""
-    u, skip, v, b, c0, mask, pad = inputs
+    """Run a kernel: `inputs` are u to scale, `outputs` h to sums, in the order of recurrence.cu; None is left out."""
+    u, skip, _, _, c0, mask, pad, _ = inputs
     *_, gh, gc_last, gu, gx, _, _ = outputs
-    scale, zoneout, activation, halves = options
+    zoneout, activation, halves = options
     steps, batch, _, size = u.shape
     read_together = [u] if skip is None else [u, skip]
     lanes = neighbours(size // halves, [*read_together, gh, c0] if backward else read_together)
@@ -196,21 +196,21 @@ def run(backward: bool, inputs: list[Any], options: tuple, outputs: list[Any], k
         *(0 if a is None else a.data_ptr() for a in (*inputs, *outputs)),
         *(steps, batch, size, halves, *u.stride()),
         *((0, 0, 0) if skip is None else skip.stride()),
-        *(v.stride(0), b.stride(0), c0.stride(0), 0 if mask is None else mask.stride(0)),
+        *(c0.stride(0), 0 if mask is None else mask.stride(0)),
         *((0, 0) if gh is None else gh.stride()[:2]),
         0 if gc_last is None else gc_last.stride(0),
         *((0, 0, 0) if gu is None else gu.stride()[:3]),
         *((0, 0) if gx is None else gx.stride()[:2]),
-        *(scale, zoneout),
+        zoneout,
     )
     launch(variant, blocks, shared, arguments, u.device)
 
 
 def prepared(u, x, v, b, c0, mask, pad, scale) -> list[Any]:
     """The inputs as the kernels take them: the skip, wherever it comes from, and rows that lie together."""
-    skip = None if scale == 0 else u[:, :, 3] if u.shape[2] == 4 else x
+    skip = u[:, :, 3] if u.shape[2] == 4 else x
     mask, pad = None if mask is None else with_rows(mask), None if pad is None else pad.contiguous()
-    return [u, skip, with_rows(v), with_rows(b), with_rows(c0), mask, pad]
+    return [u, skip, with_rows(v), with_rows(b), with_rows(c0), mask, pad, None if skip is None else scale]
 
 
 def run_forward(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, *, keep):
@@ -221,11 +221,11 @@ def run_forward(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, *
     if h.numel() == 0:
         return h, c, c_last.copy_(c0)
     outputs = [h, c, c_last, *[None] * 6]
-    run(False, prepared(u, x, v, b, c0, mask, pad, scale), (scale, zoneout, activation, halves), outputs, keep)
+    run(False, prepared(u, x, v, b, c0, mask, pad, scale), (zoneout, activation, halves), outputs, keep)
     return h, c, c_last
 
 
-def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, c, scale, zoneout, activation, halves, *, needs_x):
+def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, scale, c, zoneout, activation, halves, *, needs_x):
     """The gradients of u, x (None where it is not needed), v, b and c0."""
     _, batch, matrices, size = u.shape
     gu, gc0 = u.new_empty(u.shape), c0.new_empty(batch, size)
@@ -235,10 +235,9 @@ def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, c, scale, zoneout, acti
         gc0.copy_(gc_last)
         sums.zero_()
     else:
-        if matrices == 4 and scale == 0:
-            gu[:, :, 3].zero_()
         inputs = prepared(u, x, v, b, c0, mask, pad, scale)
         outputs = [None, c.contiguous(), None, with_rows(gh), with_rows(gc_last), gu, gx, gc0, sums]
-        run(True, inputs, (scale, zoneout, activation, halves), outputs)
+        run(True, inputs, (zoneout, activation, halves), outputs)
     total = sums[0] if batch == 1 else sums.sum(0)
-    return gu, gx if needs_x else None, total[:2], total[2:], gc0
+    gv, gb = total.view(2, -1)
+    return gu, gx if needs_x else None, gv, gb, gc0

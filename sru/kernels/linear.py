@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
 
 from sru.kernels import HAS_NUMBA
 from sru.kernels.autograd import is_batched
@@ -15,6 +16,13 @@ from sru.kernels.ops import have_memory, modes_are_active, transforms_are_active
 # Below this many rows oneDNN's reordering of the weight costs more than it saves.
 MIN_ROWS = 32
 MIN_TRANSPOSED = 2**16  # numbers from which a transpose of our own pays
+# The hooks that torch calls for every module, which are never replaced, only filled.
+EVERYWHERE = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,9 +36,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
-def affine(x: Tensor, module: nn.Linear) -> Tensor:
-    """What the module gives, by the faster product."""
-    return linear(x, module.weight, module.bias)
+def affine(x: Tensor, module: nn.Module) -> Tensor:
+    """What the module gives for x: by the faster product if it is a plain torch.nn.Linear, else by calling it."""
+    return linear(x, module.weight, module.bias) if is_plain(module, nn.Linear) else module(x)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module does what torch's class does with its own weight, and no more.
+
+    A hook, a parametrisation, an adapter or a quantised weight is only heeded by a call.
+    """
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    # The class of a parametrised module is another one; some libraries put their own `forward` into the instance.
+    return type(module) is kind and not any(own) and not any(EVERYWHERE) and "forward" not in module.__dict__
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 PLAIN = (Tensor, torch.nn.Parameter)
-INPUTS = "Tensor u, Tensor? x, Tensor v, Tensor b, Tensor c0, Tensor? mask, Tensor? pad"
-OPTIONS = "float scale, float zoneout, int activation, int halves"
+INPUTS = "Tensor u, Tensor? x, Tensor v, Tensor b, Tensor c0, Tensor? mask, Tensor? pad, Tensor? scale"
+OPTIONS = "float zoneout, int activation, int halves"
 # A name of our own: a process may hold the official package too, which takes sru_cpu and sru_cuda.
 library = torch.library.Library("sru", "DEF")
 library.define(f"recurrence({INPUTS}, {OPTIONS}, bool keep) -> (Tensor h, Tensor c, Tensor c_last)")
@@ -55,24 +55,24 @@ def run_fake(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep
     return u.new_empty(steps, batch, size), c0.new_empty(steps if keep else 0, batch, size), c0.new_empty(batch, size)
 
 
-def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, c, *options):
+def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, scale, c, *options):
     """The gradients; gx has no steps where there is no x."""
     from sru.kernels.autograd import kernels
 
     run = kernels(u.device).run_backward
-    gu, gx, gv, gb, gc0 = run(gh, gc_last, u, x, v, b, c0, mask, pad, c, *options, needs_x=x is not None)
+    gu, gx, gv, gb, gc0 = run(gh, gc_last, u, x, v, b, c0, mask, pad, scale, c, *options, needs_x=x is not None)
     return gu, u.new_empty(0) if gx is None else gx, gv.clone(), gb.clone(), gc0
 
 
-def run_backward_fake(gh, gc_last, u, x, v, b, c0, mask, pad, c, *options):
+def run_backward_fake(gh, gc_last, u, x, v, b, c0, mask, pad, scale, c, *options):
     steps, batch, _, size = u.shape
     gx = u.new_empty(0) if x is None else x.new_empty(steps, batch, size)
-    return u.new_empty(u.shape), gx, v.new_empty(2, size), v.new_empty(2, size), c0.new_empty(batch, size)
+    return u.new_empty(u.shape), gx, v.new_empty(2 * size), v.new_empty(2 * size), c0.new_empty(batch, size)
 
 
 def save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:7], output[1])
-    ctx.options = inputs[7:11]
+    ctx.save_for_backward(*inputs[:8], output[1])
+    ctx.options = inputs[8:11]
 
 
 def differentiate(ctx, gh, _, gc_last):

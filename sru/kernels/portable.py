@@ -18,7 +18,7 @@ def recurrence(
     *,
     mask: Tensor | None,
     pad: Tensor | None,
-    scale: float,
+    scale: Tensor | None,
     zoneout: float,
     activation: str,
     bidirectional: bool,
@@ -26,7 +26,8 @@ def recurrence(
     """As `sru.kernels.recurrence`, with any number of steps left open."""
     dtype = u.dtype
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    u, v, b, c0 = u.to(wide), v.to(wide), b.to(wide), c0.to(wide)
+    u, c0 = u.to(wide), c0.to(wide)
+    v, b = v.to(wide).view(2, -1), b.to(wide).view(2, -1)
     candidate, forget, reset = u[:, :, 0], u[:, :, 1] + b[0], u[:, :, 2] + b[1]
     if pad is not None:
         # At a padded step the forget gate is 1, so that the state stays, and there is nothing to add.
@@ -44,7 +45,8 @@ def recurrence(
         before, c, c_last = states(candidate, forget, v[0], c0, zoneout, False)
     r = torch.sigmoid(reset + v[1] * before)
     y = ACTIVATIONS[activation](c)
-    skip = torch.zeros_like(y) if scale == 0 else scale * (u[:, :, 3] if x is None else x.to(wide))
+    skip = u[:, :, 3] if u.shape[2] == 4 else torch.zeros_like(y) if x is None else x.to(wide)
+    skip = skip if scale is None else scale.to(wide) * skip
     change = r * (y - skip)
     h = skip + (change if mask is None else mask.to(wide) * change)
     if pad is not None:

@@ -153,11 +153,12 @@ __device__ __forceinline__ void write(T* to, const WIDE (&numbers)[LANES]) {
 struct Arguments {
     const U_TYPE* u;            // (T, B, K, D)
     const X_TYPE* x;            // (T, B, D), or the fourth part of u
-    const WIDE* v;              // (2, D)
-    const WIDE* b;              // (2, D)
+    const WIDE* v;              // (2 * D): of the forget gate, then of the reset gate
+    const WIDE* b;              // (2 * D)
     const WIDE* c0;             // (B, D)
     const WIDE* mask;           // (B, D) or null
     const unsigned char* pad;   // (T, B)
+    const WIDE* scale;          // one number, or null for 1
     U_TYPE* h;                  // (T, B, D)
     WIDE* c;                    // (T, B, D), where it is kept
     WIDE* c_last;               // (B, D)
@@ -168,9 +169,9 @@ struct Arguments {
     WIDE* gc0;                  // (B, D)
     WIDE* sums;                 // (B, 4, D): a sequence's share of the gradients of v and b
     long long T, B, D, halves;
-    long long u_t, u_b, u_k, u_d, x_t, x_b, x_d, v_k, b_k, c0_b, mask_b;
+    long long u_t, u_b, u_k, u_d, x_t, x_b, x_d, c0_b, mask_b;
     long long gh_t, gh_b, gc_last_b, gu_t, gu_b, gu_k, gx_t, gx_b;
-    WIDE scale, zoneout;
+    WIDE zoneout;
 };
 
 // Which columns a thread owns, and which way they run.
@@ -215,8 +216,8 @@ struct Step {
     Lanes<WIDE> c;  // before the step
     Lanes<U_TYPE> gh;
 
-    __device__ __forceinline__ WIDE skip(const Arguments& a, int i) const {
-        return SKIP ? a.scale * wide(x.number[i]) : WIDE(0);
+    __device__ __forceinline__ WIDE skip(WIDE scale, int i) const {
+        return SKIP ? scale * wide(x.number[i]) : WIDE(0);
     }
 };
 
@@ -291,11 +292,12 @@ __device__ __forceinline__ WIDE forget(const Arguments& a, WIDE s) {
     return ZONEOUT ? a.zoneout + (1 - a.zoneout) * s : s;
 }
 
-// The dropout mask of a thread's columns.
-struct Dropout {
-    WIDE mask[LANES];
+// What weighs both ways to the output: the dropout mask of a thread's columns, and the highway's scale. Read once: the
+// address of the scale is what the host knows, not the number.
+struct Weights {
+    WIDE mask[LANES], scale;
 
-    __device__ __forceinline__ Dropout(const Arguments& a, const Place& place) {
+    __device__ __forceinline__ Weights(const Arguments& a, const Place& place) : scale(SKIP && a.scale ? *a.scale : WIDE(1)) {
 #pragma unroll
         for (int i = 0; i < LANES; ++i)
             mask[i] = a.mask ? a.mask[place.sequence * a.mask_b + place.column + i] : WIDE(1);
@@ -308,14 +310,16 @@ struct Parts {
     WIDE g2, gx, to_u0, to_forget;   // gu0 = to_u0 * total, gu1 = to_forget * total
 
     __device__ __forceinline__ Parts(
-        const Arguments& a, const Step& in, int i, const Gate& f_gate, const Gate& r_gate, WIDE mask, WIDE v_f, WIDE v_r
+        const Arguments& a, const Step& in, int i, const Gate& f_gate, const Gate& r_gate, const Weights& weights, WIDE v_f,
+        WIDE v_r
     ) {
-        const WIDE cp = in.c.number[i], u0 = wide(in.u0.number[i]), gh = wide(in.gh.number[i]), x = in.skip(a, i);
+        const WIDE cp = in.c.number[i], u0 = wide(in.u0.number[i]), gh = wide(in.gh.number[i]);
+        const WIDE x = in.skip(weights.scale, i);
         const WIDE s = f_gate.open(i, in.u1.number[i], cp), f = forget(a, s), c = (cp - u0) * f + u0;
-        const WIDE r = r_gate.open(i, in.u2.number[i], cp), y = activate(c), kept = gh * mask * r;
+        const WIDE r = r_gate.open(i, in.u2.number[i], cp), y = activate(c), kept = gh * weights.mask[i] * r;
         own = kept * slope(c, y);
         g2 = kept * (y - x) * (1 - r);
-        gx = a.scale * (gh - kept);
+        gx = weights.scale * (gh - kept);
         to_u0 = 1 - f;
         to_forget = (ZONEOUT ? 1 - a.zoneout : WIDE(1)) * s * (1 - s) * (cp - u0);
         jacobian = f + to_forget * v_f;

@@ -15,12 +15,13 @@ def recurrence(
     *,
     mask: Tensor | None,
     pad: Tensor | None,
-    scale: float,
+    scale: Tensor | None,
     zoneout: float,
     activation: str,
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `sru.kernels.recurrence`, differentiable by autograd as often as wanted."""
+    v, b = v.reshape(2, -1), b.reshape(2, -1)
     if bidirectional:
         halves = []
         for half, reverse in zip(torch.arange(u.shape[3], device=u.device).chunk(2), (False, True), strict=True):
@@ -28,8 +29,8 @@ def recurrence(
             h, c = recurrence(
                 order(u[..., half]),
                 None if x is None else order(x[..., half]),
-                v[:, half],
-                b[:, half],
+                v[:, half].flatten(),
+                b[:, half].flatten(),
                 c0[:, half],
                 mask=None if mask is None else mask[:, half],
                 pad=None if pad is None else order(pad),
@@ -44,7 +45,7 @@ def recurrence(
     dtype = u.dtype
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     u, v, b, c0 = u.to(wide), v.to(wide), b.to(wide), c0.to(wide)
-    x, mask = (None if a is None else a.to(wide) for a in (x, mask))
+    x, mask, scale = (None if a is None else a.to(wide) for a in (x, mask, scale))
     # Taken apart once: the gradient of an index would be as large as u at every step.
     u0, u1, u2, *u3 = (part.unbind() for part in u.unbind(2))
     skip = u3[0] if u3 else x.unbind() if x is not None else ()
@@ -53,7 +54,7 @@ def recurrence(
         f = zoneout + (1 - zoneout) * torch.sigmoid(u1[t] + v[0] * c + b[0])
         r = torch.sigmoid(u2[t] + v[1] * c + b[1])
         state = f * c + (1 - f) * u0[t]
-        carried = scale * skip[t] if skip and scale != 0 else torch.zeros_like(state)
+        carried = torch.zeros_like(state) if not skip else skip[t] if scale is None else scale * skip[t]
         change = (ACTIVATIONS[activation](state) - carried) * r
         h = carried + (change if mask is None else mask * change)
         if pad is not None:

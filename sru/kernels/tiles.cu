@@ -24,8 +24,8 @@ __device__ __forceinline__ void read_rows(const Arguments& a, Reader& reader, lo
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const __grid_constant__ Arguments a) {
     const Place place(a);
     const int row = threadIdx.x / COLUMNS;
-    const Gate f_gate(a.v, a.b, place), r_gate(a.v + a.v_k, a.b + a.b_k, place);
-    const Dropout dropout(a, place);
+    const Gate f_gate(a.v, a.b, place), r_gate(a.v + a.D, a.b + a.D, place);
+    const Weights weights(a, place);
     Reader reader(a, place);
     reader.share(row, ROWS);
     Walk<U_TYPE> h(a.h + place.sequence * a.D + place.column, a.B * a.D, place);
@@ -74,9 +74,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const __gr
         for (int k = 0; k < STEPS; ++k) {
             if (first + row + ROWS * k >= a.T || !place.exists) break;
             const int at = (row + ROWS * k) * COLUMNS;
-            const WIDE x = steps[k].skip(a, 0), state = after[at + COLUMNS];
+            const WIDE x = steps[k].skip(weights.scale, 0), state = after[at + COLUMNS];
             const WIDE r = r_gate.open(0, steps[k].u2.number[0], after[at]);
-            const WIDE result = dropout.mask[0] * r * (activate(state) - x) + x;
+            const WIDE result = weights.mask[0] * r * (activate(state) - x) + x;
             narrow(steps[k].pad ? WIDE(0) : result, *h.at);
             h.advance();
             if (KEEP) *states.at = state;
@@ -91,8 +91,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const __gr
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __grid_constant__ Arguments a) {
     const Place place(a);
     const int row = threadIdx.x / COLUMNS;
-    const Gate f_gate(a.v, a.b, place), r_gate(a.v + a.v_k, a.b + a.b_k, place);
-    const Dropout dropout(a, place);
+    const Gate f_gate(a.v, a.b, place), r_gate(a.v + a.D, a.b + a.D, place);
+    const Weights weights(a, place);
     Reader reader(a, place);
     reader.share(row, ROWS);
     Walk<U_TYPE> gu(a.gu + place.sequence * a.gu_b + place.column, a.gu_t, place);
@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __g
     gx.share(row, ROWS);
     Walk<U_TYPE> gu2 = gu;  // a phase ahead of the others
     gu2.at += 2 * a.gu_k;
-    const WIDE v_f = a.v[place.column], v_r = a.v[a.v_k + place.column];
+    const WIDE v_f = a.v[place.column], v_r = a.v[a.D + place.column];
     WIDE *totals = tile(0), *jacobians = tile(1), *from_resets = tile(2);
     WIDE lambda = a.gc_last[place.sequence * a.gc_last_b + place.column], sums[4] = {};
     Step ahead[STEPS];
@@ -112,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __g
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
             const Step& in = ahead[k];
-            const Parts parts(a, in, 0, f_gate, r_gate, dropout.mask[0], v_f, v_r);
+            const Parts parts(a, in, 0, f_gate, r_gate, weights, v_f, v_r);
             const long long i = first + row + ROWS * k;
             const int at = (row + ROWS * k) * COLUMNS;
             const WIDE g2 = in.pad ? WIDE(0) : parts.g2;

@@ -1,0 +1,169 @@
+"""Parts of a network that are not plain matrices any more: hooks, adapters, parametrisations, quantised weights.
+
+Whoever puts something of the kind into a network must see it at work, and not the bare weight.
+"""
+
+import copy
+
+import pytest
+import torch
+from conftest import options
+from hydra.utils import instantiate
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from sru import SRU, SRUpp, Transformer, TransformerSRU
+from sru.baselines import CNN, QRNN
+from sru.transformer_xl import TransformerXL
+
+NETWORKS = {
+    "SRU": lambda: SRU(8, 6, 2, proj_input_to_hidden_first=True),
+    "SRU with modules": lambda: SRU(8, 8, 2, transform_module=nn.Linear(8, 24, bias=False)),
+    "SRUpp": lambda: SRUpp(8, 8, 4, 2),
+    "SRUpp without attention": lambda: SRUpp(8, 8, 4, 2, attention_layers=[1]),
+    "Transformer": lambda: Transformer(8, 6, 1, num_heads=2),
+    "TransformerSRU": lambda: TransformerSRU(8, 6, 1, num_heads=2),
+    "TransformerXL": lambda: TransformerXL(8, 6, 1, num_heads=2),
+    "QRNN": lambda: QRNN(8, 8, 2),
+    "CNN": lambda: CNN(8, num_filters=2, widths=(1, 3)),
+}
+SHAPES = {"a sequence": (5, 2, 8), "long": (70, 2, 8)}
+
+
+def drawn(name):
+    """A network in which every part has an effect: SRU++ begins with attention that counts for nothing."""
+    network = NETWORKS[name]().double().eval()
+    for parameter in network.parameters():
+        if parameter.numel() == 1:
+            nn.init.ones_(parameter)
+    return network
+
+
+def children(network, kinds=(nn.Linear, nn.Conv1d)):
+    """(parent, name, child) of every matrix in a network."""
+    return [
+        (parent, name, child)
+        for parent in list(network.modules())
+        for name, child in parent.named_children()
+        if isinstance(child, kinds)
+    ]
+
+
+class Adapter(nn.Module):
+    """As adapters are built: the base's own attributes shine through, the forward pass adds to its output."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.randn(2, base.in_features))
+        self.up = nn.Parameter(torch.randn(base.out_features, 2))
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_hook_is_called_and_heeded(name, shape):
+    network = drawn(name)
+    x = torch.randn(shape, dtype=torch.float64)
+    plain, called = network(x)[0], []
+    for _, _, child in children(network):
+        child.register_forward_hook(lambda module, inputs, output: called.append(module))
+    torch.testing.assert_close(network(x)[0], plain)
+    assert {id(module) for module in called} == {id(child) for _, _, child in children(network)}
+    for _, _, child in children(network):
+        before = network(x)[0]
+        child.register_forward_hook(lambda module, inputs, output: output + torch.randn_like(output))
+        assert not torch.allclose(network(x)[0], before)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_hooks_of_all_modules_are_called(name):
+    network, called = NETWORKS[name]().eval(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    try:
+        network(torch.randn(5, 2, 8))
+    finally:
+        handle.remove()
+    assert {id(child) for _, _, child in children(network)} <= {id(module) for module in called}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_adapter_gives_what_its_merged_weight_gives(name, shape):
+    network = drawn(name)
+    merged = copy.deepcopy(network)
+    for (parent, child_name, child), (_, _, other) in zip(
+        children(network, nn.Linear), children(merged, nn.Linear), strict=True
+    ):
+        adapter = Adapter(child).double()
+        setattr(parent, child_name, adapter)
+        with torch.no_grad():
+            other.weight += adapter.up @ adapter.down
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(network(x)[0], merged(x)[0])
+    network(x)[0].square().sum().backward()
+    for module in network.modules():
+        if isinstance(module, Adapter):
+            assert module.up.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parametrised_and_pruned_weights_are_the_ones_that_count(name):
+    network = drawn(name)
+    x = torch.randn(5, 2, 8, dtype=torch.float64)
+    expected = network(x)[0]
+    normed, pruned, emptied = (copy.deepcopy(network) for _ in range(3))
+    for _, _, child in children(normed):
+        parametrizations.weight_norm(child)
+    torch.testing.assert_close(normed(x)[0], expected)
+    for (_, _, child), (_, _, other) in zip(children(pruned), children(emptied), strict=True):
+        prune.l1_unstructured(child, "weight", amount=0.5)
+        with torch.no_grad():
+            other.weight *= child.weight_mask
+            child.weight_orig += 0.1 * (1 - child.weight_mask)  # what is masked does not count
+    torch.testing.assert_close(pruned(x)[0], emptied(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "CNN"])
+def test_quantised_weights_are_near_the_exact_ones(name):
+    network = NETWORKS[name]().eval()
+    x = torch.randn(5, 2, 8)
+    quantised = torch.ao.quantization.quantize_dynamic(network, {nn.Linear}, dtype=torch.qint8)
+    assert not children(quantised, nn.Linear) or name == "Transformer"
+    exact, found = network(x)[0], quantised(x)[0]
+    assert not torch.equal(found, exact)
+    assert (found - exact).abs().max() < 0.2 * exact.abs().max()
+
+
+def test_a_compiled_network_heeds_a_hook():
+    network = SRUpp(8, 8, 4, 1).eval()
+    plain = network(torch.ones(5, 2, 8))[0]
+    network[0].transform_module.linear1.register_forward_hook(lambda module, inputs, output: output + torch.arange(4))
+    compiled = torch.compile(network, backend="aot_eager")
+    found = compiled(torch.ones(5, 2, 8))[0]
+    torch.testing.assert_close(found, network(torch.ones(5, 2, 8))[0])
+    assert not torch.allclose(found, plain)
+
+
+SMALL = {"squad": ["data=squad_sample"], "hybrid": [], "translation": [], "lm": [], "speech": [], "classification": []}
+
+
+@pytest.mark.parametrize("task", [name for name in options("task") if name in SMALL])
+def test_every_matrix_of_a_task_is_called(task, configure):
+    cfg = configure(f"task={task}", *SMALL[task], "depth=1", "width=8", "model=srupp")
+    data = instantiate(cfg.data)
+    data.prepare_data()
+    data.setup()
+    module = instantiate(cfg.task)(encoder=instantiate(cfg.model), **data.dims)
+    matrices, called = [child for _, _, child in children(module, nn.Linear)], []
+    for matrix in matrices:
+        matrix.register_forward_hook(lambda module, *_: called.append(module))
+    loss, *_ = module.loss(next(iter(data.train_dataloader())))
+    assert torch.isfinite(loss)
+    assert {id(matrix) for matrix in matrices} == {id(matrix) for matrix in called}
