@@ -265,6 +265,8 @@ def main(words: list[str] | None = None) -> int:
     print("Of two calls, the second is for a bidirectional network: which it was is in no file, nor are activation and")
     print("dropout, nor where the sizes of all layers are equal has_skip_term and normalize_after.")
     print("All else in the file is as it was.")
+    if any("rescale" not in layer for _, layers in found.values() for layer in layers.values()):
+        print("A layer has no scale_x in the file: give rescale and highway_bias as they were when it was trained.")
     if holds_optimizer(content):
         print("Start the optimizer anew: its state in the file is in the old order of the weights.")
     return 0

@@ -199,9 +199,16 @@ class SRUCell(nn.Module):
             self.scale_x = before.to(self.scale_x.device, state_dtype(self.scale_x))
         return self
 
+    def make_buffers_writable(self) -> None:
+        """Copy buffers that torch.inference_mode made, where it is over: torch lets nobody write to them any more."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled():
+                self._buffers[name] = buffer.clone()
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the published initialisation: weights of variance 1 / input_size (section 3.2)."""
+        self.make_buffers_writable()
         if self.weight is not None:
             bound = math.sqrt(3 / self.weight.shape[1])
             self.weight.uniform_(-bound, bound)
@@ -323,6 +330,7 @@ class SRUCell(nn.Module):
             if alpha.dtype in HALVES and math.isclose(alpha.item(), exact, rel_tol=torch.finfo(alpha.dtype).eps):
                 # A file of half precision holds alpha rounded, and that is no other alpha.
                 state_dict[f"{prefix}scale_x"] = torch.full_like(alpha, exact, dtype=torch.float32)
+        self.make_buffers_writable()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.scale_x.dtype in HALVES:  # by load_state_dict(assign=True)
             self.scale_x = self.scale_x.to(state_dtype(self.scale_x))

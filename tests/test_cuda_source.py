@@ -1,5 +1,6 @@
 """The CUDA kernels where there is no GPU: compiled for several, and run on the CPU against the equations in float64."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import itertools
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -250,6 +252,52 @@ def test_what_holds_of_other_kernels_holds_of_these(name, on_cpu):
     check, *arguments = ALSO[name]
     named = dict(zip([n for n in inspect.signature(check).parameters if n != "backend"], arguments, strict=True))
     check(backend="cpu", **named)
+
+
+@pytest.fixture
+def with_cupy(tmp_path, monkeypatch):
+    """with_cupy(code): why the kernels cannot run where this is the module that is imported as CuPy."""
+
+    def reason(code):
+        (tmp_path / "cupy.py").write_text(code, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "cupy", raising=False)
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+        cuda.probe.cache_clear()
+        cuda.compiled.cache_clear()
+        return cuda.why_not(0)
+
+    yield reason
+    sys.modules.pop("cupy", None)
+    cuda.probe.cache_clear()
+    cuda.compiled.cache_clear()
+
+
+def test_a_cache_that_cupy_cannot_make_is_named(with_cupy):
+    reason = with_cupy("raise PermissionError(13, 'Permission denied', '/nowhere/.cupy')")
+    assert "PermissionError" in reason
+    assert "/nowhere/.cupy" in reason
+    assert "type: export CUPY_CACHE_DIR=" in reason
+
+
+def test_the_probe_compiles_a_kernel_that_runs_later(with_cupy):
+    """An empty kernel compiles for GPUs that lack the instructions of the real ones."""
+    reason = with_cupy(
+        """
+__version__ = "14.2"
+class cuda:
+    class runtime:
+        setDevice = staticmethod(lambda device: None)
+class RawKernel:
+    def __init__(self, source, name, options=()):
+        self.source, self.options = source, options
+    def compile(self):
+        if "cp.async" in self.source and "-DLOOK=1" in self.options:
+            raise RuntimeError("ptxas: cp.async needs sm_80")
+"""
+    )
+    assert "ptxas: cp.async needs sm_80" in reason
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")

@@ -398,3 +398,51 @@ def test_the_official_packages_operators_may_be_loaded_too():
         "sru.SRU(2, 2)(torch.zeros(2, 1, 2))"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def within(call):
+    with torch.inference_mode():
+        return call()
+
+
+INFERENCE = {
+    "built": lambda build: within(build),
+    "moved": lambda build: (lambda network: within(lambda: network.double().float()))(build()),
+    "rounded": lambda build: (lambda network: within(lambda: network.bfloat16().float()))(build()),
+    "called": lambda build: (lambda network: (within(lambda: network(torch.randn(5, 2, 4))), network)[1])(build()),
+    "copied": lambda build: (lambda network: within(lambda: copy.deepcopy(network)))(build()),
+    "loaded": lambda build: (
+        lambda network: (within(lambda: network.load_state_dict(network.state_dict())), network)[1]
+    )(build()),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"v1": True, "bidirectional": True}, {"layer_norm": True}], ids=str)
+@pytest.mark.parametrize("bring", INFERENCE)
+def test_a_network_of_inference_mode_is_called_within_it_and_outside(bring, options):
+    """Outside without gradients: of numbers that inference mode made, torch takes none, for nn.LSTM neither."""
+    network = INFERENCE[bring](lambda: SRU(4, 4, 2, **options))
+    other = SRU(4, 4, 2, **options)
+    other.load_state_dict({name: value.clone() for name, value in network.state_dict().items()})
+    x = torch.randn(5, 2, 4)
+    outputs = [within(lambda: network(x))]
+    with torch.no_grad():
+        outputs += [network(x), network(within(lambda: x.clone())), network(x, within(lambda: outputs[0][1] * 0))]
+    for found in outputs:
+        torch.testing.assert_close(found, other(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"v1": True}], ids=str)
+@pytest.mark.parametrize("bring", ["moved", "rounded", "called", "loaded"])
+def test_a_network_that_was_moved_in_inference_mode_loads_outside(bring, options):
+    network, other = INFERENCE[bring](lambda: SRU(4, 4, 2, **options)), SRU(4, 4, 2, **options, rescale=False)
+    network.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(network(torch.ones(5, 2, 4)), other(torch.ones(5, 2, 4)))
+
+
+def test_a_network_called_in_inference_mode_trains_afterwards():
+    network = SRU(4, 4, 2)
+    within(lambda: network(torch.randn(5, 2, 4)))
+    network(torch.randn(5, 2, 4))[0].sum().backward()
+    assert all(p.grad is not None for p in network.parameters())

@@ -90,10 +90,15 @@ def probe(device: int) -> str:
         import cupy
     except ImportError as error:
         return f"CuPy is not installed ({error}); type: pip install {wheel}"
+    except Exception as error:  # it makes its cache folder as it is imported
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"CuPy cannot be imported ({found}); type: export CUPY_CACHE_DIR=FOLDER, with one that can be written"
     try:
         with torch.cuda.device(device):
             cupy.cuda.runtime.setDevice(device)
-            cupy.RawKernel('extern "C" __global__ void nothing() {}', "nothing").compile()
+            # A kernel that will be used: some need instructions that an older GPU has not.
+            kinds = torch.float32, torch.float32, torch.float32
+            compiled(plan(torch.Size((8, 1, 3, 32)), 1, 1, kinds, True, False, True, False, 0, False)[0]).compile()
     except Exception as error:  # CuPy raises what its libraries do
         installed = sorted(set(importlib.metadata.packages_distributions().get("cupy", [])))
         advice = f"pip uninstall {' '.join(installed)}, pip install {wheel}"
