@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from results_figures import ablations, belongs, curves, speed, tag
-from results_papers import NOTES, Row, cells, published
+from results_papers import NOTES, STATES, Row, cells, orders, published
 from results_runs import DamagedError, Found, Group, Place
 from results_table import row
 
 HERE = Path(__file__).parent
-STATES = ("reached", "not reached", "not run")
-SIGNS = {"reached": "✓", "not reached": "✗", "not run": "–"}
+SIGNS = {"reached": "✓", "not reached": "✗", "run with substitutes": "≈", "not run": "–"}
 
 
 def table(head: list[str], body: str, numbers: Iterable[str], label: str) -> str:
@@ -27,8 +26,8 @@ def table(head: list[str], body: str, numbers: Iterable[str], label: str) -> str
 
 def papers(rows: list[Row]) -> str:
     """The papers' rows, a body of the table for each of their tables."""
-    head = ["state", "experiment", "data", "metric", "published", "measured", "n", "difference", "hours", "hardware"]
-    head.append("command")
+    head = ["state", "experiment", "data", "metric", "published", "measured", "n", "difference", "substitute", "hours"]
+    head += ["hardware", "command"]
     numbers = {"published", "measured", "n", "difference", "hours"}
 
     def line(known: dict[str, str], attributes: str) -> str:
@@ -50,11 +49,14 @@ def papers(rows: list[Row]) -> str:
         known = {"state": tag("span", sign, f'class="badge {each.state.replace(" ", "-")}"')}
         known |= {"experiment": escape(each.experiment), "data": escape(each.data), "metric": escape(each.metric)}
         known |= {"published": escape(published(each)), "command": tag("code", escape(each.command))}
-        known |= shown(each, each.runs) if each.runs else {}
+        known |= {"substitute": escape(each.substitute)}
+        known |= shown(each, each.shown) if each.shown else {}
         names = f'{belongs(each.task, each.model)} data-state="{each.state}"'
         lines = sources.setdefault(each.source, [])
         lines.append(line(known, names))
         for differs, runs in each.others.items():
+            if differs == each.substitute:
+                continue
             other = shown(each, runs) | {"experiment": f"↳ with {escape(differs)}", "wide": "experiment"}
             lines.append(line(other, f'class="other" {names}'))
     bodies = "".join(
@@ -70,7 +72,7 @@ def papers(rows: list[Row]) -> str:
         f"{sum(each.state == state for each in rows)}</b>{SIGNS[state]} {state}</button>"
         for state in STATES
     )
-    notes = "".join(tag("p", escape(note)) for note in NOTES)
+    notes = "".join(tag("p", escape(note)) for note in (*orders(rows), *NOTES))
     group = tag("div", tiles, 'class="tiles" role="group" aria-label="Rows of the papers, by state"')
     return group + table(head, bodies, numbers, "Rows of the papers") + notes
 

@@ -16,11 +16,18 @@ RISING = ("accuracy", "em", "f1", "bleu", "chrf")  # metrics of which more is be
 PROCESSES = ("trainer.devices", "trainer.num_nodes")
 HARDWARE = ("trainer.accelerator", "trainer.strategy", "trainer.plugins", "trainer.use_distributed_sampler", *PROCESSES)
 NAMES = ("choices.", "ablations.", "monitor", *HARDWARE)
+# A row counts as run with these otherwise, where the original is not to be had and the table says so: other pretrained
+# vectors (and their case), a part of the training data, another model of spaCy.
+SUBSTITUTES = {"data.vectors", "data.lowercase", "data.train", "data.spacy_model"}
+STATES = ("reached", "not reached", "run with substitutes", "not run")
 
 
 @dataclass
 class Row:
-    """A published number, the runs that are it, and runs of its experiment with other options, by what differs."""
+    """A published number, the runs that are it, and runs of its experiment with other options, by what differs.
+
+    `substitutes` names those of the others that are the row but for a stated substitute.
+    """
 
     experiment: str
     task: str
@@ -36,6 +43,7 @@ class Row:
     words: list[str]  # of the command
     runs: list[Run] = field(default_factory=list)
     others: dict[str, list[Run]] = field(default_factory=dict)
+    substitutes: set[str] = field(default_factory=set)
 
     @property
     def command(self) -> str:
@@ -43,7 +51,19 @@ class Row:
 
     @property
     def state(self) -> str:
-        return judge(self, measured(self.metric, self.runs)[0]) if self.runs else "not run"
+        if self.runs:
+            return judge(self, measured(self.metric, self.runs)[0])
+        return "run with substitutes" if self.substitute else "not run"
+
+    @property
+    def substitute(self) -> str:
+        """How most of the runs differ from the row that they stand in for; "" where they are the row, or there is none."""
+        return "" if self.runs else max(self.substitutes, key=lambda differs: len(self.others[differs]), default="")
+
+    @property
+    def shown(self) -> list[Run]:
+        """The runs that are the row, or are it with a substitute."""
+        return self.runs or self.others.get(self.substitute, [])
 
 
 def measured(metric: str, runs: list[Run]) -> tuple[float, float | None]:
@@ -115,19 +135,15 @@ def places(row: Row, config: dict[str, Any]) -> list[Row]:
     return [replace(row, value=value, words=[*row.words, words[n]]) for n, value in values if value is not None]
 
 
-def differences(options: dict[str, str], run: Run) -> str:
-    """What a run has otherwise than these options; "" where nothing but chance, places and hardware."""
+def differences(options: dict[str, str], run: Run) -> dict[str, str | None]:
+    """What a run has otherwise than these options, None for what it lacks, but for chance, places and hardware."""
     ours, theirs = (
         {k: v for k, v in whole_batch(o).items() if not k.startswith(NAMES)} for o in (run.options, options)
     )
     pairs = {key: (ours.get(key), theirs.get(key)) for key in [*ours, *theirs] if ours.get(key) != theirs.get(key)}
     # `epochs` reaches trainer.max_epochs by interpolation: naming it once is enough.
     sources = {pair for key, pair in pairs.items() if "." not in key}
-    return ", ".join(
-        f"without {key}" if pair[0] is None else f"{key}={pair[0].strip(chr(34))}"
-        for key, pair in pairs.items()
-        if "." not in key or pair not in sources
-    )
+    return {key: pair[0] for key, pair in pairs.items() if "." not in key or pair not in sources}
 
 
 def whole_batch(options: dict[str, str]) -> dict[str, str]:
@@ -140,13 +156,17 @@ def whole_batch(options: dict[str, str]) -> dict[str, str]:
 def match(rows: list[Row], runs: list[Run]) -> list[Row]:
     """Give every row the runs that are it, and those of its experiment and data set that are no row."""
     strangers: dict[tuple[str, str], list[tuple[str, Run]]] = {}
+    stand_ins: set[str] = set()
     for row in rows:
         here = [run for run in runs if run.names["data"] == row.data]
         options = flatten(composed(row.words)) if here else {}
         for run in here:
-            differs = differences(options, run)
-            if not differs and row.metric not in run.record["metrics"]:
-                differs = f"no {row.metric} in it"
+            other = differences(options, run)
+            differs = ", ".join(f"without {k}" if v is None else f"{k}={v.strip(chr(34))}" for k, v in other.items())
+            if row.metric not in run.record["metrics"]:
+                differs = differs or f"no {row.metric} in it"
+            elif other and other.keys() <= SUBSTITUTES and other.get("data.vectors") != "null":
+                stand_ins.add(differs)
             if not differs:
                 row.runs.append(run)
             elif json.loads(run.options.get("choices.experiment", "null")) == row.experiment:
@@ -157,7 +177,34 @@ def match(rows: list[Row], runs: list[Run]) -> list[Row]:
             if id(run) not in found:
                 found.add(id(run))
                 row.others.setdefault(differs, []).append(run)
+        row.substitutes = stand_ins & row.others.keys()
     return rows
+
+
+def orders(rows: list[Row]) -> list[str]:
+    """Of each table and data set, whether its rows come in the published order: a sentence each.
+
+    Only rows whose runs have the same substitute, or none, are compared.
+    """
+    from scipy.stats import spearmanr
+
+    tables: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.shown:
+            tables.setdefault((row.source, row.data, row.metric, row.substitute), []).append(row)
+    sentences = []
+    for (source, data, metric, substitute), same in tables.items():
+        if len(same) < 3:
+            continue
+        pairs = [(row.value, measured(metric, row.shown)[0]) for row in same]
+        ranked = [(a, b) for i, a in enumerate(pairs) for b in pairs[:i] if a[0] != b[0]]
+        right = sum((a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in ranked)
+        rho = float(spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic)
+        where = f"{source}, {data}, {metric}" + (f", with {substitute}" if substitute else "")
+        sentences.append(
+            f"{where}: {right} of {len(ranked)} pairs of rows come in the published order, rank correlation {rho:.2f}."
+        )
+    return sentences
 
 
 def cells(row: Row, runs: list[Run]) -> dict[str, str]:
@@ -191,21 +238,23 @@ def published(row: Row) -> str:
 
 def papers_table(rows: list[Row]) -> str:
     """The Markdown table: a line a row, and below it a line for each way in which its experiment was run otherwise."""
-    names = ["state", "row", "data", "metric", "published", "mean", "std", "n", "difference", "hours", "hardware"]
-    lines = [[*names, "command"]]
+    names = ["state", "row", "data", "metric", "published", "mean", "std", "n", "difference", "substitute", "hours"]
+    lines = [[*names, "hardware", "command"]]
     for row in rows:
         known = {"state": row.state, "row": f"{row.source}: {row.experiment}", "data": row.data, "metric": row.metric}
-        known |= {"published": published(row), "command": f"`{row.command}`"}
-        ours = cells(row, row.runs) if row.runs else {}
+        known |= {"published": published(row), "command": f"`{row.command}`", "substitute": row.substitute}
+        ours = cells(row, row.shown) if row.shown else {}
         lines.append([(known | ours).get(name, "") for name in lines[0]])
         for differs, runs in row.others.items():
+            if differs == row.substitute:
+                continue
             other = cells(row, runs) | {"state": "–", "row": f"– with {differs}"}
             lines.append([other.get(name, "") for name in lines[0]])
     numbers = ("published", "mean", "std", "n", "difference", "hours")
     text = markdown(lines, [name in numbers for name in lines[0]])
     states = [row.state for row in rows]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in ("reached", "not reached", "not run"))
-    text += ["", f"{len(rows)} rows of the papers: {counts}.", *NOTES]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in STATES)
+    text += ["", f"{len(rows)} rows of the papers: {counts}.", *orders(rows), *NOTES]
     return "\n".join(text)
 
 
@@ -215,5 +264,7 @@ NOTES = (
     "A run counts where all its options are the experiment's, but for seed, fold, folders and hardware (the batch is "
     "that of all processes together); repeated are runs with the seed and fold of another, so that n and std say less; "
     "runs of an experiment with other options stand below its row, and count for nothing.",
+    "Run with substitutes: as published but for what that column says, because the original is not to be had. Such a row "
+    "is neither reached nor missed.",
     "?: the published value is quoted from memory, not verified in the paper.",
 )

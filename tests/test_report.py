@@ -37,7 +37,9 @@ BENCH = {
 def rows():
     """Makes the rows of one experiment afresh."""
     made = results_papers.compose_rows("classification_sru_2l")
-    return lambda: [results_papers.Row(**vars(row) | {"runs": [], "others": {}, "std": None}) for row in made]
+    return lambda: [
+        results_papers.Row(**vars(row) | {"runs": [], "others": {}, "substitutes": set(), "std": None}) for row in made
+    ]
 
 
 @pytest.fixture
@@ -78,6 +80,43 @@ def test_a_run_is_a_row_with_all_its_options_and_is_else_named_below_it(tmp_path
         "data.vectors=null, callbacks.clock.max_seconds=900": 1,
     }
     assert (subj.data, subj.runs, subj.others, subj.state) == ("subj", [], {}, "not run")
+
+
+def test_a_row_with_other_vectors_is_run_with_substitutes(tmp_path, rows, write_row):
+    """Neither reached nor missed; without pretrained vectors, or stopped early, it is another experiment."""
+    glove = ("data.vectors=glove.6B.100d",)
+    write_row("a", 99.0, *glove, "seed=1")
+    write_row("b", 97.0, *glove, "seed=2")
+    write_row("c", 50.0, "data.vectors=null")
+    write_row("d", 60.0, *glove, "trainer=patient")
+    cr = results_papers.match(rows(), found(tmp_path).runs)[0]
+    assert (cr.state, cr.substitute, len(cr.shown)) == ("run with substitutes", "data.vectors=glove.6B.100d", 2)
+    assert len(cr.others) == 3
+    write_row("e", 84.9)
+    cr = results_papers.match(rows(), found(tmp_path).runs)[0]
+    assert (cr.state, cr.substitute, len(cr.shown)) == ("reached", "", 1)
+
+
+def test_the_order_of_a_tables_rows_is_judged_by_pairs_and_ranks(rows):
+    cr = rows()[0]
+
+    def row(value, *accuracies, substitute=""):
+        runs = [type("Run", (), {"record": {"metrics": {cr.metric: accuracy}}}) for accuracy in accuracies]
+        made = results_papers.Row(**vars(cr) | {"value": value, "runs": [] if substitute else runs})
+        made.others, made.substitutes = ({substitute: runs}, {substitute}) if substitute else ({}, set())
+        return made
+
+    table = [row(80.0, 70.0, 72.0), row(81.0, 75.0), row(82.0, 74.0), row(82.0, 76.0), row(83.0)]
+    (said,) = results_papers.orders(table)
+    # Of five pairs with different values one is the other way around: 81 was ahead of one 82.
+    assert said == (
+        "SRU (2018), Table 1, cr, test/accuracy: 4 of 5 pairs of rows come in the published order, "
+        "rank correlation 0.63."  # ranks 1, 2, 3.5, 3.5 and 1, 3, 2, 4: 3 / sqrt(4.5 * 5)
+    )
+    assert results_papers.orders(table[:2]) == []
+    others = [row(80.0 + i, 70.0 + i, substitute="data.vectors=x") for i in range(3)]
+    (said,) = results_papers.orders([*table[:2], *others])
+    assert "with data.vectors=x: 3 of 3 pairs" in said
 
 
 def test_a_run_by_several_processes_is_a_row_where_their_batches_are_the_published_one(tmp_path, rows, write_row):
@@ -160,7 +199,7 @@ def test_the_table_of_the_papers_has_what_a_reader_needs(tmp_path, rows, write_r
     assert (other["row"], other["mean"], other["state"]) == ("– with epochs=3", "99.00", "–")
     assert (subj["state"], subj["mean"]) == ("not run", "")
     assert subj["command"] == "`python train.py experiment=classification_sru_2l data=subj`"
-    assert "6 rows of the papers: 1 reached, 0 not reached, 5 not run." in out
+    assert "6 rows of the papers: 1 reached, 0 not reached, 0 run with substitutes, 5 not run." in out
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == out
 
 
