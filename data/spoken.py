@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.audio import Part
 from data.features import Utterance
 from data.fetch import NO_NETWORK, fetch, locked, require_writable, unpacked
 from data.speech import Recordings
@@ -16,7 +17,9 @@ class Manifest(Recordings):
     """Recordings listed in files of JSON, a line each: {"audio": PATH, "text": TEXT, "speaker": NAME}.
 
     train, val, test: these files, below root or paths; PATH is relative to the file that names it. speaker may be left
-    out.
+    out. "offset" and "duration", in seconds, name a part of the file, as in NeMo's manifests: without offset from the
+    start, without duration (or with null or 0) to the end. "audio_filepath" is "audio", as there. A key that would mean
+    another sound, such as "channel", is refused; any other is ignored.
     """
 
     def __init__(self, *, root: str, train: str, val: str, test: str, **options: Any) -> None:
@@ -51,18 +54,49 @@ def listed(path: Path) -> list[Utterance]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: no JSON ({error}): a line is {EXAMPLE}") from error
+        where = f"{path}:{number}"
+        if isinstance(row, dict) and "audio_filepath" in row:
+            if row.get("audio", row["audio_filepath"]) != row["audio_filepath"]:
+                raise ValueError(f"{where}: 'audio' and 'audio_filepath' are two files: leave one of them out")
+            row["audio"] = row["audio_filepath"]
         for key in ("audio", "text"):
             value = row.get(key) if isinstance(row, dict) else None
             if not isinstance(value, str) or re.search("[\ud800-\udfff\0]", value):
-                raise ValueError(f"{path}:{number}: {key!r} is no text, but {value!r:.60}: a line is {EXAMPLE}")
-        audio = path.parent / row["audio"]
-        found.append(Utterance(f"{path.stem}-{number}", (audio,), row["text"], str(row.get("speaker", ""))))
+                raise ValueError(f"{where}: {key!r} is no text, but {value!r:.60}: a line is {EXAMPLE}")
+        audio, part = path.parent / row["audio"], part_of(row, where)
+        found.append(Utterance(f"{path.stem}-{number}", (audio,), row["text"], str(row.get("speaker", "")), part=part))
     if not found:
         raise ValueError(f"{path} lists no recording: a line is {EXAMPLE}")
     return found
 
 
+def part_of(row: Mapping[str, Any], where: str) -> Part:
+    """The part of its file that a line of a manifest names; ValueError for a key that may mean another sound."""
+    values = {"offset": 0.0, "duration": 0.0, "rate": 0}
+    for key, value in row.items():
+        words = re.sub("(?<=[a-z])(?=[A-Z])", "_", key).lower().replace("-", "_").split("_")
+        if value is None or words[-1] == "id":
+            continue
+        if key in ("offset", "duration") or "_".join(words) in RATES:
+            name = key if key in values else "rate"
+            unit = "samples a second" if name == "rate" else "seconds"
+            if type(value) not in (int, float) or not 0 <= value <= MOST:
+                raise ValueError(f"{where}: {key!r} must be {unit}, a number from 0 on, not {value!r:.60}")
+            values[name] = value
+        elif {*words} & BOUNDS or words[0] in CHANGES:
+            raise ValueError(
+                f'{where}: {key!r} may change the sound, and is not read. For a part of a file type "offset" and '
+                '"duration" in seconds; for anything else write a file of its own, or leave the key out'
+            )
+    return Part(**values)
+
+
 EXAMPLE = '{"audio": "a/1.wav", "text": "what is said", "speaker": "anna"}'
+# Keys of manifests that say what is heard of a file: one of these words among those of a key, or before all others.
+BOUNDS = {"offset", "start", "begin", "end", "stop", "onset", "trim", "crop"}
+CHANGES = {"duration", "dur", "segment", "segments", "clip", "channel", "channels", "speed", "tempo", "pitch", "gain"}
+RATES = ("rate", "sr", "fs", "samplerate", "sample_rate", "sampling_rate", "sample_rate_hertz", "sample_rate_hz")
+MOST = 1e7  # seconds, or samples a second
 
 
 class LibriSpeech(Recordings):
