@@ -155,16 +155,34 @@ def words_of(text: bytes) -> list[bytes]:
     return text.replace(b"\n", f" {EOS} ".encode()).split()
 
 
+def ends_of(size: int, valid_bytes: int | None, test_bytes: int | None) -> tuple[int, int]:
+    """Where training and validation end in a text of so many units; None is a twentieth."""
+    valid, test = (size // 20 if held_out is None else held_out for held_out in (valid_bytes, test_bytes))
+    if size - test - valid < 2:
+        raise ValueError(
+            f"data.valid_bytes={valid} and data.test_bytes={test} leave nothing of {size} to train on: type less"
+        )
+    return size - test - valid, size - test
+
+
 def prepared(
-    sources: Mapping[str, Source], folder: Path, unit: str, min_count: int, known: list[Any] | None = None
+    sources: Mapping[str, Source],
+    folder: Path,
+    unit: str,
+    min_count: int,
+    known: list[Any] | None = None,
+    held_out: tuple[int | None, int | None] = (None, None),
 ) -> tuple[list[Any], dict[str, np.ndarray]]:
     """The vocabulary's tokens, and the token numbers of each source in a read-only map; built if they are not there.
 
     The vocabulary of bytes and characters is all that occur in any source, sorted. That of words is `train`'s words of
     at least `min_count`, the most frequent first, ties in alphabetical order; <unk> is among them if a source has it or
-    `min_count` is above 1, and stands for all others. Or it is `known`, of another corpus.
+    `min_count` is above 1, and stands for all others. Or it is `known`, of another corpus. Of one text for all splits,
+    `train` is what `held_out`, the valid_bytes and test_bytes of `ends_of`, leaves.
     """
-    identity = [FORMAT, unit, min_count, {key: source.identity() for key, source in sources.items()}]
+    identity: list[Any] = [FORMAT, unit, min_count, {key: source.identity() for key, source in sources.items()}]
+    if unit == "words" and "all" in sources:
+        identity.append(held_out)
     place = folder / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     found = opened(place, sources)
     if known is not None and (found is None or found[0] != known):
@@ -183,7 +201,7 @@ def prepared(
                     shutil.rmtree(leftover, ignore_errors=True)
                 scratch.mkdir()
                 try:
-                    build(scratch, sources, unit, min_count, known)
+                    build(scratch, sources, unit, min_count, known, held_out)
                     os.rename(scratch, place)
                 except BaseException:
                     shutil.rmtree(scratch)
@@ -206,7 +224,12 @@ def opened(place: Path, keys: Iterable[str]) -> tuple[list[Any], dict[str, np.nd
 
 
 def build(
-    place: Path, sources: Mapping[str, Source], unit: str, min_count: int, known: list[Any] | None = None
+    place: Path,
+    sources: Mapping[str, Source],
+    unit: str,
+    min_count: int,
+    known: list[Any] | None = None,
+    held_out: tuple[int | None, int | None] = (None, None),
 ) -> None:
     """Writes vocabulary and numbers: one pass counts, a second writes, so that only the vocabulary is in memory."""
     counts: Counter[bytes] = Counter()
@@ -223,6 +246,12 @@ def build(
                 elif key == "train":
                     counts.update(piece)
         source.check(sizes[key], unit)
+    if unit == "words" and "all" in sources:  # how much of it trains is known now
+        left, _ = ends_of(sum(sizes["all"].values()), *held_out)
+        for name, stream in sources["all"].streams():
+            for piece in pieces(stream, unit, name):
+                counts.update(piece[: max(left, 0)])
+                left -= len(piece)
     tokens: list[Any] = np.flatnonzero(seen).tolist() if unit == "bytes" else list(map(chr, np.flatnonzero(seen)))
     if unit == "words":
         tokens = ranked(counts, min_count)

@@ -210,7 +210,6 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     ("options", "message"),
     [
         ({"unit": "letters"}, r"data\.unit=letters is not one of bytes, characters, words"),
-        ({"unit": "words"}, r"data\.unit=words needs files for train, val and test"),
         ({"batch_size": 0}, r"data\.batch_size=0 must be a whole number, 1 or more"),
         ({"unroll": -1}, r"data\.unroll=-1 must be a whole number, 1 or more"),
         ({"eval_unroll": 0}, r"data\.eval_unroll=0 must be a whole number, 1 or more"),
@@ -219,7 +218,14 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         ({"valid_bytes": "5k"}, r"data\.valid_bytes=5k must be a whole number, 2 "),
         ({"min_count": 0}, r"data\.min_count=0 must be a whole number, 1 or more"),
         ({"path": None}, r"type data\.path=FILE"),
-        ({"path": None, "files": {"all": {"name": "a"}, "test": {"name": "b"}}}, r"has the keys \['all', 'test'\]"),
+        (
+            {"path": None, "files": {"all": {"name": "a"}, "test": {"name": "b"}}},
+            r"the text has files for all, test: type data\.train",
+        ),
+        ({"path": None, "train": "/"}, r"data\.train=/ is no file: type data\.train=FILE"),
+        ({"train": "a"}, r"data\.path= is one text.* leave out data\.train=.*, or type data\.path=null"),
+        ({"files": {"all": {"name": "a"}}}, r"data\.path= name.* this corpus has files of its own: type data=words"),
+        ({"min_count": 2}, r"data\.min_count changes nothing here: bytes of all; .*, or type data=bytes"),
         ({"path": "/nonexistent"}, r"data\.path=/nonexistent is no file: type data\.path=FILE"),
         ({"path": "/"}, r"data\.path=/ is no file"),
         ({"valid_bytes": 60, "test_bytes": 40}, r"data\.valid_bytes=60 and data\.test_bytes=40 leave nothing of 100"),
