@@ -163,9 +163,7 @@ def places(output: str | None, writes: tuple[str, ...]) -> tuple[Path | None, Pa
     path = Path(output).expanduser()
     folder, file = (path.parent, path) if path.suffix == ".json" else (path, path / "metrics.json")
     if there := [str(each) for each in (file, *(folder / name for name in writes)) if each.exists()]:
-        raise FileExistsError(
-            f"output={output}: {' and '.join(there)} would be overwritten; name another folder, or rm it"
-        )
+        raise FileExistsError(f"output={output}: {' and '.join(there)} would be overwritten; name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # not after minutes of work

@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -132,6 +132,25 @@ class SentenceClassification(pl.LightningDataModule):
 
     def read_file(self, path: Path, expected: int | None) -> list[Example]:
         """(words, label) of each line; ValueError with path and line number at the first that is not `label text`."""
+        present = find(path) or path
+        examples = []
+        for where, label, sentence in self.lines_of(path):
+            number = self.number_of(label)
+            if number is None:
+                raise ValueError(
+                    f"{where}: expected `label text` with a label {self.known_labels}, "
+                    f"found {f'{label} {sentence}'[:80].strip()!r}"
+                )
+            examples.append((self.words_of(sentence), number))
+        if len(examples) != (expected or len(examples)) or not examples:
+            raise ValueError(
+                f"{present} holds {len(examples)} examples, expected {expected or 'some'}: not the published file. "
+                "Put the right file there, or type another data.root=DIR to download it to."
+            )
+        return examples
+
+    def lines_of(self, path: Path) -> Iterator[tuple[str, str, str]]:
+        """The place of each line of a file, its label and its text."""
         present = find(path)
         if present is None:
             raise FileNotFoundError(f"{path} is missing: call prepare_data() first")
@@ -140,21 +159,17 @@ class SentenceClassification(pl.LightningDataModule):
             lines = content.decode("utf-8").split("\n")
         except UnicodeDecodeError:  # MR, SUBJ and TREC hold a few accents in latin-1
             lines = content.decode("latin-1").split("\n")
-        examples = []
         for number, line in enumerate(lines[:-1] if not lines[-1] else lines, start=1):
-            label, _, sentence = line.strip().partition(" ")
-            if not re.fullmatch("[0-9]+", label) or int(label) >= len(self.labels):
-                raise ValueError(
-                    f"{present}:{number}: expected `label text` with a label from 0 to {len(self.labels) - 1}, "
-                    f"found {line[:80]!r}"
-                )
-            examples.append((self.words_of(sentence), int(label)))
-        if len(examples) != (expected or len(examples)) or not examples:
-            raise ValueError(
-                f"{present} holds {len(examples)} examples, expected {expected or 'some'}: not the published file. "
-                f"Replace it, or `rm {present}` to download it again (and `rm {path}.sha256` if that exists)."
-            )
-        return examples
+            label, *sentence = re.split("[ \t]", line.strip(), maxsplit=1)
+            yield f"{present}:{number}", label, "".join(sentence)
+
+    def number_of(self, label: str) -> int | None:
+        """The class of a label as it is written in a file; None if there is none such."""
+        return int(label) if re.fullmatch("[0-9]{1,9}", label) and int(label) < len(self.labels) else None
+
+    @property
+    def known_labels(self) -> str:
+        return f"from 0 to {len(self.labels) - 1}"
 
     def words_of(self, sentence: str) -> list[str]:
         """The words of a sentence whose tokens are separated by spaces."""

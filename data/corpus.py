@@ -85,13 +85,13 @@ class Source:
         if self.members is not None and len(sizes) != (self.shards or len(sizes) or 1):
             raise ValueError(
                 f"{path} holds {len(sizes)} files {self.members}, expected {self.shards or 'some'}: "
-                f"unpack it whole, or remove {path} and leave the .tar.gz, which is read as it is"
+                "unpack it whole, or type another data.root=DIR, where the .tar.gz is read as it is"
             )
         total = sum(sizes.values())
         if unit != "characters" and total != (self.tokens or total):  # published are counts of bytes and of words
             raise ValueError(
-                f"{path} holds {total} {unit}, expected {self.tokens}: not the published file. Replace it, or "
-                f"`rm {path}` to download it again."
+                f"{path} holds {total} {unit}, expected {self.tokens}: not the published file. Put the right file "
+                "there, or type another data.root=DIR to download it to."
             )
         if not total:
             raise ValueError(f"{path} is empty: name a file with text")

@@ -14,7 +14,7 @@ from torch import Tensor
 from data import corpus
 from data.batches import Resumable, place
 from data.corpus import EOS, UNITS, UNK
-from data.fetch import find
+from data.fetch import own_file
 
 Token = int | str
 OWN = (
@@ -151,7 +151,8 @@ class Text(pl.LightningDataModule):
         self.unit = unit
         own = {"path": path} if path else {"train": train, "val": val, "test": test}
         own = {key: name for key, name in own.items() if name is not None}
-        self.files = {key.replace("path", "all"): own_file(key, name) for key, name in own.items()} or dict(files or {})
+        self.files = {key.replace("path", "all"): {"name": str(own_file(key, name))} for key, name in own.items()}
+        self.files = self.files or dict(files or {})
         self.held_out = {"valid_bytes": valid_bytes, "test_bytes": test_bytes}
         if min_count is None:
             min_count = 2 if unit == "words" and own else 1
@@ -291,14 +292,6 @@ class Text(pl.LightningDataModule):
     def vocabulary_of(state_dict: dict[str, Any]) -> Vocabulary:
         """The vocabulary in a `state_dict`."""
         return Vocabulary(state_dict["unit"], state_dict["tokens"])
-
-
-def own_file(key: str, name: Any) -> dict[str, Any]:
-    """A person's own file as a `corpus.Source`; FileNotFoundError if there is none."""
-    path = Path(str(name)).expanduser()
-    if not path.name or find(path) is None:
-        raise FileNotFoundError(f"data.{key}={name} is no file: type data.{key}=FILE, plain or .gz, .xz or .zip")
-    return {"name": str(path.absolute())}
 
 
 class PythonManual(Text):

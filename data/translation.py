@@ -113,8 +113,8 @@ class ParallelText(pl.LightningDataModule):
                 lines = self.files.get(f"{self.names[split]}.{language}", {}).get("lines", file.lines)
                 if file.lines != lines:
                     raise ValueError(
-                        f"{file.path} has {file.lines:,} lines, expected {lines:,}: not the published file. Replace "
-                        f"it, or `rm {file.path}` to download it again"
+                        f"{file.path} has {file.lines:,} lines, expected {lines:,}: not the published file. Put "
+                        "the right one there, or type another data.root=DIR to download it to"
                     )
         if self.given is not None:
             self.subwords = self.given

@@ -62,7 +62,7 @@ class Average(Checkpoint):
         states = {path: load(path)["state_dict"] for path in sorted(self.best_k_models)}
         for path, state in states.items():
             if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in content["state_dict"].items()}:
-                raise ValueError(f"{path} is of another network; delete it, and the mean is that of the others")
+                raise ValueError(f"{path} is of another network; move it elsewhere, and the mean is that of the others")
         content["state_dict"] = mean(list(states.values()))
         AtomicCheckpoints().save_checkpoint(content, self.path)
         return str(self.path)
@@ -72,7 +72,7 @@ def load(path: str) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises whatever the bytes lead it to
-        raise ValueError(f"{path} is damaged; delete it, and the mean is that of the others") from error
+        raise ValueError(f"{path} is damaged; move it elsewhere, and the mean is that of the others") from error
 
 
 def mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
