@@ -18,7 +18,7 @@ import yaml
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from tasks import door, messages, record, trained
+from tasks import console, door, messages, record, trained
 
 USAGE = """Test a trained network: python evaluate.py checkpoint=FOLDER_OR_FILE KEY=VALUE ...
 
@@ -261,4 +261,5 @@ def kin(of_training: Any) -> list[str]:
 
 
 if __name__ == "__main__":
+    console.use_utf8()
     messages.guard(lambda: main(sys.argv[1:]))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tasks import console
 from tasks.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from tasks.base import Dropout, Task
 
@@ -207,7 +208,7 @@ class LanguageModelling(Task):
             raise ValueError(
                 f"length={length} must be 0 or above, up to 10**9, and seed={seed} 0 or above, below 2**63"
             )
-        given = vocabulary.encode(prompt)
+        given = vocabulary.encode(console.typed(prompt))
         tokens = self.generate(
             given,
             temperature=temperature,
