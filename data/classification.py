@@ -13,6 +13,7 @@ from torch import Tensor
 from data import text
 from data.batches import Same, place
 from data.fetch import fetch, find, read_bytes
+from data.lines import lines_of, refuse_nul, unmarked
 
 SPLIT_SEED = 1234  # of the published folds; a run's own seed never moves an example to another split
 FOLDS = 10
@@ -154,12 +155,13 @@ class SentenceClassification(pl.LightningDataModule):
         present = find(path)
         if present is None:
             raise FileNotFoundError(f"{path} is missing: call prepare_data() first")
-        content = read_bytes(present)
+        content = unmarked(read_bytes(present), present)
+        refuse_nul(content, present)
         try:
-            lines = content.decode("utf-8").split("\n")
+            decoded = content.decode("utf-8")
         except UnicodeDecodeError:  # MR, SUBJ and TREC hold a few accents in latin-1
-            lines = content.decode("latin-1").split("\n")
-        for number, line in enumerate(lines[:-1] if not lines[-1] else lines, start=1):
+            decoded = content.decode("latin-1")
+        for number, line in enumerate(lines_of(decoded.rstrip("\r\n")), start=1):
             label, *sentence = re.split("[ \t]", line.strip(), maxsplit=1)
             yield f"{present}:{number}", label, "".join(sentence)
 

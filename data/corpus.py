@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from data import lines
 from data.fetch import fetch, fetch_from_hub, find, locked, open_unpacked, require_writable, unpacking
 
 UNITS = ("bytes", "characters", "words")
@@ -126,7 +127,12 @@ def blocks(stream: IO[bytes], path: Path, limit: int | None = None) -> Iterator[
 
 
 def pieces(source: Iterable[bytes], unit: str, name: str) -> Iterator[Piece]:
-    """The codes of the bytes or characters, or the words, of each block; a line's end is the word <eos>."""
+    """The codes of the bytes or characters, or the words, of each block; a line's end is the word <eos>.
+
+    Bytes are as they are; a text has LF at the end of its lines, see data/lines.py.
+    """
+    if unit != "bytes":
+        source = lines.with_line_feeds(source, name, "; data.unit=bytes reads any file")
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest, last = b"", b"\n"
     for block in itertools.chain(source, [b""]):
@@ -180,7 +186,12 @@ def prepared(
     `min_count` is above 1, and stands for all others. Or it is `known`, of another corpus. Of one text for all splits,
     `train` is what `held_out`, the valid_bytes and test_bytes of `ends_of`, leaves.
     """
-    identity: list[Any] = [FORMAT, unit, min_count, {key: source.identity() for key, source in sources.items()}]
+    identity: list[Any] = [
+        FORMAT + (unit != "bytes"),
+        unit,
+        min_count,
+        {key: source.identity() for key, source in sources.items()},
+    ]
     if unit == "words" and "all" in sources:
         identity.append(held_out)
     place = folder / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]

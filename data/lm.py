@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from data import corpus
+from data import corpus, lines
 from data.batches import Resumable, place
 from data.corpus import EOS, UNITS, UNK
 from data.fetch import own_file
@@ -60,6 +60,12 @@ class Vocabulary:
                 "take it out of the text, or train on a text that holds it"
                 + (" (data.min_count=2 makes rare words <unk>)" if self.unit == "words" else "")
             ) from None
+
+    def lines(self, content: bytes, name: str) -> list[str]:
+        """The lines of a file, as a text that is trained on is read; bytes that are no UTF-8 are surrogates."""
+        if self.unit == "bytes":
+            return content.decode("utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
+        return lines.lines_of(lines.decoded(content, name))
 
     def decode(self, numbers: Sequence[int]) -> str:
         """The text of the numbers; bytes that are no UTF-8 become U+FFFD."""

@@ -10,6 +10,7 @@ from typing import Any
 from data.audio import Part
 from data.features import Utterance
 from data.fetch import NO_NETWORK, fetch, locked, require_writable, unpacked
+from data.lines import decoded, lines_of
 from data.speech import Recordings
 
 
@@ -43,11 +44,7 @@ class Manifest(Recordings):
 def listed(path: Path) -> list[Utterance]:
     """What a manifest lists; ValueError with the line of the first thing that is not so."""
     found = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8: {error}") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines_of(decoded(path.read_bytes(), path)), start=1):
         if not line.strip():
             continue
         try:
@@ -138,7 +135,7 @@ class LibriSpeech(Recordings):
             folder = place / "LibriSpeech" / name
         found = []
         for transcripts in sorted(folder.glob("*/*/*.trans.txt")):
-            for line in transcripts.read_text(encoding="utf-8").splitlines():
+            for line in lines_of(decoded(transcripts.read_bytes(), transcripts)):
                 key, _, text = line.partition(" ")
                 path = transcripts.parent / f"{key}.flac"
                 if path.is_file():
@@ -232,7 +229,7 @@ class SpeechCommands(Recordings):
                 unpacked(fetch(folder / self.archive, self.url, self.sha256), place, (".wav", ".txt"))
             folder = place
         lists = {
-            split: {*(folder / f"{name}_list.txt").read_text().split()}
+            split: {*(folder / f"{name}_list.txt").read_text(encoding="utf-8-sig").split()}
             for split, name in (("val", "validation"), ("test", "testing"))
         }
         words = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")

@@ -4,6 +4,7 @@ import codecs
 import io
 import os
 import sys
+from pathlib import Path
 
 
 def use_utf8() -> None:
@@ -24,6 +25,14 @@ def escaped(error: UnicodeError) -> tuple[str | bytes, int]:
         return error.object[error.start : error.end].encode(error.encoding, "surrogateescape"), error.end
     except UnicodeEncodeError:
         return codecs.backslashreplace_errors(error)
+
+
+def read(name: str) -> bytes:
+    """The content of the file that input=NAME names, or of standard input for -."""
+    try:
+        return sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
+    except OSError as error:
+        raise FileNotFoundError(f"input={name} cannot be read: {error.strerror}") from error
 
 
 def typed(text: str) -> str:

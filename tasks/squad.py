@@ -199,13 +199,7 @@ class QuestionAnswering(Task):
             raise ValueError(f"n_best={n_best} must be 1 or more")
         question, passage = console.typed(question), console.typed(passage or "")
         if input is not None:
-            try:
-                content = sys.stdin.buffer.read() if input == "-" else Path(input).expanduser().read_bytes()
-                passage = content.decode("utf-8-sig")
-            except OSError as error:
-                raise FileNotFoundError(f"input={input} cannot be read: {error.strerror}") from error
-            except UnicodeDecodeError as error:
-                raise ValueError(f"input={input} is no text in UTF-8: {error}") from error
+            passage = vocabulary.text(console.read(input), f"input={input}")
         best: dict[tuple[int, int], float] = {}  # characters: sum of scores
         # The best score of a token in all windows that hold it, by its first and by its last character.
         totals = np.full((2, len(passage) + 1), -math.inf)
