@@ -119,6 +119,11 @@ class SentenceClassification(pl.LightningDataModule):
             self.index = {word: i for i, word in enumerate(self.words)}
             self.splits = splits
             return
+        if len(classes := {label for _, label in splits["train"]}) < 2:
+            raise ValueError(
+                f"the train split has one label, {self.labels[classes.pop()]}, in all it has ({len(splits['train'])}): "
+                "there is nothing to tell apart. Give it examples of another"
+            )
         known = splits["train"] if self.vectors is None else [example for split in splits.values() for example in split]
         min_count = self.min_count if self.vectors is None else 1  # a fixed vector needs no examples to be trained on
         self.words = text.build_vocabulary((sentence for sentence, _ in known), min_count)
@@ -143,9 +148,11 @@ class SentenceClassification(pl.LightningDataModule):
                     f"found {f'{label} {sentence}'[:80].strip()!r}"
                 )
             examples.append((self.words_of(sentence), number))
-        if len(examples) != (expected or len(examples)) or not examples:
+        if not examples and not expected:
+            raise ValueError(f"{present} is empty: give it lines of `label text`, at least one for each split")
+        if len(examples) != (expected or len(examples)):
             raise ValueError(
-                f"{present} holds {len(examples)} examples, expected {expected or 'some'}: not the published file. "
+                f"{present} holds {len(examples)} examples, expected {expected}: not the published file. "
                 "Put the right file there, or type another data.root=DIR to download it to."
             )
         return examples
@@ -271,6 +278,8 @@ def split_examples(files: Mapping[str, list[Item]], fold: int) -> dict[str, list
     {all}: shuffled; test is every item i with i mod 10 == fold, validation a random tenth of the rest.
     {train, test}: train shuffled; validation is every item i with i mod 10 == fold (TREC).
     {train, val, test}: as they are, fold 0 only (SST).
+
+    ValueError where a split would be empty.
     """
     if fold not in range(FOLDS):
         raise ValueError(f"data.fold={fold} is not one of 0 to {FOLDS - 1}")
@@ -287,11 +296,18 @@ def split_examples(files: Mapping[str, list[Item]], fold: int) -> dict[str, list
     shuffled = generator.sample(files[source], len(files[source]))
     held_out = shuffled[fold::FOLDS]
     rest = [item for i, item in enumerate(shuffled) if i % FOLDS != fold]
+    size, needed = len(rest) // FOLDS, FOLDS + 2
     if source == "train":
-        return {"train": rest, "val": held_out, "test": files["test"]}
-    rest = generator.sample(rest, len(rest))
-    size = len(rest) // FOLDS
-    return {"train": rest[size:], "val": rest[:size], "test": held_out}
+        splits, needed = {"train": rest, "val": held_out, "test": files["test"]}, max(2, fold + 1)
+    else:
+        rest = generator.sample(rest, len(rest))
+        splits = {"train": rest[size:], "val": rest[:size], "test": held_out}
+    if empty := next((split for split, own in splits.items() if not own), None):
+        raise ValueError(
+            f"the {empty} split is empty: there is a total of {len(files[source])}, and data.fold={fold} of {FOLDS} "
+            f"takes {needed} examples. Add some, or type data=sentences data.train=FILE data.val=FILE data.test=FILE"
+        )
+    return splits
 
 
 class PythonManual(SentenceClassification):

@@ -261,13 +261,28 @@ class Text(pl.LightningDataModule):
         elif prefix:
             batch_size //= world_size
         steps = (len(text) - 1) // (batch_size * world_size)
-        if steps < (1 if prefix else unroll):
+        least = 1 if prefix else unroll
+        if steps < least:
             raise ValueError(
                 f"the {split} split has {len(text)} {self.unit}: in {batch_size * world_size} streams they are "
                 f"{max(steps, 0)} steps, too few for data.{prefix}batch_size={batch_size} and data.{prefix}unroll="
-                f"{unroll}. Type smaller ones, or take a longer text."
+                f"{unroll}, which take {batch_size * world_size * least + 1}. "
+                f"{self.smaller(prefix, (len(text) - 1) // world_size)}take a longer text"
+                + (
+                    f", or type a larger data.{split.replace('val', 'valid')}_bytes="
+                    * bool(prefix and "all" in self.files)
+                )
             )
         return Segments(text, batch_size, unroll, rank=rank, world_size=world_size)
+
+    def smaller(self, prefix: str, steps: int) -> str:
+        """What to type for a text of so many steps in a process."""
+        if steps < 1:
+            return "It cannot be parted: "
+        if prefix:
+            return f"Type data.{prefix}batch_size={steps} or less, or "
+        unroll = min(self.unroll, steps)
+        return f"Type data.batch_size={steps // unroll} data.unroll={unroll} or less, or "
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to read and write text, and to know the text that it was trained on."""

@@ -67,15 +67,15 @@ def examined(path: Path) -> Text:
     return Text(path, digest.hexdigest(), counts[end] + (last not in (b"", end)))
 
 
-def require_pairs(source: Text, target: Text) -> None:
+def require_pairs(name: str, source: Text, target: Text) -> None:
     """ValueError unless the files have as many lines as each other, and some."""
     if source.lines != target.lines:
         raise ValueError(
-            f"{source.path} has {source.lines:,} lines, {target.path} has {target.lines:,}: line n of one translates "
-            "line n of the other, so give both as many"
+            f"{name}: {source.path} has {source.lines:,} lines, {target.path} has {target.lines:,}: line n of one "
+            "translates line n of the other, so give both as many"
         )
     if not source.lines:
-        raise ValueError(f"{source.path} and {target.path} are empty: give them a sentence a line")
+        raise ValueError(f"{name}: {source.path} and {target.path} are empty: give them a sentence a line")
 
 
 def key_of(*identity: Any) -> str:

@@ -32,7 +32,10 @@ class Manifest(Recordings):
                 raise ValueError(f"data.{split}={name} must be a file of JSON lines: type data.{split}=FILE.jsonl")
 
     def utterances(self) -> dict[str, list[Utterance]]:
-        return {split: listed(self.locate(split, name)) for split, name in self.names.items()}
+        found = {split: listed(self.locate(split, name)) for split, name in self.names.items()}
+        if empty := next((split for split, own in found.items() if not own), None):
+            raise ValueError(f"data.{empty}={self.names[empty]} lists no recording: a line is {EXAMPLE}")
+        return found
 
     def locate(self, split: str, name: str) -> Path:
         for path in (self.root / name, Path(name).expanduser()):
@@ -62,8 +65,6 @@ def listed(path: Path) -> list[Utterance]:
                 raise ValueError(f"{where}: {key!r} is no text, but {value!r:.60}: a line is {EXAMPLE}")
         audio, part = path.parent / row["audio"], part_of(row, where)
         found.append(Utterance(f"{path.stem}-{number}", (audio,), row["text"], str(row.get("speaker", "")), part=part))
-    if not found:
-        raise ValueError(f"{path} lists no recording: a line is {EXAMPLE}")
     return found
 
 

@@ -108,7 +108,7 @@ class ParallelText(pl.LightningDataModule):
         }
         files = {split: (texts[source], texts[target]) for split, (source, target) in paths.items()}
         for split, both in files.items():
-            parallel.require_pairs(*both)
+            parallel.require_pairs(f"data.{split}={self.names[split]}", *both)
             for language, file in zip(self.languages.values(), both, strict=True):
                 lines = self.files.get(f"{self.names[split]}.{language}", {}).get("lines", file.lines)
                 if file.lines != lines:

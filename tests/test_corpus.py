@@ -235,11 +235,26 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         ({"batch_size": 90}, r"the train split has 90 bytes: in 90 streams they are 0 steps, .*data\.batch_size=90"),
         ({"unroll": 45}, r"in 2 streams they are 44 steps, too few for data\.batch_size=2 and data\.unroll=45"),
         ({"eval_batch_size": 5}, r"the val split has 5 bytes: .* data\.eval_batch_size=5"),
+        ({"eval_batch_size": 5}, r"which take 6\. Type data\.eval_batch_size=4 or less, .* larger data\.valid_bytes="),
+        (
+            {"batch_size": 9, "unroll": 10},
+            r"take 91\. Type data\.batch_size=8 data\.unroll=10 or less, or take a longer",
+        ),
+        ({"batch_size": 9, "unroll": 200}, r"take 1801\. Type data\.batch_size=1 data\.unroll=89 or less"),
     ],
 )
 def test_bad_options_are_told(tmp_path, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         text_of(tmp_path, bytes(range(100)), **options).setup()
+
+
+@pytest.mark.parametrize("unit", ["bytes", "characters", "words"])
+@pytest.mark.parametrize("count", range(5))
+def test_a_text_of_a_few_tokens_is_refused_with_what_it_needs(tmp_path, unit, count):
+    (tmp_path / "text").write_text("ab\n" * count)
+    data = Text(root="", cache=str(tmp_path / "cache"), unit=unit, path=str(tmp_path / "text"), batch_size=1, unroll=1)
+    with pytest.raises(ValueError, match=r"is empty: name a file|the (train|val) split has . \w+: .*which take 2\. "):
+        data.setup()
 
 
 def test_an_empty_text_is_refused(tmp_path):

@@ -44,7 +44,7 @@ def test_a_manifest_lists_recordings(tmp_path):
         ('{"audio": "a.wav", "text": 5}', "'text' is no text, but 5"),
         ('{"audio": "a.wav", "text": "\\ud800"}', "'text' is no text"),
         ("\n[1]", "bad.jsonl:2: 'audio' is no text"),
-        ("", "lists no recording"),
+        ("", r"data\.train=bad.jsonl lists no recording: a line is"),
     ):
         (tmp_path / "bad.jsonl").write_text(content)
         with pytest.raises(ValueError, match=message):
