@@ -157,9 +157,10 @@ class Text(pl.LightningDataModule):
         self.unit = unit
         own = {"path": path} if path else {"train": train, "val": val, "test": test}
         own = {key: name for key, name in own.items() if name is not None}
-        self.files = {key.replace("path", "all"): {"name": str(own_file(key, name))} for key, name in own.items()}
-        self.files = self.files or dict(files or {})
-        self.held_out = {"valid_bytes": valid_bytes, "test_bytes": test_bytes}
+        self.files: dict[str, Mapping[str, Any]] = dict(files or {})
+        if own:
+            self.files = {key.replace("path", "all"): {"name": str(own_file(key, name))} for key, name in own.items()}
+        self.held_out: dict[str, int | None] = {"valid_bytes": valid_bytes, "test_bytes": test_bytes}
         if min_count is None:
             min_count = 2 if unit == "words" and own else 1
         self.min_count = min_count
@@ -226,9 +227,8 @@ class Text(pl.LightningDataModule):
         """The vocabulary's tokens, and the numbers of the tokens of each file."""
         sources = {key: corpus.Source(root=self.root, **file) for key, file in self.files.items()}
         known = None if self.given is None else self.given.tokens
-        return corpus.prepared(
-            sources, self.cache / "text", self.unit, self.min_count, known, tuple(self.held_out.values())
-        )
+        held_out = self.held_out["valid_bytes"], self.held_out["test_bytes"]
+        return corpus.prepared(sources, self.cache / "text", self.unit, self.min_count, known, held_out)
 
     @property
     def dims(self) -> dict[str, Any]:
