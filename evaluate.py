@@ -18,7 +18,7 @@ import yaml
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from tasks import door, messages, record, trained
+from tasks import console, door, messages, record, trained
 
 USAGE = """Test a trained network: python evaluate.py checkpoint=FOLDER_OR_FILE KEY=VALUE ...
 
@@ -163,9 +163,7 @@ def places(output: str | None, writes: tuple[str, ...]) -> tuple[Path | None, Pa
     path = Path(output).expanduser()
     folder, file = (path.parent, path) if path.suffix == ".json" else (path, path / "metrics.json")
     if there := [str(each) for each in (file, *(folder / name for name in writes)) if each.exists()]:
-        raise FileExistsError(
-            f"output={output}: {' and '.join(there)} would be overwritten; name another folder, or rm it"
-        )
+        raise FileExistsError(f"output={output}: {' and '.join(there)} would be overwritten; name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # not after minutes of work
@@ -263,4 +261,5 @@ def kin(of_training: Any) -> list[str]:
 
 
 if __name__ == "__main__":
+    console.use_utf8()
     messages.guard(lambda: main(sys.argv[1:]))

@@ -7,7 +7,7 @@ from typing import Any
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from tasks import door, messages
+from tasks import console, door, messages
 from tasks.trained import load
 
 USAGE = """Use a trained network: python predict.py checkpoint=FOLDER_OR_FILE KEY=VALUE ...
@@ -62,4 +62,5 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    console.use_utf8()
     messages.guard(lambda: main(sys.argv[1:]))

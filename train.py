@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from tasks import average, dashboard, door, memory, messages, processes, record, sweep
+from tasks import average, console, dashboard, door, memory, messages, processes, record, sweep
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -92,4 +92,5 @@ def command() -> None:
 
 
 if __name__ == "__main__":
+    console.use_utf8()
     messages.guard(command)

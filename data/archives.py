@@ -13,6 +13,8 @@ from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 
+from data import lines
+
 VALUE_BYTES = {"FM": 4, "DM": 8, "CM": 1, "CM2": 2, "CM3": 1}  # of a matrix, compressed or not
 
 
@@ -74,9 +76,7 @@ def read_table(path: Path, copy: str) -> tuple[dict[str, Place], dict[str, int]]
 def lines_of(path: Path) -> list[str]:
     """The lines of a text of Kaldi's that are not empty."""
     try:
-        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+        return [line for line in lines.lines_of(lines.decoded(path.read_bytes(), path)) if line.strip()]
     except OSError as error:
         raise FileNotFoundError(f"{path} cannot be read: {error.strerror}") from error
 

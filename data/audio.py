@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -14,14 +14,30 @@ SCALE = 32768  # Kaldi computes on 16-bit numbers
 # of all its own.
 LEVELS = ("global", "running", "recording")
 PRIOR = 30  # frames of the training set's mean that a running mean begins with
+ROUNDING = 0.1  # seconds that a part may end behind its file: manifests round, and mp3 decoders differ
 
 
 class Damaged(ValueError):
     """A file that holds no sound that can be read."""
 
 
-def read(path: Path) -> tuple[np.ndarray, int, int]:
-    """The sound of a file: float32 samples in -1 to 1, the mean of its channels; samples a second; and channels."""
+class Part(NamedTuple):
+    """A part of a file of sound, in seconds: its start, and its length; 0: all up to the end.
+
+    rate: samples a second that the file must have; 0: any.
+    """
+
+    offset: float = 0.0
+    duration: float = 0.0
+    rate: float = 0
+
+
+WHOLE = Part()
+
+
+def read(path: Path, part: Part = WHOLE) -> tuple[np.ndarray, int, int]:
+    """The sound of a file, or of a part of it: float32 samples in -1 to 1, the mean of its channels; samples a second;
+    and channels. `Damaged` where the file does not have that part."""
     import soundfile
 
     if not path.is_file():
@@ -29,10 +45,16 @@ def read(path: Path) -> tuple[np.ndarray, int, int]:
     try:
         with open(path, "rb") as file:  # a fault of the machine, as too many open files, is no fault of the recording
             check_riff(file, path)
-        rate = soundfile.info(path).samplerate
+        info = soundfile.info(path)
+        rate = info.samplerate
         if not 1000 <= rate <= 1_000_000:
             raise Damaged(f"{path} is no sound that can be read: it says it has {rate} samples a second")
-        wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        if part.rate not in (0, rate):
+            raise Damaged(f"{path} has {rate} samples a second, not {part.rate:g}")
+        start, count = round(part.offset * rate), round(part.duration * rate) if part.duration else -1
+        if start and start >= info.frames:
+            raise Damaged(f"{path} is {info.frames / rate:g} s long: no part begins at {part.offset:g} s")
+        wave, rate = soundfile.read(path, count, start, dtype="float32", always_2d=True)
     except Damaged:
         raise
     # TypeError: a name that ends as raw sound does; MemoryError: a header that says there is more than there can be.
@@ -41,7 +63,10 @@ def read(path: Path) -> tuple[np.ndarray, int, int]:
             raise OSError(f"{path} cannot be read: {error}") from error
         raise Damaged(f"{path} is no sound that can be read: {getattr(error, 'error_string', error)}") from error
     if not len(wave):
-        raise Damaged(f"{path} has no sample")
+        raise Damaged(f"{path} has no sample" + (f" in {part.duration:g} s" if part.duration else ""))
+    if len(wave) < count - ROUNDING * rate:
+        end = part.offset + part.duration
+        raise Damaged(f"{path} is {info.frames / rate:g} s long: no part goes from {part.offset:g} s to {end:g} s")
     if not np.abs(wave).max() <= LOUDEST:
         raise Damaged(f"{path} has samples that are no numbers, or beyond {LOUDEST} times the loudest that is usual")
     return wave.mean(1), rate, wave.shape[1]

@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from data import text
 from data.batches import Same, place
 from data.fetch import fetch, find, read_bytes
+from data.lines import lines_of, refuse_nul, unmarked
 
 SPLIT_SEED = 1234  # of the published folds; a run's own seed never moves an example to another split
 FOLDS = 10
@@ -118,6 +119,11 @@ class SentenceClassification(pl.LightningDataModule):
             self.index = {word: i for i, word in enumerate(self.words)}
             self.splits = splits
             return
+        if len(classes := {label for _, label in splits["train"]}) < 2:
+            raise ValueError(
+                f"the train split has one label, {self.labels[classes.pop()]}, in all it has ({len(splits['train'])}): "
+                "there is nothing to tell apart. Give it examples of another"
+            )
         known = splits["train"] if self.vectors is None else [example for split in splits.values() for example in split]
         min_count = self.min_count if self.vectors is None else 1  # a fixed vector needs no examples to be trained on
         self.words = text.build_vocabulary((sentence for sentence, _ in known), min_count)
@@ -132,29 +138,47 @@ class SentenceClassification(pl.LightningDataModule):
 
     def read_file(self, path: Path, expected: int | None) -> list[Example]:
         """(words, label) of each line; ValueError with path and line number at the first that is not `label text`."""
+        present = find(path) or path
+        examples = []
+        for where, label, sentence in self.lines_of(path):
+            number = self.number_of(label)
+            if number is None:
+                raise ValueError(
+                    f"{where}: expected `label text` with a label {self.known_labels}, "
+                    f"found {f'{label} {sentence}'[:80].strip()!r}"
+                )
+            examples.append((self.words_of(sentence), number))
+        if not examples and not expected:
+            raise ValueError(f"{present} is empty: give it lines of `label text`, at least one for each split")
+        if len(examples) != (expected or len(examples)):
+            raise ValueError(
+                f"{present} holds {len(examples)} examples, expected {expected}: not the published file. "
+                "Put the right file there, or type another data.root=DIR to download it to."
+            )
+        return examples
+
+    def lines_of(self, path: Path) -> Iterator[tuple[str, str, str]]:
+        """The place of each line of a file, its label and its text."""
         present = find(path)
         if present is None:
             raise FileNotFoundError(f"{path} is missing: call prepare_data() first")
-        content = read_bytes(present)
+        content = unmarked(read_bytes(present), present)
+        refuse_nul(content, present)
         try:
-            lines = content.decode("utf-8").split("\n")
+            decoded = content.decode("utf-8")
         except UnicodeDecodeError:  # MR, SUBJ and TREC hold a few accents in latin-1
-            lines = content.decode("latin-1").split("\n")
-        examples = []
-        for number, line in enumerate(lines[:-1] if not lines[-1] else lines, start=1):
-            label, _, sentence = line.strip().partition(" ")
-            if not re.fullmatch("[0-9]+", label) or int(label) >= len(self.labels):
-                raise ValueError(
-                    f"{present}:{number}: expected `label text` with a label from 0 to {len(self.labels) - 1}, "
-                    f"found {line[:80]!r}"
-                )
-            examples.append((self.words_of(sentence), int(label)))
-        if len(examples) != (expected or len(examples)) or not examples:
-            raise ValueError(
-                f"{present} holds {len(examples)} examples, expected {expected or 'some'}: not the published file. "
-                f"Replace it, or `rm {present}` to download it again (and `rm {path}.sha256` if that exists)."
-            )
-        return examples
+            decoded = content.decode("latin-1")
+        for number, line in enumerate(lines_of(decoded.rstrip("\r\n")), start=1):
+            label, *sentence = re.split("[ \t]", line.strip(), maxsplit=1)
+            yield f"{present}:{number}", label, "".join(sentence)
+
+    def number_of(self, label: str) -> int | None:
+        """The class of a label as it is written in a file; None if there is none such."""
+        return int(label) if re.fullmatch("[0-9]{1,9}", label) and int(label) < len(self.labels) else None
+
+    @property
+    def known_labels(self) -> str:
+        return f"from 0 to {len(self.labels) - 1}"
 
     def words_of(self, sentence: str) -> list[str]:
         """The words of a sentence whose tokens are separated by spaces."""
@@ -254,6 +278,8 @@ def split_examples(files: Mapping[str, list[Item]], fold: int) -> dict[str, list
     {all}: shuffled; test is every item i with i mod 10 == fold, validation a random tenth of the rest.
     {train, test}: train shuffled; validation is every item i with i mod 10 == fold (TREC).
     {train, val, test}: as they are, fold 0 only (SST).
+
+    ValueError where a split would be empty.
     """
     if fold not in range(FOLDS):
         raise ValueError(f"data.fold={fold} is not one of 0 to {FOLDS - 1}")
@@ -270,11 +296,18 @@ def split_examples(files: Mapping[str, list[Item]], fold: int) -> dict[str, list
     shuffled = generator.sample(files[source], len(files[source]))
     held_out = shuffled[fold::FOLDS]
     rest = [item for i, item in enumerate(shuffled) if i % FOLDS != fold]
+    size, needed = len(rest) // FOLDS, FOLDS + 2
     if source == "train":
-        return {"train": rest, "val": held_out, "test": files["test"]}
-    rest = generator.sample(rest, len(rest))
-    size = len(rest) // FOLDS
-    return {"train": rest[size:], "val": rest[:size], "test": held_out}
+        splits, needed = {"train": rest, "val": held_out, "test": files["test"]}, max(2, fold + 1)
+    else:
+        rest = generator.sample(rest, len(rest))
+        splits = {"train": rest[size:], "val": rest[:size], "test": held_out}
+    if empty := next((split for split, own in splits.items() if not own), None):
+        raise ValueError(
+            f"the {empty} split is empty: there is a total of {len(files[source])}, and data.fold={fold} of {FOLDS} "
+            f"takes {needed} examples. Add some, or type data=sentences data.train=FILE data.val=FILE data.test=FILE"
+        )
+    return splits
 
 
 class PythonManual(SentenceClassification):

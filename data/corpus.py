@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from data import lines
 from data.fetch import fetch, fetch_from_hub, find, locked, open_unpacked, require_writable, unpacking
 
 UNITS = ("bytes", "characters", "words")
@@ -85,13 +86,13 @@ class Source:
         if self.members is not None and len(sizes) != (self.shards or len(sizes) or 1):
             raise ValueError(
                 f"{path} holds {len(sizes)} files {self.members}, expected {self.shards or 'some'}: "
-                f"unpack it whole, or remove {path} and leave the .tar.gz, which is read as it is"
+                "unpack it whole, or type another data.root=DIR, where the .tar.gz is read as it is"
             )
         total = sum(sizes.values())
         if unit != "characters" and total != (self.tokens or total):  # published are counts of bytes and of words
             raise ValueError(
-                f"{path} holds {total} {unit}, expected {self.tokens}: not the published file. Replace it, or "
-                f"`rm {path}` to download it again."
+                f"{path} holds {total} {unit}, expected {self.tokens}: not the published file. Put the right file "
+                "there, or type another data.root=DIR to download it to."
             )
         if not total:
             raise ValueError(f"{path} is empty: name a file with text")
@@ -126,7 +127,12 @@ def blocks(stream: IO[bytes], path: Path, limit: int | None = None) -> Iterator[
 
 
 def pieces(source: Iterable[bytes], unit: str, name: str) -> Iterator[Piece]:
-    """The codes of the bytes or characters, or the words, of each block; a line's end is the word <eos>."""
+    """The codes of the bytes or characters, or the words, of each block; a line's end is the word <eos>.
+
+    Bytes are as they are; a text has LF at the end of its lines, see data/lines.py.
+    """
+    if unit != "bytes":
+        source = lines.with_line_feeds(source, name, "; data.unit=bytes reads any file")
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest, last = b"", b"\n"
     for block in itertools.chain(source, [b""]):
@@ -155,16 +161,39 @@ def words_of(text: bytes) -> list[bytes]:
     return text.replace(b"\n", f" {EOS} ".encode()).split()
 
 
+def ends_of(size: int, valid_bytes: int | None, test_bytes: int | None) -> tuple[int, int]:
+    """Where training and validation end in a text of so many units; None is a twentieth."""
+    valid, test = (size // 20 if held_out is None else held_out for held_out in (valid_bytes, test_bytes))
+    if size - test - valid < 2:
+        raise ValueError(
+            f"data.valid_bytes={valid} and data.test_bytes={test} leave nothing of {size} to train on: type less"
+        )
+    return size - test - valid, size - test
+
+
 def prepared(
-    sources: Mapping[str, Source], folder: Path, unit: str, min_count: int, known: list[Any] | None = None
+    sources: Mapping[str, Source],
+    folder: Path,
+    unit: str,
+    min_count: int,
+    known: list[Any] | None = None,
+    held_out: tuple[int | None, int | None] = (None, None),
 ) -> tuple[list[Any], dict[str, np.ndarray]]:
     """The vocabulary's tokens, and the token numbers of each source in a read-only map; built if they are not there.
 
     The vocabulary of bytes and characters is all that occur in any source, sorted. That of words is `train`'s words of
     at least `min_count`, the most frequent first, ties in alphabetical order; <unk> is among them if a source has it or
-    `min_count` is above 1, and stands for all others. Or it is `known`, of another corpus.
+    `min_count` is above 1, and stands for all others. Or it is `known`, of another corpus. Of one text for all splits,
+    `train` is what `held_out`, the valid_bytes and test_bytes of `ends_of`, leaves.
     """
-    identity = [FORMAT, unit, min_count, {key: source.identity() for key, source in sources.items()}]
+    identity: list[Any] = [
+        FORMAT + (unit != "bytes"),
+        unit,
+        min_count,
+        {key: source.identity() for key, source in sources.items()},
+    ]
+    if unit == "words" and "all" in sources:
+        identity.append(held_out)
     place = folder / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     found = opened(place, sources)
     if known is not None and (found is None or found[0] != known):
@@ -183,7 +212,7 @@ def prepared(
                     shutil.rmtree(leftover, ignore_errors=True)
                 scratch.mkdir()
                 try:
-                    build(scratch, sources, unit, min_count, known)
+                    build(scratch, sources, unit, min_count, known, held_out)
                     os.rename(scratch, place)
                 except BaseException:
                     shutil.rmtree(scratch)
@@ -206,7 +235,12 @@ def opened(place: Path, keys: Iterable[str]) -> tuple[list[Any], dict[str, np.nd
 
 
 def build(
-    place: Path, sources: Mapping[str, Source], unit: str, min_count: int, known: list[Any] | None = None
+    place: Path,
+    sources: Mapping[str, Source],
+    unit: str,
+    min_count: int,
+    known: list[Any] | None = None,
+    held_out: tuple[int | None, int | None] = (None, None),
 ) -> None:
     """Writes vocabulary and numbers: one pass counts, a second writes, so that only the vocabulary is in memory."""
     counts: Counter[bytes] = Counter()
@@ -223,6 +257,12 @@ def build(
                 elif key == "train":
                     counts.update(piece)
         source.check(sizes[key], unit)
+    if unit == "words" and "all" in sources:  # how much of it trains is known now
+        left, _ = ends_of(sum(sizes["all"].values()), *held_out)
+        for name, stream in sources["all"].streams():
+            for piece in pieces(stream, unit, name):
+                counts.update(piece[: max(left, 0)])
+                left -= len(piece)
     tokens: list[Any] = np.flatnonzero(seen).tolist() if unit == "bytes" else list(map(chr, np.flatnonzero(seen)))
     if unit == "words":
         tokens = ranked(counts, min_count)

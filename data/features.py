@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from data.audio import Damaged, Frontend, read, resampled
+from data.audio import WHOLE, Damaged, Frontend, Part, read, resampled
 from data.fetch import locked, require_writable
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ PART = 4096  # utterances of a folder of the cache
 
 
 class Utterance(NamedTuple):
-    """What is said in a file, or in some, one behind the other."""
+    """What is said in a file or in a part of it, or in several files, one behind the other."""
 
     id: str
     files: tuple[Path, ...]
@@ -42,6 +42,7 @@ class Utterance(NamedTuple):
     speed: float = 1.0  # 1.1 is heard faster, and higher
     gain: float = 0.0  # in dB
     noise: float | None = None  # white, in dB below the sound; None: without
+    part: Part = WHOLE  # of each file
 
 
 def perturbed(
@@ -114,9 +115,10 @@ def identity_of(utterances: Sequence[Utterance], frontend: Frontend) -> str:
                 found = path.stat() if path.exists() else None
                 seen[path] = (found.st_size, found.st_mtime_ns) if found else (-1, -1)
         files = [(str(path), *seen[path]) for path in utterance.files]
-        digest.update(
-            json.dumps([utterance.id, utterance.text, utterance.speed, utterance.gain, utterance.noise, files]).encode()
-        )
+        identity = [utterance.id, utterance.text, utterance.speed, utterance.gain, utterance.noise, files]
+        if utterance.part != WHOLE:  # of whole files, what earlier versions computed holds
+            identity.append(utterance.part)
+        digest.update(json.dumps(identity).encode())
     return digest.hexdigest()[:24]
 
 
@@ -199,7 +201,8 @@ def write(utterances: Sequence[Utterance], frontend: Frontend, folder: Path, bar
                 if isinstance(features, Damaged):
                     damaged.append(str(features))
                 elif not len(features):
-                    short.append(str(utterance.files[0]))
+                    start = f" from {utterance.part.offset:g} s on" if utterance.part != WHOLE else ""
+                    short.append(f"{utterance.files[0]}{start}")
                 else:
                     sums += features.sum(0, dtype=np.float64)
                     squares += np.square(features, dtype=np.float64).sum(0)
@@ -255,7 +258,7 @@ def features_of(utterance: Utterance, frontend: Frontend) -> tuple[np.ndarray | 
     waves, found = [], []
     try:
         for path in utterance.files:
-            wave, rate, channels = read(path)
+            wave, rate, channels = read(path, utterance.part)
             found.append((rate, channels))
             waves.append(resampled(wave, round(rate * utterance.speed), frontend.rate))
     except Damaged as error:

@@ -45,6 +45,14 @@ def find(path: Path) -> Path | None:
     return next((p for p in (path.with_name(path.name + suffix) for suffix in OPENERS) if p.is_file()), None)
 
 
+def own_file(option: str, name: Any) -> Path:
+    """The path of a person's own file, plain or packed, that data.OPTION names; FileNotFoundError if there is none."""
+    path = Path(str(name)).expanduser().absolute()
+    if not path.name or find(path) is None:
+        raise FileNotFoundError(f"data.{option}={name} is no file: type data.{option}=FILE, plain or .gz, .xz or .zip")
+    return path
+
+
 def open_unpacked(path: Path) -> IO[bytes]:
     """The unpacked bytes of a plain, .gz, .xz or .zip file; ValueError if the packed file is damaged."""
     with unpacking(path):
@@ -64,7 +72,7 @@ def unpacking(path: Path):
         yield
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}): replace it, or `rm {path}` if it is one that is downloaded"
+            f"{path} is damaged ({error}): put a whole one there; another data.root=DIR downloads a corpus anew"
         ) from error
 
 
@@ -95,7 +103,7 @@ def fetch(path: Path, url: str | None = None, checksum: str | None = None) -> Pa
         if found != expected:
             raise ValueError(
                 f"{present} is not the right file: its {kind_of(expected)} (unpacked) is {found}, expected {expected}. "
-                f"Replace it, or `rm {present}` to download it again."
+                "Put the right file there, or type another data.root=DIR to download it to."
             )
     return present
 
@@ -118,7 +126,9 @@ def recorded(path: Path) -> str | None:
         return None
     digest = record.read_bytes().decode("ascii", errors="replace").strip()
     if not re.fullmatch("[0-9a-f]{64}", digest):
-        raise ValueError(f"{record} holds no checksum: `rm {record} {path}` to download the file and note it again")
+        raise ValueError(
+            f"{record} holds no checksum, as a download wrote: type another data.root=DIR to download the file to"
+        )
     return digest
 
 

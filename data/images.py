@@ -107,10 +107,14 @@ class ImageSequences(pl.LightningDataModule):
         read = self.read()
         count = len(read["train"][0])
         if self.num_val >= count:
-            raise ValueError(f"data.num_val={self.num_val} leaves none of {count} images to train on")
+            raise ValueError(
+                f"data.num_val={self.num_val} leaves none of {count} images to train on: "
+                + (f"type data.num_val={count - 1} or less" if count > 1 else "2 or more are needed")
+            )
         if self.num_train is not None and self.num_train > count - self.num_val:
             raise ValueError(
-                f"data.num_train={self.num_train} is more than there are: {count} images, data.num_val={self.num_val}"
+                f"data.num_train={self.num_train} is more than there are: {count} images, data.num_val={self.num_val}; "
+                f"type data.num_train={count - self.num_val} or less"
             )
         shuffled = np.random.default_rng(PERMUTATION_SEED).permutation(count)
         rows = {"train": shuffled[: count - self.num_val][: self.num_train], "val": shuffled[count - self.num_val :]}

@@ -11,12 +11,16 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from data import corpus
+from data import corpus, lines
 from data.batches import Resumable, place
 from data.corpus import EOS, UNITS, UNK
-from data.fetch import find
+from data.fetch import own_file
 
 Token = int | str
+OWN = (
+    "data.path=FILE, whose last two twentieths validate and test (or data.valid_bytes= and data.test_bytes= of it), or "
+    "data.train=FILE data.val=FILE data.test=FILE"
+)
 
 
 class Vocabulary:
@@ -56,6 +60,12 @@ class Vocabulary:
                 "take it out of the text, or train on a text that holds it"
                 + (" (data.min_count=2 makes rare words <unk>)" if self.unit == "words" else "")
             ) from None
+
+    def lines(self, content: bytes, name: str) -> list[str]:
+        """The lines of a file, as a text that is trained on is read; bytes that are no UTF-8 are surrogates."""
+        if self.unit == "bytes":
+            return content.decode("utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
+        return lines.lines_of(lines.decoded(content, name))
 
     def decode(self, numbers: Sequence[int]) -> str:
         """The text of the numbers; bytes that are no UTF-8 become U+FFFD."""
@@ -107,10 +117,12 @@ class Text(pl.LightningDataModule):
     cache: folder for what is prepared from them, once for all runs.
     unit: bytes, characters or words.
     files: what `corpus.Source` takes, for the keys `train`, `val` and `test`, or for `all`, which is split by size.
-    path: instead of `files`, any file.
+    path: instead of `files`, any file, which is split by size.
+    train, val, test: instead, a file each.
     valid_bytes, test_bytes: units at the end of `all` for validation, and after it for the test; the rest trains.
         None: a twentieth each.
-    min_count: training words seen less often become <unk>; above 1, there is always an <unk>.
+    min_count: training words seen less often become <unk>; above 1, there is always an <unk>. None: 1, or 2 for words
+        of `path` or of `train`.
     batch_size, unroll: streams of a process, and steps of a segment, in training.
     eval_batch_size, eval_unroll: the same for validation and test, but streams of all processes, so that their number
         changes no result; where they cannot be shared out, each process reads all. One stream predicts every token but
@@ -128,9 +140,12 @@ class Text(pl.LightningDataModule):
         unit: str,
         files: Mapping[str, Mapping[str, Any]] | None = None,
         path: str | None = None,
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
         valid_bytes: int | None = None,
         test_bytes: int | None = None,
-        min_count: int = 1,
+        min_count: int | None = None,
         batch_size: int = 32,
         unroll: int = 128,
         eval_batch_size: int = 1,
@@ -140,8 +155,14 @@ class Text(pl.LightningDataModule):
         self.root = Path(root).expanduser()
         self.cache = Path(cache).expanduser()
         self.unit = unit
-        self.files = {"all": {"name": str(Path(path).expanduser().absolute())}} if path else dict(files or {})
-        self.held_out = {"valid_bytes": valid_bytes, "test_bytes": test_bytes}
+        own = {"path": path} if path else {"train": train, "val": val, "test": test}
+        own = {key: name for key, name in own.items() if name is not None}
+        self.files: dict[str, Mapping[str, Any]] = dict(files or {})
+        if own:
+            self.files = {key.replace("path", "all"): {"name": str(own_file(key, name))} for key, name in own.items()}
+        self.held_out: dict[str, int | None] = {"valid_bytes": valid_bytes, "test_bytes": test_bytes}
+        if min_count is None:
+            min_count = 2 if unit == "words" and own else 1
         self.min_count = min_count
         self.batch_size, self.unroll = batch_size, unroll
         self.eval_batch_size, self.eval_unroll = eval_batch_size, eval_unroll
@@ -156,26 +177,31 @@ class Text(pl.LightningDataModule):
         for name, size in self.held_out.items():
             if size is not None and (type(size) is not int or size < 2):
                 raise ValueError(f"data.{name}={size} must be a whole number, 2 (a token, and the next) or more")
-        if path and (Path(path).is_dir() or find(Path(path).expanduser()) is None):
-            raise FileNotFoundError(f"data.path={path} is no file: type data.path=FILE, plain or .gz, .xz or .zip")
-        if path and files:
+        if own and files:
             raise ValueError(
-                f"data.path={path} is for data=bytes: this corpus has files of its own; leave out one of them"
+                f"data.{'= data.'.join(own)}= name a text of yours, and this corpus has files of its own: type "
+                "data=words, or data=bytes for bytes or characters"
             )
-        for name, given, fits in (
-            ("data.min_count", min_count != 1, unit == "words"),
-            ("data.valid_bytes and data.test_bytes", (valid_bytes, test_bytes) != (None, None), "all" in self.files),
+        if path and {train, val, test} != {None}:
+            raise ValueError(
+                "data.path= is one text, which is split by size: leave out data.train=, data.val= and data.test=, or "
+                "type data.path=null"
+            )
+        if not self.files:
+            raise ValueError(f"the text is a file of yours: type {OWN}")
+        for name, given, fits, instead in (
+            ("data.min_count", self.min_count != 1, unit == "words", ", or type data=bytes"),
+            ("data.valid_bytes= and data.test_bytes=", {valid_bytes, test_bytes} != {None}, "all" in self.files, ""),
         ):
             if given and not fits:
                 raise ValueError(
-                    f"{name} would change nothing here: {unit} in files {sorted(self.files)}; leave it out"
+                    f"{name} changes nothing here: {unit} of {', '.join(sorted(self.files))}; leave it out{instead}"
                 )
-        if not self.files:
-            raise ValueError("the text is a file of yours: type data.path=FILE (and data.valid_bytes, data.test_bytes)")
         if set(self.files) not in ({"all"}, {"train", "val", "test"}):
-            raise ValueError(f"data.files has the keys {sorted(self.files)}: expected all, or train, val and test")
-        if unit == "words" and "all" in self.files:
-            raise ValueError("data.unit=words needs files for train, val and test; one text is read by data.unit=bytes")
+            missing = [f"data.{key}=FILE" for key in ("train", "val", "test") if key not in self.files]
+            raise ValueError(
+                f"the text has files for {', '.join(sorted(self.files))}: type {' '.join(missing)} as well"
+            )
 
     def prepare_data(self) -> None:
         """Downloads and checks what is absent, and prepares it in the cache; done once for all runs."""
@@ -189,7 +215,8 @@ class Text(pl.LightningDataModule):
             raise ValueError(f"data.unit={self.unit}: the checkpoint reads {self.given.unit}; name data that has them")
         tokens, arrays = self.read()
         if "all" in arrays:
-            arrays = split_by_size(arrays["all"], **self.held_out)
+            train, val = corpus.ends_of(len(arrays["all"]), *self.held_out.values())
+            arrays = dict(zip(("train", "val", "test"), np.split(arrays["all"], [train, val]), strict=True))
         self.vocabulary = Vocabulary(self.unit, tokens)
         self.checksums = {name: zlib.crc32(array.data) for name, array in arrays.items()}
         self.splits = arrays
@@ -200,7 +227,8 @@ class Text(pl.LightningDataModule):
         """The vocabulary's tokens, and the numbers of the tokens of each file."""
         sources = {key: corpus.Source(root=self.root, **file) for key, file in self.files.items()}
         known = None if self.given is None else self.given.tokens
-        return corpus.prepared(sources, self.cache / "text", self.unit, self.min_count, known)
+        held_out = self.held_out["valid_bytes"], self.held_out["test_bytes"]
+        return corpus.prepared(sources, self.cache / "text", self.unit, self.min_count, known, held_out)
 
     @property
     def dims(self) -> dict[str, Any]:
@@ -233,13 +261,28 @@ class Text(pl.LightningDataModule):
         elif prefix:
             batch_size //= world_size
         steps = (len(text) - 1) // (batch_size * world_size)
-        if steps < (1 if prefix else unroll):
+        least = 1 if prefix else unroll
+        if steps < least:
             raise ValueError(
                 f"the {split} split has {len(text)} {self.unit}: in {batch_size * world_size} streams they are "
                 f"{max(steps, 0)} steps, too few for data.{prefix}batch_size={batch_size} and data.{prefix}unroll="
-                f"{unroll}. Type smaller ones, or take a longer text."
+                f"{unroll}, which take {batch_size * world_size * least + 1}. "
+                f"{self.smaller(prefix, (len(text) - 1) // world_size)}take a longer text"
+                + (
+                    f", or type a larger data.{split.replace('val', 'valid')}_bytes="
+                    * bool(prefix and "all" in self.files)
+                )
             )
         return Segments(text, batch_size, unroll, rank=rank, world_size=world_size)
+
+    def smaller(self, prefix: str, steps: int) -> str:
+        """What to type for a text of so many steps in a process."""
+        if steps < 1:
+            return "It cannot be parted: "
+        if prefix:
+            return f"Type data.{prefix}batch_size={steps} or less, or "
+        unroll = min(self.unroll, steps)
+        return f"Type data.batch_size={steps // unroll} data.unroll={unroll} or less, or "
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to read and write text, and to know the text that it was trained on."""
@@ -287,15 +330,3 @@ class PythonManual(Text):
         text = "\n".join(topics[name] for name in sorted(topics))
         vocabulary = self.given or Vocabulary("characters", sorted(set(text)))
         return vocabulary.tokens, {"all": np.array(vocabulary.encode(text), corpus.dtype_of(len(vocabulary)))}
-
-
-def split_by_size(text: np.ndarray, valid_bytes: int | None, test_bytes: int | None) -> dict[str, np.ndarray]:
-    """train, val and test, in this order in the text."""
-    valid, test = (len(text) // 20 if size is None else size for size in (valid_bytes, test_bytes))
-    end = len(text) - test
-    if end - valid < 2:
-        raise ValueError(
-            f"data.valid_bytes={valid} and data.test_bytes={test} leave nothing of {len(text)} to train on: "
-            "type smaller ones"
-        )
-    return {"train": text[: end - valid], "val": text[end - valid : end], "test": text[end:]}

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from data import lines
 from data.fetch import locked, open_unpacked, require_writable, unpacking
 from data.subwords import VERSION, Batch, Item, Subwords, batch_of, learn
 
@@ -28,17 +29,13 @@ Found = TypeVar("Found")
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, plain or packed, without their ends (LF or CRLF); ValueError with the place."""
+    """The lines of a UTF-8 file, plain or packed, without their ends (see data/lines.py); ValueError with the place."""
     with open_unpacked(path) as file, unpacking(path):
         for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number}: byte {line[error.start]:#04x} is no UTF-8 ({error.reason}): write the file in "
-                    f"UTF-8, for example by `iconv -f latin1 -t utf-8` if it is in latin1"
-                ) from None
-            yield text.removeprefix("\ufeff" if number == 1 else "").removesuffix("\n").removesuffix("\r")
+            if number == 1:
+                yield from lines.lines_of(lines.decoded(line, path))  # several, where no LF ends one
+            else:
+                yield lines.decoded(line, path, number).removesuffix("\n").removesuffix("\r")
 
 
 class Text(NamedTuple):
@@ -51,29 +48,34 @@ class Text(NamedTuple):
 
 def examined(path: Path) -> Text:
     """ValueError with the place of what is no UTF-8."""
-    digest, decoder, lines, last = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0, b""
+    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8-sig")()
+    counts, last, is_text = {b"\n": 0, b"\r": 0}, b"", True
     try:
         with open_unpacked(path) as file, unpacking(path):
             while block := file.read(BLOCK):
                 digest.update(block)
-                lines, last = lines + block.count(b"\n"), block[-1:]
-                decoder.decode(block)
+                counts = {end: count + block.count(end) for end, count in counts.items()}
+                text = decoder.decode(block)
+                last = text[-1:].encode() or last
+                is_text = is_text and "\0" not in text
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
-        for _ in lines_of(path):  # which tells the place
-            pass
-    return Text(path, digest.hexdigest(), lines + (last not in (b"", b"\n")))
+        is_text = False
+    for _ in () if is_text else lines_of(path):  # which tells the place
+        pass
+    end = b"\n" if counts[b"\n"] else b"\r"
+    return Text(path, digest.hexdigest(), counts[end] + (last not in (b"", end)))
 
 
-def require_pairs(source: Text, target: Text) -> None:
+def require_pairs(name: str, source: Text, target: Text) -> None:
     """ValueError unless the files have as many lines as each other, and some."""
     if source.lines != target.lines:
         raise ValueError(
-            f"{source.path} has {source.lines:,} lines, {target.path} has {target.lines:,}: line n of one translates "
-            "line n of the other, so give both as many"
+            f"{name}: {source.path} has {source.lines:,} lines, {target.path} has {target.lines:,}: line n of one "
+            "translates line n of the other, so give both as many"
         )
     if not source.lines:
-        raise ValueError(f"{source.path} and {target.path} are empty: give them a sentence a line")
+        raise ValueError(f"{name}: {source.path} and {target.path} are empty: give them a sentence a line")
 
 
 def key_of(*identity: Any) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data import reading
+from data.lines import decoded
 from data.reading import Reading, check_text
 from data.tagging import Tagger
 from data.text import UNK
@@ -99,6 +100,10 @@ class Reader:
                 f"the network was trained with the tags of {self.options['identity']}, "
                 f"installed is {identity}: install what it was trained with"
             )
+
+    def text(self, content: bytes, name: str) -> str:
+        """The text of a file."""
+        return decoded(content, name)
 
     def batches(self, passage: str, question: str, batch_size: int = 32) -> Iterator[Batch]:
         """One question on one passage, in windows."""

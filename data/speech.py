@@ -158,6 +158,9 @@ class Recordings(pl.LightningDataModule):
             return
         frontend = Frontend(**self.options)
         listed = self.utterances()
+        for split, own in listed.items():
+            if not own:
+                raise ValueError(f"data.{split} has no recording: 1 or more are needed")
         heard = {split: [self.heard(utterance) for utterance in own] for split, own in listed.items()}
         if self.given is None:
             heard["train"] = perturbed(heard["train"], self.speeds, self.volume, self.noise)
@@ -206,7 +209,9 @@ class Recordings(pl.LightningDataModule):
             return Symbols.learnt(dict.fromkeys(texts["train"]), self.unit, self.vocab_size), None
         labels = sorted({*texts["train"]}) if self.given is None else [*(self.given.labels or ())]
         if len(labels) < 2:
-            raise ValueError(f"data.train has one label, {labels[0]!r}: there is nothing to tell apart")
+            raise ValueError(
+                f"data.train has one label, {labels[0]!r}: there is nothing to tell apart; add recordings of another"
+            )
         for split, own in texts.items():
             if unknown := sorted({*own} - {*labels}):
                 raise ValueError(

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.audio import Part
 from data.features import Utterance
 from data.fetch import NO_NETWORK, fetch, locked, require_writable, unpacked
+from data.lines import decoded, lines_of
 from data.speech import Recordings
 
 
@@ -16,7 +18,9 @@ class Manifest(Recordings):
     """Recordings listed in files of JSON, a line each: {"audio": PATH, "text": TEXT, "speaker": NAME}.
 
     train, val, test: these files, below root or paths; PATH is relative to the file that names it. speaker may be left
-    out.
+    out. "offset" and "duration", in seconds, name a part of the file, as in NeMo's manifests: without offset from the
+    start, without duration (or with null or 0) to the end. "audio_filepath" is "audio", as there. A key that would mean
+    another sound, such as "channel", is refused; any other is ignored.
     """
 
     def __init__(self, *, root: str, train: str, val: str, test: str, **options: Any) -> None:
@@ -28,7 +32,10 @@ class Manifest(Recordings):
                 raise ValueError(f"data.{split}={name} must be a file of JSON lines: type data.{split}=FILE.jsonl")
 
     def utterances(self) -> dict[str, list[Utterance]]:
-        return {split: listed(self.locate(split, name)) for split, name in self.names.items()}
+        found = {split: listed(self.locate(split, name)) for split, name in self.names.items()}
+        if empty := next((split for split, own in found.items() if not own), None):
+            raise ValueError(f"data.{empty}={self.names[empty]} lists no recording: a line is {EXAMPLE}")
+        return found
 
     def locate(self, split: str, name: str) -> Path:
         for path in (self.root / name, Path(name).expanduser()):
@@ -40,29 +47,54 @@ class Manifest(Recordings):
 def listed(path: Path) -> list[Utterance]:
     """What a manifest lists; ValueError with the line of the first thing that is not so."""
     found = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8: {error}") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines_of(decoded(path.read_bytes(), path)), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: no JSON ({error}): a line is {EXAMPLE}") from error
+        where = f"{path}:{number}"
+        if isinstance(row, dict) and "audio_filepath" in row:
+            if row.get("audio", row["audio_filepath"]) != row["audio_filepath"]:
+                raise ValueError(f"{where}: 'audio' and 'audio_filepath' are two files: leave one of them out")
+            row["audio"] = row["audio_filepath"]
         for key in ("audio", "text"):
             value = row.get(key) if isinstance(row, dict) else None
             if not isinstance(value, str) or re.search("[\ud800-\udfff\0]", value):
-                raise ValueError(f"{path}:{number}: {key!r} is no text, but {value!r:.60}: a line is {EXAMPLE}")
-        audio = path.parent / row["audio"]
-        found.append(Utterance(f"{path.stem}-{number}", (audio,), row["text"], str(row.get("speaker", ""))))
-    if not found:
-        raise ValueError(f"{path} lists no recording: a line is {EXAMPLE}")
+                raise ValueError(f"{where}: {key!r} is no text, but {value!r:.60}: a line is {EXAMPLE}")
+        audio, part = path.parent / row["audio"], part_of(row, where)
+        found.append(Utterance(f"{path.stem}-{number}", (audio,), row["text"], str(row.get("speaker", "")), part=part))
     return found
 
 
+def part_of(row: Mapping[str, Any], where: str) -> Part:
+    """The part of its file that a line of a manifest names; ValueError for a key that may mean another sound."""
+    values = {"offset": 0.0, "duration": 0.0, "rate": 0}
+    for key, value in row.items():
+        words = re.sub("(?<=[a-z])(?=[A-Z])", "_", key).lower().replace("-", "_").split("_")
+        if value is None or words[-1] == "id":
+            continue
+        if key in ("offset", "duration") or "_".join(words) in RATES:
+            name = key if key in values else "rate"
+            unit = "samples a second" if name == "rate" else "seconds"
+            if type(value) not in (int, float) or not 0 <= value <= MOST:
+                raise ValueError(f"{where}: {key!r} must be {unit}, a number from 0 on, not {value!r:.60}")
+            values[name] = value
+        elif {*words} & BOUNDS or words[0] in CHANGES:
+            raise ValueError(
+                f'{where}: {key!r} may change the sound, and is not read. For a part of a file type "offset" and '
+                '"duration" in seconds; for anything else write a file of its own, or leave the key out'
+            )
+    return Part(**values)
+
+
 EXAMPLE = '{"audio": "a/1.wav", "text": "what is said", "speaker": "anna"}'
+# Keys of manifests that say what is heard of a file: one of these words among those of a key, or before all others.
+BOUNDS = {"offset", "start", "begin", "end", "stop", "onset", "trim", "crop"}
+CHANGES = {"duration", "dur", "segment", "segments", "clip", "channel", "channels", "speed", "tempo", "pitch", "gain"}
+RATES = ("rate", "sr", "fs", "samplerate", "sample_rate", "sampling_rate", "sample_rate_hertz", "sample_rate_hz")
+MOST = 1e7  # seconds, or samples a second
 
 
 class LibriSpeech(Recordings):
@@ -104,7 +136,7 @@ class LibriSpeech(Recordings):
             folder = place / "LibriSpeech" / name
         found = []
         for transcripts in sorted(folder.glob("*/*/*.trans.txt")):
-            for line in transcripts.read_text(encoding="utf-8").splitlines():
+            for line in lines_of(decoded(transcripts.read_bytes(), transcripts)):
                 key, _, text = line.partition(" ")
                 path = transcripts.parent / f"{key}.flac"
                 if path.is_file():
@@ -198,7 +230,7 @@ class SpeechCommands(Recordings):
                 unpacked(fetch(folder / self.archive, self.url, self.sha256), place, (".wav", ".txt"))
             folder = place
         lists = {
-            split: {*(folder / f"{name}_list.txt").read_text().split()}
+            split: {*(folder / f"{name}_list.txt").read_text(encoding="utf-8-sig").split()}
             for split, name in (("val", "validation"), ("test", "testing"))
         }
         words = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")

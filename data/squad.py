@@ -65,7 +65,7 @@ class QuestionAnswering(pl.LightningDataModule):
         self.files = dict(files or {})
         for split, name in self.names.items():
             if not name:
-                raise ValueError(f"data.{split}={name} must name a file in SQuAD's format")
+                raise ValueError(f"data.{split}={name} must name a file in SQuAD's format: type data.{split}=FILE.json")
         if tagger not in ("spacy", "none"):
             raise ValueError(f"data.tagger={tagger} must be spacy or none")
         if not isinstance(lowercase, bool):
@@ -111,7 +111,7 @@ class QuestionAnswering(pl.LightningDataModule):
             if not count or count != (expected or count):
                 raise ValueError(
                     f"data.{split}={self.names[split]} ({path}) has {count:,} questions, expected "
-                    f"{f'{expected:,}' if expected else 'some'}"
+                    f"{f'{expected:,}' if expected else '1 or more'}: type data.{split}=FILE for another file"
                 )
         if self.given is None and not self.training_windows():
             raise ValueError(f"data.train={self.names['train']} has no question with an answer to learn from")

@@ -10,6 +10,8 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from data.lines import decoded, lines_of
+
 PAD, UNK, BOS, EOS = range(4)  # <pad>, <unk>, <s>, </s>
 KINDS = ("bpe", "unigram")
 VERSION = sentencepiece.__version__  # another may learn other subwords
@@ -72,6 +74,10 @@ class Subwords:
     def decode(self, numbers: Iterable[int]) -> str:
         """The text of subwords; <pad>, <unk>, <s> and </s> are left out. Bytes that are no UTF-8 become U+FFFD."""
         return self.processor.decode([int(number) for number in numbers if number > EOS]).removeprefix(" ")
+
+    def lines(self, content: bytes, name: str) -> list[str]:
+        """The sentences of a file, as a text that is trained on is read."""
+        return lines_of(decoded(content, name))
 
     def batch(self, sentences: Sequence[str], max_length: int) -> tuple[Batch, list[int]]:
         """Sentences to translate, those of more than max_length subwords in parts; and whose part each is."""

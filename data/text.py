@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.fetch import fetch, find, locked, open_unpacked, require_writable, unpacking
+from data.lines import refuse_nul, unmarked
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,16 @@ def text_lines(lines: IO[bytes], where: str, wanted: set[bytes]) -> Iterator[byt
     word = None
     seen = set()
     for number, line in enumerate(tqdm(lines, desc=where, unit=" lines", delay=2), start=1):
-        line = line.rstrip(b" \r\n")
+        line = unmarked(line, where) if number == 1 else line
+        refuse_nul(line, where, number)
+        line = line.replace(b"\t", b" ").rstrip(b" \r\n")
+        if b"\r" in line:
+            raise ValueError(
+                f"{where}:{number}: a line ends with CR alone, as on old Macs: type `tr '\\r' '\\n' < FILE > NEW`, and "
+                "name the new file"
+            )
+        if not line:
+            continue
         spaces = line.count(b" ")
         if number == 1 and spaces == 1 and line.replace(b" ", b"").isdigit():
             width = int(line.split()[1])  # word2vec's header: number of words, width

@@ -108,13 +108,13 @@ class ParallelText(pl.LightningDataModule):
         }
         files = {split: (texts[source], texts[target]) for split, (source, target) in paths.items()}
         for split, both in files.items():
-            parallel.require_pairs(*both)
+            parallel.require_pairs(f"data.{split}={self.names[split]}", *both)
             for language, file in zip(self.languages.values(), both, strict=True):
                 lines = self.files.get(f"{self.names[split]}.{language}", {}).get("lines", file.lines)
                 if file.lines != lines:
                     raise ValueError(
-                        f"{file.path} has {file.lines:,} lines, expected {lines:,}: not the published file. Replace "
-                        f"it, or `rm {file.path}` to download it again"
+                        f"{file.path} has {file.lines:,} lines, expected {lines:,}: not the published file. Put "
+                        "the right one there, or type another data.root=DIR to download it to"
                     )
         if self.given is not None:
             self.subwords = self.given

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `data` is not installed, it lies beside this folder
 
-from tasks import door, messages
+from tasks import console, door, messages
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -22,5 +22,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    console.use_utf8()
     sys.argv.append("hydra.run.dir=.")  # nothing of this is a run
     messages.guard(main)

@@ -120,7 +120,7 @@ def measured_speed(files: list[Path]) -> list[str]:
     figures = []
     for file in files:
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = json.loads(file.read_bytes())
             device = str(found["machines"][0]["device"])
             for each in found["levels"].get("layer", []):
                 steps, batch, size = each["shape"]

@@ -57,7 +57,7 @@ class Row:
 
     @property
     def substitute(self) -> str:
-        """How most of the runs differ from the row that they stand in for; "" where they are the row, or there is none."""
+        """How most of its runs differ from the row that they stand in for; "" where there are none, or runs of the row."""
         return "" if self.runs else max(self.substitutes, key=lambda differs: len(self.others[differs]), default="")
 
     @property
@@ -264,7 +264,7 @@ NOTES = (
     "A run counts where all its options are the experiment's, but for seed, fold, folders and hardware (the batch is "
     "that of all processes together); repeated are runs with the seed and fold of another, so that n and std say less; "
     "runs of an experiment with other options stand below its row, and count for nothing.",
-    "Run with substitutes: as published but for what that column says, because the original is not to be had. Such a row "
-    "is neither reached nor missed.",
+    "Run with substitutes: as published but for what that column says, because the original is not to be had. Such a "
+    "row is neither reached nor missed.",
     "?: the published value is quoted from memory, not verified in the paper.",
 )

@@ -1,5 +1,6 @@
 """Reading finished runs, from their folders or a file of kept ones, and putting those of one experiment together."""
 
+import codecs
 import csv
 import json
 import os
@@ -79,7 +80,7 @@ class Place:
             if name != "metrics.csv":
                 return held
             return [dict(zip(held, cells, strict=True)) for cells in zip(*held.values(), strict=True)]
-        text = (self.path / name).read_text(encoding="utf-8")
+        text = (self.path / name).read_text(encoding="utf-8-sig")
         if name == "metrics.csv":
             return list(csv.DictReader(text.splitlines()))
         if name != "config.yaml":
@@ -171,7 +172,9 @@ def find_runs(paths: list[Path]) -> list[Place]:
     kept = []
     for file in {path.resolve(): path for path in paths if path.is_file()}.values():
         # Not splitlines(), which also cuts at characters that a text within JSON may have.
-        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        content = file.read_bytes()
+        encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        lines = content.decode(encoding, errors="replace").split("\n")
         kept += [Place(file, number, text) for number, text in enumerate(lines, start=1) if text.strip()]
     return [*found.values(), *kept]
 

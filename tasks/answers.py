@@ -54,7 +54,7 @@ def read_json(path: str) -> Any:
     """What a JSON file holds, which may be a .gz."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(Path(path).expanduser(), "rb") as file:
-            return json.loads(file.read().decode("utf-8-sig"))
+            return json.loads(file.read())
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile, RecursionError) as error:
         raise ValueError(f"{path} is no JSON, plain or .gz ({error})") from error
     except OSError as error:

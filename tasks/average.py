@@ -63,7 +63,7 @@ class Average(Checkpoint):
         own = content["state_dict"]
         for path, state in states.items():
             if {k: v.numel() for k, v in state.items()} != {k: v.numel() for k, v in own.items()}:
-                raise ValueError(f"{path} is of another network, so there is no mean: move it out of the run's folder")
+                raise ValueError(f"{path} is of another network; move it elsewhere, and the mean is that of the others")
             # Earlier versions kept a gate's biases as a row each.
             states[path] = {name: value.reshape(own[name].shape) for name, value in state.items()}
         content["state_dict"] = mean(list(states.values()))
@@ -75,7 +75,7 @@ def load(path: str) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises whatever the bytes lead it to
-        raise ValueError(f"{path} is damaged; delete it, and the mean is that of the others") from error
+        raise ValueError(f"{path} is damaged; move it elsewhere, and the mean is that of the others") from error
 
 
 def mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -201,9 +201,7 @@ class Hybrid(Task):
         """
         path = Path(output).expanduser()
         if there := [str(each) for each in (path, path.with_suffix(".scp")) if each.exists()]:
-            raise FileExistsError(
-                f"output={output}: {' and '.join(there)} would be overwritten; name another, or rm it"
-            )
+            raise FileExistsError(f"output={output}: {' and '.join(there)} would be overwritten; name another")
         if frames_per_batch < 1:
             raise ValueError(f"frames_per_batch={frames_per_batch} must be 1 or more")
         frames, batches = vocabulary.read(input, frames_per_batch)

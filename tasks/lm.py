@@ -2,15 +2,14 @@
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tasks import console
 from tasks.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from tasks.base import Dropout, Task
 
@@ -207,7 +206,7 @@ class LanguageModelling(Task):
             raise ValueError(
                 f"length={length} must be 0 or above, up to 10**9, and seed={seed} 0 or above, below 2**63"
             )
-        given = vocabulary.encode(prompt)
+        given = vocabulary.encode(console.typed(prompt))
         tokens = self.generate(
             given,
             temperature=temperature,
@@ -219,12 +218,8 @@ class LanguageModelling(Task):
 
     def scored_lines(self, vocabulary: Any, path: str) -> Iterator[str]:
         """Each line behind its score, and the score of all; the text is read as if a line had ended before it."""
-        try:
-            content = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
-        except OSError as error:
-            raise FileNotFoundError(f"input={path} cannot be read: {error.strerror}") from error
-        lines = content.decode("utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
-        if not content:
+        lines = vocabulary.lines(content := console.read(path), f"input={path}")
+        if not content or not lines:
             raise ValueError(f"input={path} is empty: there is no line to score")
         try:
             end = vocabulary.encode("\n")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks import answers, messages
+from tasks import answers, console, messages
 from tasks.base import Dropout, Task, apply_linear
 from tasks.processes import gathered, rank
 from tasks.record import write_text
@@ -196,15 +196,9 @@ class QuestionAnswering(Task):
             raise ValueError("give question='some text?' and passage='some text', or input=FILE for the passage")
         if n_best < 1:
             raise ValueError(f"n_best={n_best} must be 1 or more")
+        question, passage = console.typed(question), console.typed(passage or "")
         if input is not None:
-            try:
-                content = sys.stdin.buffer.read() if input == "-" else Path(input).expanduser().read_bytes()
-                passage = content.decode("utf-8-sig")
-            except OSError as error:
-                raise FileNotFoundError(f"input={input} cannot be read: {error.strerror}") from error
-            except UnicodeDecodeError as error:
-                raise ValueError(f"input={input} is no text in UTF-8: {error}") from error
-        assert passage is not None
+            passage = vocabulary.text(console.read(input), f"input={input}")
         best: dict[tuple[int, int], float] = {}  # characters: sum of scores
         # The best score of a token in all windows that hold it, by its first and by its last character.
         totals = np.full((2, len(passage) + 1), -math.inf)
@@ -276,4 +270,5 @@ class Layers(nn.Module):
 
 
 if __name__ == "__main__":
+    console.use_utf8()
     messages.guard(lambda: answers.command(sys.argv[1:]))

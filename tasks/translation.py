@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tasks import console
 from tasks.base import Dropout, Task, apply_linear, is_plain
 from tasks.cross_entropy import linear_cross_entropy
 from tasks.decoder import GlobalAttention, has_memory
@@ -247,14 +248,7 @@ class Translation(Task):
             raise ValueError(f"n_best={n_best} must be 1 to beam={beam}")
         if min(batch_size, max_length) < 1:
             raise ValueError(f"batch_size={batch_size} and max_length={max_length} must be 1 or more")
-        try:
-            content = sys.stdin.buffer.read() if input == "-" else Path(input).expanduser().read_bytes()
-            text = content.decode("utf-8-sig").removesuffix("\n")
-            lines = [line.removesuffix("\r") for line in text.split("\n")] if content else []
-        except OSError as error:
-            raise FileNotFoundError(f"input={input} cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"input={input} is no text in UTF-8: {error}") from error
+        lines = vocabulary.lines(console.read(input), f"input={input}")
         for begin in range(0, len(lines), batch_size):
             group = lines[begin : begin + batch_size]
             batch, lines_of_parts = vocabulary.batch(group, max_length)

@@ -100,7 +100,9 @@ def test_a_damaged_checkpoint_is_named(configure, tmp_path, capsys):
     folder = tmp_path / "run/checkpoints"
     path = sorted(folder.glob("kept-*"))[0]
     path.write_bytes(b"garbage")
-    with pytest.raises(ValueError, match=r"kept-\d+\.ckpt is damaged; delete it, and the mean is that of the others"):
+    with pytest.raises(
+        ValueError, match=r"kept-\d+\.ckpt is damaged; move it elsewhere, and the mean is that of the others"
+    ):
         train.run(configure(*words, f"resume={tmp_path / 'run'}", "trainer.max_epochs=2"))
     path.unlink()
     train.run(configure(*words, f"resume={tmp_path / 'run'}", "trainer.max_epochs=2"))

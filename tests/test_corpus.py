@@ -210,7 +210,6 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     ("options", "message"),
     [
         ({"unit": "letters"}, r"data\.unit=letters is not one of bytes, characters, words"),
-        ({"unit": "words"}, r"data\.unit=words needs files for train, val and test"),
         ({"batch_size": 0}, r"data\.batch_size=0 must be a whole number, 1 or more"),
         ({"unroll": -1}, r"data\.unroll=-1 must be a whole number, 1 or more"),
         ({"eval_unroll": 0}, r"data\.eval_unroll=0 must be a whole number, 1 or more"),
@@ -219,7 +218,14 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         ({"valid_bytes": "5k"}, r"data\.valid_bytes=5k must be a whole number, 2 "),
         ({"min_count": 0}, r"data\.min_count=0 must be a whole number, 1 or more"),
         ({"path": None}, r"type data\.path=FILE"),
-        ({"path": None, "files": {"all": {"name": "a"}, "test": {"name": "b"}}}, r"has the keys \['all', 'test'\]"),
+        (
+            {"path": None, "files": {"all": {"name": "a"}, "test": {"name": "b"}}},
+            r"the text has files for all, test: type data\.train",
+        ),
+        ({"path": None, "train": "/"}, r"data\.train=/ is no file: type data\.train=FILE"),
+        ({"train": "a"}, r"data\.path= is one text.* leave out data\.train=.*, or type data\.path=null"),
+        ({"files": {"all": {"name": "a"}}}, r"data\.path= name.* this corpus has files of its own: type data=words"),
+        ({"min_count": 2}, r"data\.min_count changes nothing here: bytes of all; .*, or type data=bytes"),
         ({"path": "/nonexistent"}, r"data\.path=/nonexistent is no file: type data\.path=FILE"),
         ({"path": "/"}, r"data\.path=/ is no file"),
         ({"valid_bytes": 60, "test_bytes": 40}, r"data\.valid_bytes=60 and data\.test_bytes=40 leave nothing of 100"),
@@ -229,11 +235,26 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         ({"batch_size": 90}, r"the train split has 90 bytes: in 90 streams they are 0 steps, .*data\.batch_size=90"),
         ({"unroll": 45}, r"in 2 streams they are 44 steps, too few for data\.batch_size=2 and data\.unroll=45"),
         ({"eval_batch_size": 5}, r"the val split has 5 bytes: .* data\.eval_batch_size=5"),
+        ({"eval_batch_size": 5}, r"which take 6\. Type data\.eval_batch_size=4 or less, .* larger data\.valid_bytes="),
+        (
+            {"batch_size": 9, "unroll": 10},
+            r"take 91\. Type data\.batch_size=8 data\.unroll=10 or less, or take a longer",
+        ),
+        ({"batch_size": 9, "unroll": 200}, r"take 1801\. Type data\.batch_size=1 data\.unroll=89 or less"),
     ],
 )
 def test_bad_options_are_told(tmp_path, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         text_of(tmp_path, bytes(range(100)), **options).setup()
+
+
+@pytest.mark.parametrize("unit", ["bytes", "characters", "words"])
+@pytest.mark.parametrize("count", range(5))
+def test_a_text_of_a_few_tokens_is_refused_with_what_it_needs(tmp_path, unit, count):
+    (tmp_path / "text").write_text("ab\n" * count)
+    data = Text(root="", cache=str(tmp_path / "cache"), unit=unit, path=str(tmp_path / "text"), batch_size=1, unroll=1)
+    with pytest.raises(ValueError, match=r"is empty: name a file|the (train|val) split has . \w+: .*which take 2\. "):
+        data.setup()
 
 
 def test_an_empty_text_is_refused(tmp_path):
@@ -252,7 +273,9 @@ def test_what_is_no_text_has_no_words_or_characters(tmp_path, unit):
 def test_a_text_of_another_size_than_published_is_refused(tmp_path):
     data = words_of(tmp_path)
     data.files["val"]["tokens"] = 99
-    with pytest.raises(ValueError, match=r"val\.txt holds 22 words, expected 99: not the published file\. .*`rm "):
+    with pytest.raises(
+        ValueError, match=r"val\.txt holds 22 words, expected 99: not the published file\. .*another data\.root=DIR"
+    ):
         data.setup()
 
 

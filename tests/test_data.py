@@ -12,6 +12,7 @@ import yaml
 
 from data import text
 from data.classification import PythonManual, SentenceClassification, split_examples
+from data.sentences import OwnSentences
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = Path(__file__).parent / "samples"
@@ -35,6 +36,58 @@ def reviews_with(root, content):
     (root / "sentcls").mkdir()
     (root / "sentcls" / "reviews.all").write_bytes(content)
     return corpus(root)
+
+
+# A person's own sentences
+
+
+def sentences(folder, content, **options):
+    (folder / "mine.txt").write_text(content, encoding="utf-8")
+    names = {"path": str(folder / "mine.txt")} | options
+    return OwnSentences(root=str(folder), cache=str(folder / "cache"), **names)
+
+
+def test_sentences_of_ones_own_have_any_words_as_labels(tmp_path):
+    lines = "".join(f"{'ham' if i % 3 else 'spam'}{' ' if i % 2 else chr(9)}word{i} again\n" for i in range(40))
+    data = sentences(tmp_path, lines, min_count=1)
+    data.setup()
+    assert data.labels == ["ham", "spam"]
+    assert {split: len(own) for split, own in data.splits.items()} == {"train": 33, "val": 3, "test": 4}
+    assert sorted(words[0] for own in data.splits.values() for words, _ in own) == sorted(f"word{i}" for i in range(40))
+    assert all(label == (int(words[0][4:]) % 3 == 0) for own in data.splits.values() for words, label in own)
+    named = sentences(tmp_path, lines, labels=["spam", "ham"])
+    named.setup()
+    assert named.splits["test"][0][1] == 1 - data.splits["test"][0][1]
+    (tmp_path / "test.txt").write_text("spam a\nham b\n")
+    three = sentences(tmp_path, lines, path=None, train=tmp_path / "mine.txt", test=str(tmp_path / "test.txt"))
+    three.given = SentenceClassification.vocabulary_of(data.state_dict())
+    three.setup()
+    assert {split: len(own) for split, own in three.splits.items()} == {"train": 36, "val": 4, "test": 2}
+    assert three.labels == data.labels
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (
+            "a x\n",
+            {"path": None},
+            r"and none of them is given: type data\.path=FILE, or data\.train=FILE data\.test=FILE",
+        ),
+        ("a x\n", {"path": None, "train": "x"}, r"and train of them is given: type data\.path=FILE"),
+        ("a x\n", {"path": "absent.txt"}, r"data\.path=absent\.txt is no file: type data\.path=FILE"),
+        ("a x\n", {"labels": ["a", "a"]}, r"data\.labels=\['a', 'a'\] must be different words"),
+        ("a x\n", {"labels": ["b", "c"]}, r"mine\.txt:1: expected `label text` with a label of b, c, found 'a x'"),
+        ("", {}, r"mine\.txt is empty: give it lines of `label text`"),
+        ("\n\r\n", {}, r"mine\.txt is empty"),
+        ("a x\n" * 12, {}, r"the train split has one label, a, in all it has \(9\): there is nothing to tell apart"),
+        ("a x\nb y\n" * 5, {}, r"the val split is empty: there is a total of 10"),
+        ("".join(f"w{i} x\n" for i in range(30)), {}, r"has 30 different labels in 30 lines, such as w0, w1, w10"),
+    ],
+)
+def test_wrong_sentences_of_ones_own_are_told(tmp_path, content, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        sentences(tmp_path, content, **options).setup()
 
 
 # Splits
@@ -76,6 +129,31 @@ def test_three_given_splits_stay_as_they_are():
     assert split_examples(files, 0) == files
     with pytest.raises(ValueError, match=r"data.fold=1: this corpus has one given split, so only data.fold=0"):
         split_examples(files, 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "fold", "split"), [(0, 0, "train"), (1, 0, "train"), (2, 0, "val"), (3, 9, "val"), (11, 0, "val")]
+)
+def test_too_few_examples_for_ten_folds_are_told(count, fold, split):
+    with pytest.raises(
+        ValueError, match=rf"the {split} split is empty: .* of {count}, and data.fold={fold} of 10 takes 12"
+    ):
+        split_examples({"all": list(range(count))}, fold)
+    for fold in range(10):
+        assert all(split_examples({"all": list(range(12))}, fold).values())
+
+
+@pytest.mark.parametrize(
+    ("files", "fold", "message"),
+    [
+        ({"train": [1], "test": [2]}, 0, "the train split is empty: .* of 1, and data.fold=0 of 10 takes 2"),
+        ({"train": [1, 2, 3], "test": [2]}, 5, "the val split is empty: .* of 3, and data.fold=5 of 10 takes 6"),
+    ],
+)
+def test_too_few_examples_to_hold_a_tenth_out_are_told(files, fold, message):
+    with pytest.raises(ValueError, match=message):
+        split_examples(files, fold)
+    assert split_examples({"train": [1, 2, 3, 4, 5, 6], "test": [2]}, 5)["val"]
 
 
 @pytest.mark.parametrize("fold", [-1, 10])
@@ -237,7 +315,7 @@ def test_a_trainer_saves_the_vocabulary_and_sees_the_batches(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"reviews.all holds 0 examples"),
+        (b"", r"reviews.all is empty: give it lines"),
         (b"1 fine\nno label here\n", r"reviews.all:2: expected `label text` .* found 'no label here'"),
         (b"1 fine\n\n0 bad\n", r"reviews.all:2: .* found ''"),
         (b"2 fine\n", r"reviews.all:1: expected `label text` with a label from 0 to 1, found '2 fine'"),

@@ -156,8 +156,11 @@ def test_a_damaged_file_is_refused(corpus):
     ("options", "message"),
     [
         ({"order": "columns"}, r"data\.order=columns must be one of rows, pixels, permuted"),
-        ({"num_val": 12}, r"data\.num_val=12 leaves none of 12 images to train on"),
-        ({"num_train": 10}, r"data\.num_train=10 is more than there are: 12 images, data\.num_val=3"),
+        ({"num_val": 12}, r"data\.num_val=12 leaves none of 12 images to train on: type data\.num_val=11"),
+        (
+            {"num_train": 10},
+            r"data\.num_train=10 is more than there are: 12 images, data\.num_val=3; type data\.num_train=9 or less",
+        ),
         ({"num_train": 0}, r"data\.num_train=0 and data\.batch_size=4 must be whole numbers, 1 or more"),
         ({"num_val": "many"}, r"data\.num_val=many, "),
         ({"num_train": 1.5}, r"data\.num_train=1\.5 and"),

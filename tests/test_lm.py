@@ -320,7 +320,7 @@ def test_the_state_of_a_checkpoint_goes_where_the_network_is():
         (["+model.batch_first=true"], "leave out model.batch_first"),
         (["trainer.val_check_interval=1"], "type for example trainer.val_check_interval=0.25"),
         (["trainer.precision=16-true"], "trainer.precision=16-mixed"),
-        (["data=bytes", "data.path={words}", "+data.min_count=5"], "data.min_count would change nothing here"),
+        (["data=bytes", "data.path={words}", "+data.min_count=5"], "data.min_count changes nothing here"),
         (["task.embedding_size=0"], "task.embedding_size=0 must be a whole number"),
         (["callbacks.clock.max_seconds=nan"], "must be above 0"),
         (["data.unroll=20000"], "data.unroll=20000"),

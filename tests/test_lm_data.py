@@ -281,6 +281,46 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path):
         data.load_state_dict({"unit": "bytes", "tokens": [97]})
 
 
+# A person's own text
+
+
+OWN = {"root": "", "unit": "words", "batch_size": 1, "unroll": 1}
+
+
+def test_one_text_by_words_has_the_vocabulary_of_what_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.corpus.BLOCK", 7)
+    (tmp_path / "a.txt").write_text("a b b a c\n" * 6 + "late late late\n", encoding="utf-8")
+    data = Text(cache=str(tmp_path / "cache"), path=str(tmp_path / "a.txt"), valid_bytes=4, test_bytes=4, **OWN)
+    data.setup()
+    assert data.vocabulary.tokens == ["a", "b", "<eos>", "c", "<unk>"]
+    assert [len(split) for split in data.splits.values()] == [32, 4, 4]
+    assert data.vocabulary.decode(data.splits["test"].tolist()) == "<unk> <unk> <unk>\n"
+    other = Text(cache=str(tmp_path / "cache"), path=str(tmp_path / "a.txt"), valid_bytes=2, test_bytes=36, **OWN)
+    other.setup()
+    assert other.vocabulary.tokens == ["<unk>"]
+    assert len(other.splits["train"]) == 2
+    with pytest.raises(ValueError, match=r"holds 'late', which training does not, .*data\.min_count=2"):
+        Text(cache=str(tmp_path / "cache"), path=str(tmp_path / "a.txt"), test_bytes=4, min_count=1, **OWN).setup()
+    given = Text(cache=str(tmp_path / "cache"), path=str(tmp_path / "a.txt"), **OWN)
+    given.given = data.vocabulary
+    given.setup()
+    assert given.vocabulary.tokens == data.vocabulary.tokens
+
+
+@pytest.mark.parametrize("unit", ["bytes", "characters", "words"])
+def test_a_text_of_three_files_is_read(tmp_path, unit):
+    files = {"train": "a b\na b a\n", "val": "b a\n", "test": "a b\n"}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    names = {name: str(tmp_path / name) for name in files}
+    data = Text(cache=str(tmp_path / "cache"), **OWN | {"unit": unit} | names)
+    data.setup()
+    decoded = {split: data.vocabulary.decode(tokens.tolist()) for split, tokens in data.splits.items()}
+    assert decoded == files
+    with pytest.raises(ValueError, match=r"the text has files for test, train: type data\.val=FILE as well"):
+        Text(cache="", **OWN | names | {"val": None})
+
+
 # Preparing
 
 

@@ -1,5 +1,6 @@
 """predict.py: prompts that are gone on from, texts that are scored, and what is refused."""
 
+import os
 import subprocess
 import sys
 
@@ -55,6 +56,27 @@ def test_any_bytes_are_scored_as_they_are(configure, tmp_path, capsys):
     lines = capsys.readouterr().out.split("\n")
     assert [line[10:] for line in lines[:3]] == ["abc\ufffd\x0cd\r", "\ufffda", "abc\ufffd"]
     predict.main([f"checkpoint={tmp_path / 'run'}", "prompt=abc", "length=9", "temperature=1e-40"])
+
+
+def test_predictions_are_utf8_whatever_the_locale(configure, tmp_path):
+    text = "ab\u2026c \u00e9\n"
+    (tmp_path / "text").write_text(text * 400, encoding="utf-8")
+    files = ("data=bytes", "data.unit=characters", f"data.path={tmp_path / 'text'}")
+    train.run(configure(*SMALL, *files, "epochs=1"))
+    for locale, words, expected in (
+        ({"PYTHONIOENCODING": "latin-1"}, [f"input={tmp_path / 'text'}"], text.strip()),
+        (
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+            ["prompt=b\u2026c \u00e9", "length=1"],
+            "b\u2026c \u00e9",
+        ),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, ["input=-"], text.strip()),
+    ):
+        command = [sys.executable, "predict.py", f"checkpoint={tmp_path / 'run'}", *words]
+        env = {**os.environ, **locale}
+        done = subprocess.run(command, cwd=ROOT, env=env, input=text.encode(), capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout.decode()
 
 
 def test_a_text_without_lines_is_scored(configure, tmp_path, capsys):

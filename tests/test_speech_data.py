@@ -156,6 +156,15 @@ def test_nothing_to_learn_is_told_before_features_are_computed(listed, monkeypat
             data.setup()
 
 
+@pytest.mark.parametrize("unit", ["characters", "label"])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_split_without_a_recording_is_refused(listed, split, unit):
+    data = listed(unit=unit)
+    data.parts[split] = []
+    with pytest.raises(ValueError, match=rf"data\.{split} has no recording: 1 or more are needed"):
+        data.setup()
+
+
 def test_a_test_without_a_step_is_refused(listed):
     data = listed()
     for utterance in data.parts["test"]:

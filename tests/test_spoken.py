@@ -44,7 +44,7 @@ def test_a_manifest_lists_recordings(tmp_path):
         ('{"audio": "a.wav", "text": 5}', "'text' is no text, but 5"),
         ('{"audio": "a.wav", "text": "\\ud800"}', "'text' is no text"),
         ("\n[1]", "bad.jsonl:2: 'audio' is no text"),
-        ("", "lists no recording"),
+        ("", r"data\.train=bad.jsonl lists no recording: a line is"),
     ):
         (tmp_path / "bad.jsonl").write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -52,6 +52,106 @@ def test_a_manifest_lists_recordings(tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="no UTF-8"):
         Manifest(train="bad.jsonl", val="dev.jsonl", test="test.jsonl", **options).utterances()
+
+
+def listing(folder, *rows, **options):
+    """A manifest of these lines, as data of 8 kHz whose splits are all the same."""
+    (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    names = dict.fromkeys(("train", "val", "test"), "m.jsonl")
+    return Manifest(root=str(folder), cache=str(folder / "cache"), **{"rate": RATE, "num_mels": 24} | names | options)
+
+
+@pytest.mark.parametrize("rate", [RATE, 16000])
+@pytest.mark.parametrize("kind", ["wav", "flac"])
+def test_parts_of_a_recording_are_heard_as_files_of_their_own(tmp_path, rate, kind):
+    wave = np.random.default_rng(0).normal(0, 0.1, (3 * rate, 2)).astype(np.float32)
+    write(tmp_path / f"long.{kind}", wave, rate)
+    spans = [(0, 1.0), (0.5, 0.25), (1.25, None), (2.0, 0), (2.5, 0.54), (None, 0.75), (0.0, 3.0)]
+    rows = []
+    for i, (offset, duration) in enumerate(spans):
+        start = round((offset or 0) * rate)
+        stop = start + round(duration * rate) if duration else len(wave)
+        own = soundfile.read(tmp_path / f"long.{kind}", start=start, stop=min(stop, len(wave)))[0]
+        write(tmp_path / f"{i}.wav", own, rate)
+        part = {"audio_filepath": f"long.{kind}", "offset": offset, "duration": duration, "text": f"part {i}"}
+        rows += [part, {"audio": f"{i}.wav", "text": f"part {i}"}]
+    data = listing(tmp_path, *rows, speeds=[0.9, 1.0], noise=None)
+    data.setup()
+    for split, count in (("train", 4 * len(spans)), ("val", 2 * len(spans))):
+        recorded = data.recorded[split]
+        assert len(recorded) == count
+        for i in range(0, count, 2):
+            (_, text, part), (_, other, own) = recorded[i], recorded[i + 1]
+            assert text == other
+            assert part.shape == own.shape
+            assert np.allclose(part, own, atol=0.02)  # the file of a part is rounded to 16 bits once more
+    assert len({recorded[i][2].tobytes() for i in range(0, count, 2)}) == len(spans)
+
+
+def test_a_part_has_features_of_its_own_in_the_cache(tmp_path):
+    write(tmp_path / "a.wav", np.concatenate([said(), said("umi")]))
+    first, second = ({"audio": "a.wav", "text": "x", "offset": offset, "duration": 0.3} for offset in (0, 0.4))
+    frames = []
+    for row in (first, second, {"audio": "a.wav", "text": "x"}, first):
+        data = listing(tmp_path, row)
+        data.setup()
+        frames.append(data.recorded["train"][0][2])
+    assert not np.array_equal(frames[0], frames[1])
+    assert len(frames[2]) > len(frames[0]) == len(frames[1])
+    assert np.array_equal(frames[0], frames[3])
+
+
+def test_parts_that_a_file_does_not_have_are_left_out_and_counted(tmp_path, caplog):
+    write(tmp_path / "a.wav", np.ones(RATE, np.float32) / 4)
+    fits = [{}, {"duration": 1.09}, {"offset": 0.5, "duration": 0.5}, {"sample_rate": RATE, "channel": None}]
+    absent = [{"offset": 1}, {"offset": 1.0, "duration": 0.05}, {"offset": 0.5, "duration": 1}, {"duration": 3000}]
+    absent += [{"offset": 1e7}, {"duration": 1e-9}, {"sr": 16000}, {"offset": 0.995}]
+    data = listing(tmp_path, *({"audio": "a.wav", "text": "x"} | part for part in fits + absent))
+    data.setup()
+    assert len(data.recorded["train"]) == len(fits)
+    assert "7 left out, damaged" in caplog.text
+    assert "a.wav is 1 s long: no part begins at 1 s" in caplog.text
+    assert "1 left out, shorter than a frame of 25 ms:" in caplog.text
+    assert "a.wav from 0.995 s on" in caplog.text
+    with pytest.raises(ValueError, match=r"none of 1 recordings can be .*no part goes from 0.5 s to 1.7 s"):
+        listing(tmp_path, {"audio": "a.wav", "text": "x", "offset": 0.5, "duration": 1.2}).setup()
+
+
+@pytest.mark.parametrize("key", ["offset", "duration", "sample_rate"])
+@pytest.mark.parametrize("value", [-1, -0.001, float("nan"), float("inf"), "1.0", True, False, [1], {}, 10**400])
+def test_parts_that_are_no_numbers_are_refused(tmp_path, key, value):
+    row = {"audio": "a.wav", "text": "x", key: value}
+    with pytest.raises(ValueError, match=rf"m.jsonl:1: '{key}' must be .*, a number from 0 on, not"):
+        listing(tmp_path, row).utterances()
+
+
+REFUSED = (
+    "channel",
+    "start",
+    "end",
+    "begin",
+    "stop",
+    "speed",
+    "start_time",
+    "endTime",
+    "Offset",
+    "frame_offset",
+    "segment",
+)
+
+
+@pytest.mark.parametrize("key", [*REFUSED, "offset_ms", "duration_ms"])
+def test_keys_that_would_mean_another_sound_are_refused(tmp_path, key):
+    with pytest.raises(ValueError, match=rf'm.jsonl:1: {key!r} may change the sound.*"offset" and "duration"'):
+        listing(tmp_path, {"audio": "a.wav", "text": "x", key: 1}).utterances()
+
+
+def test_other_keys_of_a_manifest_are_passed_over(tmp_path):
+    row = {"audio_filepath": "a.wav", "text": "x", "lang": "en", "id": 7, "segment_id": "3", "start": None, "pnc": "no"}
+    (found,) = listing(tmp_path, row | {"audio": "a.wav"}).utterances()["train"]
+    assert found == Utterance("m-1", (tmp_path / "a.wav",), "x", "")
+    with pytest.raises(ValueError, match=r"m.jsonl:1: 'audio' and 'audio_filepath' are two files"):
+        listing(tmp_path, row | {"audio": "b.wav"}).utterances()
 
 
 PARTS = {

@@ -261,7 +261,7 @@ def test_the_last_line_may_lack_its_end_and_the_first_have_a_mark(tmp_path):
     (tmp_path / "file").write_bytes(b"\xef\xbb\xbfa\n\xef\xbb\xbfb")
     assert list(parallel.lines_of(tmp_path / "file")) == ["a", "\ufeffb"]
     assert parallel.examined(tmp_path / "file").lines == 2
-    for content, lines in ((b"", 0), (b"\n", 1), (b"a\n\n", 2), (b"a\x0bb\xe2\x80\xa8c\rd", 1)):
+    for content, lines in ((b"", 0), (b"\n", 1), (b"a\n\n", 2), (b"a\x0bb\xe2\x80\xa8c\rd\n", 1)):
         (tmp_path / "file").write_bytes(content)
         assert parallel.examined(tmp_path / "file").lines == len(list(parallel.lines_of(tmp_path / "file"))) == lines
 
@@ -289,7 +289,7 @@ def test_a_prefix_that_is_not_there_is_named(tmp_path):
     refused(tmp_path, FileNotFoundError, r"or one of x/train, which are downloaded", test="no", files=known)
 
 
-@pytest.mark.parametrize(("content", "line"), [(b"a\nb\nGr\xfc\xdfe\n", 3), (b"a\nb\xc3", 2), (b"\xff\xfea\0\n", 1)])
+@pytest.mark.parametrize(("content", "line"), [(b"a\nb\nGr\xfc\xdfe\n", 3), (b"a\nb\xc3", 2), (b"\xff\xffa\n", 1)])
 def test_bytes_that_are_no_text_are_named_with_their_line(tmp_path, content, line):
     data = data_of(tmp_path)
     write(tmp_path, "dev", ENGLISH, GERMAN)
