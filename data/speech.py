@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from data.audio import Frontend, StepStream, check_frontend, read
+from data.audio import Frontend, Part, StepStream, check_frontend, read
 from data.batches import Batches
 from data.features import Recorded, Utterance, perturbed, prepared
 from data.symbols import BLANK, UNITS, Symbols, frames_needed
@@ -55,9 +55,10 @@ class Vocabulary:
         sizes = {"input_size": self.frontend.size, "num_mels": self.frontend.num_mels, "vocab_size": len(self.symbols)}
         return sizes | {"decode": self.symbols.decode}
 
-    def read(self, path: str | Path) -> tuple[np.ndarray, int]:
-        """The sound of a file, float32 of one channel, and its samples a second; ValueError where there is none."""
-        wave, rate, _ = read(Path(path).expanduser())
+    def read(self, path: str | Path, offset: float = 0.0, duration: float = 0.0) -> tuple[np.ndarray, int]:
+        """The sound of a file, or of a part of it (in seconds; duration 0: up to the end), float32 of one channel, and
+        its samples a second; ValueError where there is none."""
+        wave, rate, _ = read(Path(path).expanduser(), Part(offset, duration))
         return wave, rate
 
     def stream(self, rate: int) -> StepStream:

@@ -57,7 +57,7 @@ class Row:
 
     @property
     def substitute(self) -> str:
-        """How most of the runs that stand in for the row differ from it; "" where there are none, or runs of the row."""
+        """How most runs that stand in for the row differ from it; "" where there are none, or runs of the row."""
         return "" if self.runs else max(self.substitutes, key=lambda differs: len(self.others[differs]), default="")
 
     @property

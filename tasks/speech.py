@@ -181,6 +181,8 @@ class SpeechRecognition(Task):
         ngram_weight: float = 0.5,
         word_bonus: float = 0.0,
         rate: int = 16000,
+        offset: float = 0.0,
+        duration: float = 0.0,
     ) -> Iterator[str]:
         """Write down what is said in a recording; texts to be printed.
 
@@ -196,6 +198,8 @@ class SpeechRecognition(Task):
             ngram_weight: of its logarithms (0.5).
             word_bonus: added for each word (0), as an n-gram prefers few.
             rate: of raw sound on standard input (16000).
+            offset, duration: the part of the file that is heard, in seconds, as in a manifest; duration=0 is all up to
+                the end (0, 0).
         """
         check_beam(beam)
         if stream and (self.bidirectional or not hasattr(self.encoder, "step")):
@@ -206,9 +210,13 @@ class SpeechRecognition(Task):
             raise ValueError(f"ngram_weight={ngram_weight} and word_bonus={word_bonus} must be numbers")
         if ngram and beam == 1:
             raise ValueError("ngram= needs a beam: type beam=16")
+        if not (0 <= offset < 1e7 and 0 <= duration < 1e7):
+            raise ValueError(f"offset={offset} and duration={duration} must be seconds, numbers from 0 on")
+        if (offset or duration) and input == "-":
+            raise ValueError("offset= and duration= are of a file: standard input is heard from its start to its end")
         words = Words(ngram, vocabulary.symbols.piece, ngram_weight, word_bonus) if ngram else None
         found = PrefixSearch(beam, words) if beam > 1 else None
-        pieces, rate = sound(vocabulary, input, rate, chunk if stream else None)
+        pieces, rate = sound(vocabulary, input, rate, chunk if stream else None, offset, duration)
         steps, state = vocabulary.stream(rate), None
         symbols: list[int] = []
         last, written = BLANK, ""
@@ -259,14 +267,17 @@ def stretch(sizes: Tensor, most: Tensor | float, length: int) -> Tensor:
     return (places >= first) & (places < first + wide)
 
 
-def sound(vocabulary: Any, input: str, rate: int, chunk: float | None) -> tuple[Iterator[np.ndarray], int]:
-    """Pieces of `chunk` milliseconds, or one of all there is, of a file or of standard input; and samples a second."""
+def sound(
+    vocabulary: Any, input: str, rate: int, chunk: float | None, offset: float, duration: float
+) -> tuple[Iterator[np.ndarray], int]:
+    """Pieces of `chunk` milliseconds, or one of all there is, of a part of a file, or of standard input; and samples a
+    second."""
     if input == "-":
         size = -1 if chunk is None else 2 * max(1, round(rate * chunk / 1000))
         return (
             np.frombuffer(piece[: len(piece) // 2 * 2], "<i2").astype(np.float32) / 32768
             for piece in iter(lambda: sys.stdin.buffer.read(size), b"")
         ), rate
-    wave, rate = vocabulary.read(input)
+    wave, rate = vocabulary.read(input, offset, duration)
     size = len(wave) if chunk is None else max(1, round(rate * chunk / 1000))
     return (wave[i : i + size] for i in range(0, len(wave), size)), rate

@@ -279,6 +279,10 @@ def test_predictions_refuse_what_is_wrong(settings, tmp_path):
         ([f"input={sound}", "beam=0"], "beam=0 must be"),
         ([f"input={sound}", "ngram=a.arpa"], "ngram= needs a beam"),
         ([f"input={sound}", "chunk=0"], "chunk=0"),
+        ([f"input={sound}", "offset=-1"], "offset=-1.* must be seconds"),
+        ([f"input={sound}", "duration=nan"], "duration=nan must be seconds"),
+        ([f"input={sound}", "offset=2"], r"sound.wav is 1 s long: no part begins at 2 s"),
+        (["input=-", "offset=1"], "offset= and duration= are of a file"),
     ):
         with pytest.raises(ValueError, match=message):
             predict.main([run, *words])
@@ -288,6 +292,26 @@ def test_predictions_refuse_what_is_wrong(settings, tmp_path):
         task.output.bias.fill_(math.nan)
     with pytest.raises(ValueError, match="gives no number"):
         list(task.predict(vocabulary, input=str(sound)))
+
+
+def test_a_part_of_a_file_is_heard_as_a_file_of_its_own(settings, tmp_path):
+    train.run(settings(*FEW))
+    wave = np.random.default_rng(0).standard_normal(3 * 8000).astype(np.float32) / 4
+    soundfile.write(tmp_path / "long.wav", wave, 8000)
+    soundfile.write(tmp_path / "part.wav", wave[4000:14000], 8000)
+    soundfile.write(tmp_path / "end.wav", wave[4000:], 8000)
+    task, vocabulary = predict.load(str(tmp_path / "run"))
+    with torch.no_grad():
+        task.output.weight.mul_(30)  # so that noise is heard as symbols, others at other places
+    heard = []
+    for stream in (False, True):
+        for name, part in (("part", {"offset": 0.5, "duration": 1.25}), ("end", {"offset": 0.5})):
+            found = list(task.predict(vocabulary, input=str(tmp_path / "long.wav"), stream=stream, **part))
+            assert found == list(task.predict(vocabulary, input=str(tmp_path / f"{name}.wav"), stream=stream))
+            heard.append("".join(found))
+    whole = "".join(task.predict(vocabulary, input=str(tmp_path / "long.wav")))
+    assert heard[0] != heard[1] != whole
+    assert len(whole) > 3
 
 
 def test_silence_shorter_than_a_step_is_an_empty_text(settings, tmp_path, capsys):
