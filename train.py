@@ -27,6 +27,7 @@ def run(cfg: DictConfig) -> float | None:
         ".*recommended to use .self.log.*sync_dist=True.",
     )
     door.check(cfg)
+    dashboard.keep_place(cfg)
     if (count := processes.settle(cfg)) > processes.world_size():
         return processes.launch(cfg, count)
     memory.keep_freed_memory()

@@ -278,8 +278,10 @@ def summary_table(outcome: dict[str, Any], folder: Path) -> str:
         ("tested", TESTED[outcome["tested"]]),
         ("run folder", str(folder)),
     ]
-    if list(folder.glob("wandb/offline-run-*")):
-        rows.append(("to upload", f"wandb sync {shlex.quote(str(folder))}/wandb/offline-run-*"))
+    place, id_file = Path(os.environ.get("WANDB_DIR") or folder), folder / "wandb_id.txt"
+    own = "*" if place == folder else f"*-{id_file.read_text(encoding='utf-8')}" if id_file.exists() else ""
+    if own and list(place.glob(f"wandb/offline-run-{own}")):
+        rows.append(("to upload", f"wandb sync {shlex.quote(str(place))}/wandb/offline-run-{own}"))
     return table(rows)
 
 
