@@ -121,7 +121,7 @@ def check(cfg: DictConfig) -> None:
         names, takes_more = arguments(node, path)
         supplied = given_by_code(cfg, path, node)
         needed(node, path)
-        for name in node:
+        for name in map(str, node):
             if name in HYDRAS or (name in names and name not in supplied):
                 continue
             if name in supplied:
@@ -152,9 +152,9 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
     if isinstance(node, DictConfig):
         if "_target_" in node:
             yield path, node
-        for key in node:
+        for key in map(str, node):
             if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
-                yield from targets(node[key], f"{path}.{key}" if path else str(key))
+                yield from targets(node[key], f"{path}.{key}" if path else key)
     elif isinstance(node, ListConfig):
         for i, value in enumerate(node):
             yield from targets(value, f"{path}.{i}")
