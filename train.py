@@ -13,12 +13,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from tasks import average, console, dashboard, door, memory, messages, processes, record, sweep
+from tasks import average, console, dashboard, door, hints, memory, messages, processes, record, sweep
 
 
 def run(cfg: DictConfig) -> float | None:
     """Run what the configuration says; returns the monitored metric's best value, which sweepers optimise."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.profilers").setLevel(logging.INFO)  # their reports
     # A corpus in memory needs no workers, a resumed run finds its checkpoints, how Lightning uses torch is its own.
     warnings.filterwarnings(
         "ignore",
@@ -26,7 +27,10 @@ def run(cfg: DictConfig) -> float | None:
         # Metrics are summed over the processes before they are logged.
         ".*recommended to use .self.log.*sync_dist=True.",
     )
+    hints.drop_null(cfg)
     door.check(cfg)
+    hints.check(cfg)
+    dashboard.keep_place(cfg)
     if (count := processes.settle(cfg)) > processes.world_size():
         return processes.launch(cfg, count)
     memory.keep_freed_memory()
@@ -46,7 +50,8 @@ def run(cfg: DictConfig) -> float | None:
         sizes, outcome = record.sizes(task), None
         trainer = instantiate(cfg.trainer)
         try:
-            trainer.callbacks.append(recorder)
+            if not trainer.fast_dev_run:  # of which nothing is kept
+                trainer.callbacks.append(recorder)
             for logger in trainer.loggers:
                 logger.log_hyperparams(config)
             trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
@@ -57,7 +62,7 @@ def run(cfg: DictConfig) -> float | None:
             for tested in trainer.test(task, datamodule=data, ckpt_path=path, verbose=False, weights_only=True):
                 found["metrics"] |= {name: value for name, value in tested.items() if name != "step"}
             found["wall_seconds"] = time.perf_counter() - start
-            if not processes.rank():
+            if not processes.rank() and not trainer.fast_dev_run:
                 record.write_result(found, folder)
             outcome = found
         finally:
@@ -86,7 +91,8 @@ def command() -> None:
         return
     words = processes.arguments(sys.argv[1:])
     words.sort(key=lambda word: word not in ("-m", "--multirun"))  # argparse takes no flag between two overrides
-    sys.argv[1:] = sweep.resumed(words) if sweep.is_resumed(words) else door.resumed(words)
+    words = sweep.resumed(words) if sweep.is_resumed(words) else door.resumed(words)
+    sys.argv[1:] = hints.without_nothing(words)
     with sweep.told():
         main()
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `data` is not installed, it lies beside this folder
 
-from tasks import console, door, messages
+from tasks import console, door, hints, messages
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -21,7 +21,12 @@ def main(cfg: DictConfig) -> None:
     print(f"{HydraConfig.get().runtime.choices['data']}: ready")
 
 
+def command() -> None:
+    sys.argv[1:] = hints.without_nothing(sys.argv[1:])
+    main()
+
+
 if __name__ == "__main__":
     console.use_utf8()
     sys.argv.append("hydra.run.dir=.")  # nothing of this is a run
-    messages.guard(main)
+    messages.guard(command)

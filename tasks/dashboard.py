@@ -1,5 +1,6 @@
 """wandb: one run of its dashboard for a run folder, named, grouped and summed up so that runs can be compared."""
 
+import contextlib
 import os
 import re
 import secrets
@@ -7,12 +8,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from tasks.record import write_text
 
 STEP = "trainer/global_step"  # Lightning's name for the steps of the optimiser
+# Options that take these variables of wandb's where the command says nothing, by conf/logger/wandb.yaml.
+VARIABLES = {
+    "project": "WANDB_PROJECT",
+    "entity": "WANDB_ENTITY",
+    "name": "WANDB_NAME",
+    "group": "WANDB_RUN_GROUP",
+    "job_type": "WANDB_JOB_TYPE",
+}
+MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 
 
 class Wandb(WandbLogger):
@@ -24,13 +37,13 @@ class Wandb(WandbLogger):
     summary what the run lies above it. The summary of a finished run has all of metrics.json: the best epoch's value
     of the monitored metric, not the last one's.
 
-    An agent of a wandb sweep chooses project, entity and id.
+    An agent of a wandb sweep chooses project, entity and id. Otherwise the id is that of WANDB_RUN_ID, or a new one.
 
     Args:
-        run_dir: keeps wandb's files and, in wandb_id.txt, the id that a resume goes on with.
+        run_dir: keeps wandb's files, unless WANDB_DIR does, and, in wandb_id.txt, the id that a resume goes on with.
         project: as in wandb.init, and so entity and job_type.
-        group: another one than the above.
-        tags: further ones, beside task, data, model, ablations and experiment.
+        name: another one than the above, and so group.
+        tags: further ones, beside task, data, model, ablations and experiment; without any, those of WANDB_TAGS.
         artifacts: whether to upload what was tested, and what the test wrote: the checkpoint, with its configuration,
             and the predictions. Offline they stay where they are, until `wandb sync` reads them there.
     """
@@ -40,6 +53,7 @@ class Wandb(WandbLogger):
         run_dir: str,
         project: str = "sru",
         entity: str | None = None,
+        name: str | None = None,
         group: str | None = None,
         job_type: str = "train",
         tags: Iterable[str] = (),
@@ -50,10 +64,11 @@ class Wandb(WandbLogger):
         super().__init__(
             project=project,
             entity=entity,
+            name=name,
             group=group,
             job_type=job_type,
-            tags=list(tags),
-            save_dir=run_dir,
+            tags=list(tags) or environment_tags(),
+            save_dir=os.environ.get("WANDB_DIR") or run_dir,
             settings=wandb.Settings(quiet=True),
         )
         # Lightning hands on an option that wandb has ended, which then warns.
@@ -72,7 +87,11 @@ class Wandb(WandbLogger):
             # wandb.init takes the agent's, and warns of any other.
             options |= {"project": None, "entity": None, "id": None}
         else:
-            options["id"] = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else secrets.token_hex(4)
+            wanted = os.environ.get("WANDB_RUN_ID")
+            kept = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
+            options["id"] = kept or wanted or secrets.token_hex(4)
+            if kept and wanted not in (None, kept):
+                print(f"WANDB_RUN_ID={wanted} is not used: the run goes on as {kept} on wandb")
         if "WANDB_MODE" in os.environ:
             options["mode"] = os.environ["WANDB_MODE"]
         else:
@@ -82,7 +101,7 @@ class Wandb(WandbLogger):
         parts += sorted(choices["ablation"])
         fold = params["data"].get("fold")
         chance = [f"seed {params['seed']}", *([] if fold is None else [f"fold {fold}"])]
-        options["name"] = " ".join([*parts, *chance])
+        options["name"] = options["name"] or " ".join([*parts, *chance])
         paper, data, experiment = params["paper"] or {}, choices["data"], choices["experiment"]
         values = paper.get("value")
         values = values if isinstance(values, Mapping) else {data: values}
@@ -146,13 +165,58 @@ def finish(loggers: Iterable[Logger], outcome: dict[str, Any] | None, writes: It
             logger.finish(outcome, writes)
 
 
+def environment_tags() -> list[str]:
+    return [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
+
+
+def keep_place(cfg: DictConfig) -> None:
+    """A resumed run stays where it is on wandb, whatever the environment says by now; a word moves it."""
+    path = Path(str(cfg.resume)) / "config.yaml"
+    if not cfg.resume or "wandb" not in cfg.loggers or not path.is_file():
+        return
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, OmegaConfBaseException):  # told by the door
+        before = OmegaConf.select(OmegaConf.load(path), "loggers.wandb", default=None) or {}
+        for key, variable in VARIABLES.items():
+            if key not in before or not OmegaConf.is_interpolation(cfg.loggers.wandb, key):
+                continue
+            if variable in os.environ and os.environ[variable] != before[key]:
+                print(
+                    f"{variable}={os.environ[variable]} is not used: type loggers.wandb.{key}= to change {before[key]}"
+                )
+            cfg.loggers.wandb[key] = before[key]
+
+
+def check_environment() -> None:
+    """Refuse variables of wandb's that it would refuse after the corpus is read. An empty one says nothing."""
+    for variable in (*VARIABLES.values(), "WANDB_MODE", "WANDB_RUN_ID", "WANDB_TAGS", "WANDB_DIR"):
+        if not os.environ.get(variable, "").strip():
+            os.environ.pop(variable, None)
+    mode, run_id = os.environ.get("WANDB_MODE"), os.environ.get("WANDB_RUN_ID", "none")
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"WANDB_MODE={mode} must be one of {', '.join(MODES)}; type for example WANDB_MODE=offline")
+    if re.search(r"[:;,#?/']|^\s|\s$", run_id) or len(run_id) > 128:
+        raise ValueError(
+            f"WANDB_RUN_ID={run_id} must be a name of up to 128 characters without any of : ; , # ? / '; "
+            "type for example unset WANDB_RUN_ID"
+        )
+    if wrong := [tag for tag in environment_tags() if len(tag) > 64]:
+        raise ValueError(f"WANDB_TAGS has {wrong[0]}, longer than 64 characters; type for example WANDB_TAGS=a,b")
+    if mode in ("online", "run", "shared") and "WANDB_IDENTITY_TOKEN_FILE" not in os.environ:
+        import wandb
+
+        if not wandb.login(prompt=False, verify=False):
+            raise ValueError(f"WANDB_MODE={mode} needs an account: type wandb login, or WANDB_MODE=offline")
+
+
 def check(options: Mapping[str, Any]) -> None:
     """Refuse, before a corpus is read, what wandb would refuse after it."""
+    check_environment()
 
     def is_text(value: Any, longest: int = 64) -> bool:
         return isinstance(value, str) and 0 < len(value) <= longest
 
     project, entity, group, tags = (options[name] for name in ("project", "entity", "group", "tags"))
+    run_name = options.get("name")  # which earlier runs have not
     is_list = isinstance(tags, Sequence) and not isinstance(tags, str)
     for name, is_right, wanted, example in (
         (
@@ -168,10 +232,13 @@ def check(options: Mapping[str, Any]) -> None:
             "null",
         ),
         ("group", group is None or is_text(group, 128), "a text of up to 128 characters, or null", "null"),
+        ("name", run_name is None or is_text(run_name, 128), "a text of up to 128 characters, or null", "null"),
         ("job_type", is_text(options["job_type"]), "a text of up to 64 characters", "train"),
         ("tags", is_list and all(map(is_text, tags)), "a list of texts of up to 64 characters", "[]"),
         ("artifacts", type(options["artifacts"]) is bool, "true or false", "false"),
     ):
         if not is_right:
             key = f"loggers.wandb.{name}"
-            raise ValueError(f"{key}={options[name]} must be {wanted}; type for example {key}={example}")
+            is_variable = name in VARIABLES and OmegaConf.is_interpolation(options, name)
+            said = VARIABLES[name] if is_variable and VARIABLES[name] in os.environ else key
+            raise ValueError(f"{said}={options[name]} must be {wanted}; type for example {key}={example}")

@@ -94,6 +94,8 @@ def check(cfg: DictConfig) -> None:
             f"{accumulated}: a checkpoint, which is written then, holds no gradient; type for example "
             f"trainer.val_check_interval={100 * accumulated}"
         )
+    if cfg.resume and cfg.trainer.get("fast_dev_run"):
+        raise ValueError("fast_dev_run keeps nothing that it trains: leave it out, or resume=")
     if cfg.trainer.precision == "16-true":
         raise ValueError(
             "trainer.precision=16-true loses what a step adds; type trainer.precision=16-mixed or bf16-mixed"
@@ -128,7 +130,7 @@ def options_of(target: type, kind: type | None = None) -> list[str]:
         c for c in target.__mro__ if "__init__" in vars(c) and c.__module__.split(".")[0] in ("sru", "data", "tasks")
     ]
     found = [parameter for c in ours for parameter in inspect.signature(c).parameters.values()]
-    return sorted({p.name for p in found if p.name != "options" and kind in (None, p.annotation)})
+    return sorted({p.name for p in found if p.kind is not p.VAR_KEYWORD and kind in (None, p.annotation)})
 
 
 @contextlib.contextmanager
@@ -252,7 +254,9 @@ def resumed(arguments: list[str]) -> list[str]:
     overrides = recorded(folder / "run.json")
     quoted = "'" + str(folder).replace("'", "\\'") + "'"
     own = ("resume=", "run_dir=", "hydra.run.dir=")
-    kept = [word for word in [*overrides, *arguments] if not word.startswith(own)]
+    # A plus is right once: what it adds is there already, if it is typed again.
+    given = [word for word in arguments if word[:1] != "+" or word not in overrides]
+    kept = [word for word in [*overrides, *given] if not word.startswith(own)]
     return [*kept, f"resume={quoted}", f"run_dir={quoted}", f"hydra.run.dir={quoted}"]
 
 

@@ -9,12 +9,10 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-import hydra
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tasks import door, failures
+from tasks import door, failures, hints
 
 
 def explain(error: BaseException) -> str:
@@ -38,20 +36,17 @@ def explain(error: BaseException) -> str:
         key, values = several.groups()
         return f"{key}={values} has several values; for a run of each add -m; type a list as '{key}=[{values}]'."
     missing_file = re.search(r"Could not (?:find|load) '([\w/]+)/([^']+)'", text)
-    missing_key = re.search(r"Could not override '([^']+)'", text)
-    if not isinstance(error, (HydraException, OmegaConfBaseException)) or not (missing_file or missing_key):
-        return text
-    if missing_file:
+    if missing_file and isinstance(error, HydraException):
         group, wrong = missing_file[1], missing_file[2]
-        text = f"There is no {group}={wrong}."
-        known = sorted(path.stem for path in (door.ROOT / "conf" / group).glob("[!_]*.yaml"))
-    else:
-        assert missing_key is not None
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(door.ROOT / "conf")):
-            known = list(door.leaves(OmegaConf.to_container(hydra.compose("config"))))
-        known += [path.name for path in (door.ROOT / "conf").iterdir() if path.is_dir()]
-        wrong, text = missing_key[1], f"There is no key {missing_key[1]!r}."
-    return text + meant(wrong, known)
+        listed = re.findall(r"^\t(\w\S*)$", text, re.MULTILINE)  # by Hydra, of its own groups too
+        known = [name for name in listed if name[0] != "_"] or hints.choices(group)
+        return f"There is no {group}={wrong}.{meant(wrong, known)}"
+    if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
+        text = hints.told(text, sys.argv[1:]) or text
+    removed = [word for word in sys.argv[1:] if word.startswith("~")]
+    if removed and isinstance(error, (OmegaConfBaseException, TypeError)):
+        return f"{text.splitlines()[0]}: perhaps a run needs what {' '.join(removed)} removes; leave that out"
+    return text
 
 
 def meant(wrong: str, known: list[str]) -> str:

@@ -269,17 +269,23 @@ def summary_table(outcome: dict[str, Any], folder: Path) -> str:
     rows += [
         ("parameters", f"{outcome['parameters']:,} ({outcome['encoder_parameters']:,} in the encoder)"),
         ("wall time", f"{outcome['wall_seconds']:.1f} s for this call; training {outcome['seconds']:.1f} s in all"),
-        ("epochs", f"{outcome['epochs']:g}, the best is {outcome['best_epoch'] or 0:g}"),
+        (
+            "epochs",
+            f"{outcome['epochs']:g}, "
+            + ("none is kept" if outcome["best_epoch"] is None else f"the best is {outcome['best_epoch']:g}"),
+        ),
         (
             "an epoch",
             f"{outcome['seconds_per_epoch']:.1f} s, {outcome['encoder_seconds_per_epoch']:.1f} s in the encoder",
         ),
         *((f"{name.removesuffix('_per_second')}/s", f"{outcome[name]:.0f}") for name in outcome if "_per_s" in name),
-        ("tested", TESTED[outcome["tested"]]),
-        ("run folder", str(folder)),
+        ("tested", TESTED.get(outcome["tested"], outcome["tested"])),
+        ("run folder", str(folder) if (folder / "metrics.json").exists() else "none: fast_dev_run keeps nothing"),
     ]
-    if list(folder.glob("wandb/offline-run-*")):
-        rows.append(("to upload", f"wandb sync {shlex.quote(str(folder))}/wandb/offline-run-*"))
+    place, id_file = Path(os.environ.get("WANDB_DIR") or folder), folder / "wandb_id.txt"
+    own = "*" if place == folder else f"*-{id_file.read_text(encoding='utf-8')}" if id_file.exists() else ""
+    if own and list(place.glob(f"wandb/offline-run-{own}")):
+        rows.append(("to upload", f"wandb sync {shlex.quote(str(place))}/wandb/offline-run-{own}"))
     return table(rows)
 
 

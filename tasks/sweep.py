@@ -63,6 +63,11 @@ class Watch(Callback):
                 f"error: hydra.sweep.dir={folder} cannot be written ({error.strerror}); name another with "
                 "hydra.sweep.dir=FOLDER."
             )
+        if os.environ.get("WANDB_RUN_ID") and "wandb" in (config.get("loggers") or {}):
+            sys.exit(
+                f"error: WANDB_RUN_ID={os.environ['WANDB_RUN_ID']} would put all jobs into one run of wandb; type "
+                "unset WANDB_RUN_ID, or leave out -m"
+            )
         Watch.is_new = not config.resume
         if Watch.is_new:
             if (folder / "sweep.json").exists():

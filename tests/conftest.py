@@ -10,6 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 ROOT = Path(__file__).parent.parent
+# Real corpora; what was recorded from the official package lies beside them. Absolute, for tests change folders.
+REAL = Path(os.environ.get("SRU_TEST_DATA") or ROOT.parent / "shared/data").expanduser().absolute()
+GOLDEN = (ROOT / "tests/samples/golden", REAL.parent / "golden")  # a few of the recordings, and all
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
@@ -17,6 +20,20 @@ os.environ["WANDB_SILENT"] = "true"
 def options(group: str) -> list[str]:
     """The files of a group of conf/; a leading underscore marks what others share."""
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("[!_]*.yaml"))
+
+
+def real_data(*patterns: str) -> Path:
+    """The folder of real corpora; a test that finds no file for one of the patterns there is skipped."""
+    for pattern in patterns:
+        if not any(REAL.glob(pattern)):
+            pytest.skip(f"{REAL / pattern} is not there; SRU_TEST_DATA names the folder of the real corpora")
+    return REAL
+
+
+def all_recordings() -> None:
+    """Skip a test of all recordings where only those of samples/ are."""
+    if not any(GOLDEN[1].glob("*.pt")):
+        pytest.skip(f"no recordings in {GOLDEN[1]}; SRU_TEST_DATA names the folder beside it")
 
 
 def pytest_collection_modifyitems(items):

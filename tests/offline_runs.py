@@ -33,6 +33,7 @@ def read_offline_run(folder: Path) -> dict[str, Any]:
             said = record.run
             run |= {"id": said.run_id, "tags": list(said.tags), "group": said.run_group, "name": said.display_name}
             run |= {"job_type": said.job_type, "project": said.project, "entity": said.entity, "sweep": said.sweep_id}
+            run["notes"] = said.notes
         elif record.HasField("history"):
             run["rows"].append(values(record.history.item))
         elif record.HasField("metric"):

@@ -5,13 +5,11 @@ import os
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT
 
 from data import features, synthesis
 from data.audio import Damaged, Frontend, StepStream, check_frontend, read, resampled
 from data.features import Utterance, prepared
 
-REAL = ROOT.parent / "shared/data"
 RATE = synthesis.RATE
 
 

@@ -36,7 +36,7 @@ def test_the_commands_know_the_tasks_alone(name):
 
 def test_hydra_stays_at_the_door():
     names = {path.name for path in FILES if path.parent.name in ("tasks", "data", "sru") and "hydra" in imported(path)}
-    assert names <= {"door.py", "messages.py", "processes.py", "sweep.py", "trained.py"}
+    assert names <= {"door.py", "hints.py", "messages.py", "processes.py", "sweep.py", "trained.py"}
 
 
 def test_the_library_needs_torch_numpy_and_numba_only():

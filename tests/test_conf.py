@@ -103,3 +103,25 @@ def test_help_is_short_and_lists_every_choice():
 def test_an_option_of_another_model_is_refused_by_name(configure):
     with pytest.raises(ValueError, match=r"sru\.LSTM has no option 'has_skip_term'"):
         door.check(configure("model=lstm", "ablation=[no_highway]"))
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "inside", "outside"),
+    [
+        ("speech", "task.warp", [0, 0.9], [-0.01, 0.91, 9]),
+        ("speech", "task.colour", [0, 10], [-0.01, 10.1]),
+        ("speech", "task.time_width", [0, 1], [-0.01, 1.01]),
+        ("classification", "dropout", [0, 0.999], [-0.01, 1.0]),
+        ("classification", "seed", [0, 2**32 - 1], [-1, 2**32, 0.5]),
+        ("classification", "data.fold", [0, 9], [-1, 10]),
+        ("classification", "task.optimizer.lr", [0, 1.0], [-0.001]),
+        ("translation", "task.label_smoothing", [0, 0.999], [-0.01, 1.0]),
+        ("classification", "trainer.max_epochs", [1], [0, -1, 1.5]),
+    ],
+)
+def test_a_value_is_taken_up_to_the_edge_of_its_range_and_no_further(configure, task, key, inside, outside):
+    for value in inside:
+        door.check(configure(f"task={task}", f"{key}={value}"))
+    for value in outside:
+        with pytest.raises(ValueError, match=rf"^{re.escape(key)}={value} must be"):
+            door.check(configure(f"task={task}", f"{key}={value}"))

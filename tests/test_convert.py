@@ -7,18 +7,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import GOLDEN, ROOT, all_recordings
 from torch import nn
 
 from scripts import convert as script
 from sru import SRU, SRUCell, SRUpp
 from sru.convert import VERSIONS, to_official
 
-RECORDINGS = {
-    path.stem: path
-    for folder in (ROOT / "tests/samples/golden", ROOT.parent / "shared/golden")
-    for path in sorted(folder.glob("sru_*.pt"))
-}
+RECORDINGS = {path.stem: path for folder in GOLDEN for path in sorted(folder.glob("sru_*.pt"))}
 NETWORKS = {
     "plain": {"input_size": 5, "hidden_size": 3},
     "one size": {"input_size": 4, "hidden_size": 4},
@@ -96,8 +92,7 @@ def test_a_recorded_file_survives_the_round_trip_and_gives_the_recorded_output(n
 
 
 def test_all_recordings_make_the_round_trip():
-    if not (ROOT.parent / "shared/golden").exists():
-        pytest.skip("no shared/golden beside the project")
+    all_recordings()
     assert len(RECORDINGS) >= 11
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, real_data
 from hydra.utils import instantiate
-from test_lm_data import ARTICLE, REAL, ROOT, SHORT, text_of, words_of
+from test_lm_data import ARTICLE, SHORT, text_of, words_of
 
 from data import corpus
 from data.lm import PythonManual, Text
@@ -449,9 +450,7 @@ def test_a_hub_that_is_not_there_says_what_to_do(corpora, tmp_path):
     ],
 )
 def test_a_published_corpus_is_whole(configure, name, file, vocab_size, sizes):
-    if not list(REAL.glob(f"{file}*")):
-        pytest.skip(f"the corpus {name} is not in {REAL}")
-    data = instantiate(configure(f"data={name}", f"data.root={REAL}").data)
+    data = instantiate(configure(f"data={name}", f"data.root={real_data(f'{file}*')}").data)
     assert data.dims["vocab_size"] == vocab_size
     assert [len(data.splits[key]) for key in ("train", "val", "test")] == sizes
     x, y, first = next(iter(data.train_dataloader()))

@@ -182,9 +182,124 @@ def test_the_file_lists_every_option_with_its_default():
 
     from tasks.dashboard import Wandb
 
-    listed = yaml.safe_load((ROOT / "conf/logger/wandb.yaml").read_text())["loggers"]["wandb"]
+    cfg = OmegaConf.load(ROOT / "conf/logger/wandb.yaml")
+    cfg.run_dir = "run"
+    listed = OmegaConf.to_container(cfg, resolve=True)["loggers"]["wandb"]
     defaults = {name: p.default for name, p in inspect.signature(Wandb).parameters.items() if name != "run_dir"}
     assert {k: v for k, v in listed.items() if k not in ("_target_", "run_dir")} == defaults | {"tags": []}
+
+
+SAID = {
+    "WANDB_PROJECT": "theirs",
+    "WANDB_ENTITY": "team",
+    "WANDB_NAME": "a name",
+    "WANDB_RUN_GROUP": "a group",
+    "WANDB_JOB_TYPE": "a job",
+    "WANDB_RUN_ID": "id7",
+    "WANDB_TAGS": "one, two",
+    "WANDB_NOTES": "a note",
+}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """environment(NAME=VALUE, ...): the variables, and a wandb that has not read them before, then and afterwards."""
+
+    def said(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        wandb.teardown()
+
+    yield said
+    monkeypatch.undo()
+    wandb.teardown()
+
+
+def test_wandbs_variables_hold_where_the_command_says_nothing(configure, environment):
+    environment(**SAID)
+    run = begun(configure("logger=wandb"))
+    assert (run["project"], run["entity"], run["name"], run["group"]) == ("theirs", "team", "a name", "a group")
+    assert (run["job_type"], run["id"], run["notes"]) == ("a job", "id7", "a note")
+    assert run["tags"] == ["classification", "pydoc", "sru", "one", "two"]
+
+
+def test_what_the_command_says_wins_over_wandbs_variables(configure, environment):
+    environment(**SAID)
+    words = {"project": "mine", "entity": "own", "name": "my name", "group": "my group", "job_type": "job"}
+    words = [f"loggers.wandb.{name}={value}" for name, value in words.items()]
+    run = begun(configure("logger=wandb", *words, "loggers.wandb.tags=[three]"))
+    assert [run[key] for key in ("project", "entity", "name", "group", "job_type")] == [
+        "mine",
+        "own",
+        "my name",
+        "my group",
+        "job",
+    ]
+    assert run["tags"][-1] == "three"
+    assert "one" not in run["tags"]
+
+
+def test_an_empty_variable_of_wandbs_says_nothing(configure, environment):
+    environment(**dict.fromkeys([*SAID, "WANDB_MODE", "WANDB_DIR"], ""))
+    cfg = configure("logger=wandb", "depth=1", "width=8")
+    door.check(cfg)
+    assert (cfg.loggers.wandb.project, cfg.loggers.wandb.entity) == ("sru", None)
+    run = begun(cfg)
+    assert (run["project"], run["name"], len(run["id"])) == ("sru", "pydoc sru 1x8 seed 1234 fold 0", 8)
+
+
+def test_a_resume_stays_in_its_run_of_wandb_whatever_the_variables_say_by_then(
+    configure, tmp_path, environment, monkeypatch, capsys
+):
+    environment(**SAID)
+    train.run(configure(*QUICK))
+    for name in SAID:
+        monkeypatch.delenv(name)
+    environment(WANDB_RUN_ID="id8", WANDB_PROJECT="another")
+    again = (*QUICK, "trainer.max_epochs=2", f"resume={tmp_path / 'run'}")
+    train.run(configure(*again))
+    run = read_offline_run(tmp_path / "run")
+    for key in ("project", "entity", "name", "group", "job_type", "id"):
+        assert run[key] == SAID[{"group": "WANDB_RUN_GROUP", "id": "WANDB_RUN_ID"}.get(key, f"WANDB_{key.upper()}")]
+    told = capsys.readouterr().out
+    assert "WANDB_RUN_ID=id8 is not used: the run goes on as id7 on wandb" in told
+    assert "WANDB_PROJECT=another is not used: type loggers.wandb.project= to change theirs" in told
+    assert begun(configure(*again, "loggers.wandb.project=moved"))["project"] == "moved"
+
+
+def test_wandbs_files_go_where_its_variable_says_and_the_summary_tells_it(configure, tmp_path, environment, capsys):
+    place = tmp_path / "elsewhere"
+    environment(WANDB_DIR=str(place), WANDB_RUN_ID="id9")
+    train.run(configure(*QUICK))
+    assert read_offline_run(place)["id"] == "id9"
+    assert not (tmp_path / "run/wandb").exists()
+    assert f"wandb sync {place}/wandb/offline-run-*-id9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("WANDB_MODE", "nonsense", "WANDB_MODE=nonsense must be one of online, offline, disabled, shared"),
+        ("WANDB_MODE", "online", "WANDB_MODE=online needs an account: type wandb login, or WANDB_MODE=offline"),
+        ("WANDB_RUN_ID", "a/b", "WANDB_RUN_ID=a/b must be a name of up to 128 characters without any of"),
+        ("WANDB_PROJECT", "a/b", "WANDB_PROJECT=a/b must be a name .* type for example loggers.wandb.project=sru"),
+        ("WANDB_NAME", "x" * 129, "WANDB_NAME=x* must be a text of up to 128 characters"),
+        ("WANDB_TAGS", f"a,{'x' * 65}", "WANDB_TAGS has x*, longer than 64 characters"),
+    ],
+)
+def test_a_wrong_variable_of_wandbs_is_refused_at_the_door(configure, tmp_path, environment, name, value, message):
+    environment(**{name: value}, WANDB_CONFIG_DIR=str(tmp_path), NETRC=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=message):
+        door.check(configure("logger=wandb"))
+    door.check(configure())  # wandb is not asked
+
+
+def test_modes_are_those_of_wandb():
+    from typing import get_args
+
+    from tasks.dashboard import MODES
+
+    assert set(MODES) == set(get_args(wandb.Settings.model_fields["mode"].annotation))
 
 
 def sweep_words(parameters):

@@ -2,21 +2,23 @@
 
 import gzip
 import lzma
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from conftest import ROOT, real_data
 
 from data import text
 from data.classification import PythonManual, SentenceClassification, split_examples
 from data.sentences import OwnSentences
 
-ROOT = Path(__file__).parent.parent
 SAMPLES = Path(__file__).parent / "samples"
-REAL = ROOT.parent / "shared" / "data"
 REVIEWS = (SAMPLES / "reviews.all").read_bytes()
 
 
@@ -369,11 +371,30 @@ def configuration(name):
     return {key: value for key, value in options.items() if key not in ("_target_", "defaults")} | {"seed": 1234}
 
 
+@pytest.mark.parametrize("given", ["corpora", "{}/corpora", ""])
+def test_the_real_corpora_are_where_the_variable_says(tmp_path, given):
+    """A relative folder is relative to where the tests are started; without the variable it is beside the project."""
+    (tmp_path / "corpora/ptb").mkdir(parents=True)
+    code = (
+        "import conftest, os, pytest\nos.chdir('/')\nprint(conftest.REAL, conftest.GOLDEN[1])\n"
+        "for call in (lambda: conftest.real_data('ptb'), lambda: conftest.real_data('no_corpus/*')):\n"
+        "    try:\n        print(call())\n    except pytest.skip.Exception as skipped:\n        print(skipped)"
+    )
+    environment = os.environ | {"SRU_TEST_DATA": given.format(tmp_path), "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    folder = tmp_path / "corpora" if given else ROOT.parent / "shared/data"
+    places, found, skipped = done.stdout.splitlines()
+    assert places == f"{folder} {folder.parent / 'golden'}"
+    assert found.startswith(str(folder))
+    assert skipped == f"{folder}/no_corpus/* is not there; SRU_TEST_DATA names the folder of the real corpora"
+
+
 @pytest.mark.parametrize("name", ["cr", "mr", "subj", "trec", "mpqa", "sst"])
 def test_a_published_corpus_is_whole(name, tmp_path):
-    options = configuration(name) | {"root": str(REAL), "cache": str(tmp_path)}
-    if not all(list((REAL / "sentcls").glob(file["name"] + "*")) for file in options["files"].values()):
-        pytest.skip(f"the corpus {name} is not in {REAL}")
+    options = configuration(name) | {"cache": str(tmp_path)}
+    options["root"] = str(real_data(*(f"sentcls/{file['name']}*" for file in options["files"].values())))
     data = SentenceClassification(**options)
     assert data.dims["num_classes"] == len(options["labels"])
     assert sum(map(len, data.splits.values())) == sum(file["examples"] for file in options["files"].values())
@@ -383,10 +404,8 @@ def test_a_published_corpus_is_whole(name, tmp_path):
 
 
 def test_real_vectors_cover_a_real_corpus(tmp_path):
-    source = REAL / "vectors" / "glove.6B.50d.subset.txt.gz"
-    if not source.is_file() or not (REAL / "sentcls" / "custrev.all.gz").is_file():
-        pytest.skip(f"CR or the vectors are not in {REAL}")
-    options = configuration("cr") | {"root": str(REAL), "cache": str(tmp_path), "vectors": str(source)}
+    root, vectors = real_data("sentcls/custrev.all.gz", "vectors/glove*"), "vectors/glove.6B.50d.subset.txt.gz"
+    options = configuration("cr") | {"root": str(root), "cache": str(tmp_path), "vectors": str(root / vectors)}
     vectors = SentenceClassification(**options).dims["vectors"]
     assert vectors.shape[1] == 50
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)))

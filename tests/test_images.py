@@ -8,14 +8,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import real_data
 
 import train
 from data.images import ORDERS, Digits, ImageSequences, read_idx
 from sru import LSTM
 from tasks.classification import Classification
 
-REAL = ROOT.parent / "shared/data"
 SMALL = ("task=image", "depth=1", "width=16", "epochs=2")
 WHITE = 111  # the largest byte of the images below
 URL = {"url": "https://localhost/nowhere/", "sha256_images": None, "sha256_labels": None}
@@ -225,11 +224,9 @@ def test_features_are_classified_by_their_last_step():
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_real_mnist(configure, order):
-    if not (REAL / "mnist").is_dir():
-        pytest.skip(f"{REAL / 'mnist'} is not there")
     from hydra.utils import instantiate
 
-    images = instantiate(configure("task=image", f"data=mnist_{order}", f"data.root={REAL}").data)
+    images = instantiate(configure("task=image", f"data=mnist_{order}", f"data.root={real_data('mnist')}").data)
     assert images.dims == {"input_size": 28 if order == "rows" else 1, "num_classes": 10}
     assert {split: len(labels) for split, (_, labels) in images.splits.items()} == {
         "train": 55000,

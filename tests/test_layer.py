@@ -91,9 +91,42 @@ def test_the_contract_of_an_encoder(name):
 @pytest.mark.parametrize("name", [name for name in ENCODERS if name not in ("lstm", "gru")])
 def test_empty_and_short_sequences(name, shape):
     """torch's own networks refuse a length of 0."""
-    encoder = ENCODERS[name]()
-    h, _ = encoder(torch.randn(shape))
+    encoder = ENCODERS[name]().eval()
+    x = torch.randn(shape)
+    h, state = encoder(x)
     assert h.shape == (*shape[:2], encoder.output_size)
+    assert h.dtype == x.dtype
+    h.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+    # The same steps behind a sequence that is longer: nothing there is seen of them, and the state is that before them.
+    whole, _ = encoder(torch.cat([x, torch.randn(3, *shape[1:])]))
+    torch.testing.assert_close(h, whole[: shape[0]])
+    _, same = encoder(x[:0], state)
+    for before, after in zip(tensors(state), tensors(same), strict=True):
+        assert torch.equal(before, after)
+
+
+def tensors(state):
+    return [state] if isinstance(state, torch.Tensor) else [tensor for part in state for tensor in tensors(part)]
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_the_state_behind_no_step_or_one_is_that_of_the_equations(steps):
+    cell, x = SRUCell(5, 5, highway_bias=-1.0).double(), torch.randn(steps, 3, 5, dtype=torch.float64)
+    c0 = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    h, c = cell(x, c0)
+    expected = c0
+    if steps:
+        rows = cell.weight.split(5)
+        f = torch.sigmoid(x[0] @ rows[1].T + cell.v[0] * c0 + cell.bias[0])
+        r = torch.sigmoid(x[0] @ rows[2].T + cell.v[1] * c0 + cell.bias[1])
+        expected = f * c0 + (1 - f) * (x[0] @ rows[0].T)
+        torch.testing.assert_close(h[0], r * expected + (1 - r) * cell.alpha * x[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(c, expected, rtol=1e-10, atol=1e-10)
+    for found, wanted in zip(
+        *(torch.autograd.grad(s.sum(), [c0, *([cell.weight] if steps else [])]) for s in (c, expected)), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

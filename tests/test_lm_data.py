@@ -1,7 +1,6 @@
 """Texts for language models: streams, segments, vocabularies, and what a checkpoint keeps of them."""
 
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,6 @@ import torch
 from data import corpus
 from data.lm import Segments, Text, Vocabulary
 
-ROOT = Path(__file__).parent.parent
-REAL = ROOT.parent / "shared" / "data"
 # In the manner of WikiText: a space begins and ends a line, a blank line is one space.
 ARTICLE = " \n = The Lake = \n \n The <unk> lake is deep . \n Senjō no lake is the lake . \n"
 SHORT = {"batch_size": 2, "unroll": 3}

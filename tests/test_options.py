@@ -114,10 +114,33 @@ def test_dropout_without_gradients_is_monte_carlo_dropout():
         assert torch.equal(stack.eval()(x)[0], stack(x)[0])
 
 
-@pytest.mark.parametrize("name", presets)
+PRESETS = {  # the papers' settings, written out
+    "classification": {"dropout": 0.5},
+    "language_modelling": {"dropout": 0.2, "highway_bias": -3.0, "projection_size": 512},
+    "deep": {"dropout": 0.1, "highway_bias": -2.0, "layer_norm": True},
+    "speech": {"dropout": 0.1, "rnn_dropout": 0.1, "highway_bias": -1.0, "projection_size": 256},
+}
+
+
+@pytest.mark.parametrize("name", presets.keys() | PRESETS)
 def test_a_preset_is_a_set_of_options(name):
-    h, _ = SRU(8, 8, 3, **presets[name])(torch.randn(4, 2, 8))
-    assert h.isfinite().all()
+    x, networks = torch.randn(4, 2, 8), []
+    for options in (presets[name], PRESETS[name]):
+        torch.manual_seed(1)
+        networks.append(SRU(8, 8, 3, **options))
+    one, two = networks
+    for mine, expected in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(mine, expected)
+    for train in (True, False):
+        found = []
+        for network in networks:
+            torch.manual_seed(2)
+            found.append(network.train(train)(x)[0])
+        assert torch.equal(*found)
+        assert found[0].isfinite().all()
+    # What the bias is for: a highway that is open, or half open, at the start.
+    bias = PRESETS[name].get("highway_bias", 0.0)
+    assert all(torch.equal(layer.bias[1], torch.full((8,), bias)) and bias <= 0 for layer in one.layers)
 
 
 def test_the_official_names_of_our_options():

@@ -156,6 +156,7 @@ def test_colour_and_warp_change_a_recording_as_a_whole():
     assert torch.allclose(ratio, ratio[:1, :, :1].expand_as(ratio), atol=1e-5)
     assert 0.8 <= ratio.min() < 0.85
     assert 1.15 < ratio.max() <= 1.2
+    assert abs(ratio.mean() - 1) < 0.02
     assert torch.equal(network(num_mels=6, input_size=12).masked(x, steps), x)
 
 
@@ -164,6 +165,7 @@ def test_colour_and_warp_change_a_recording_as_a_whole():
     [
         ({"colour": -1}, "task.colour=-1"),
         ({"warp": 1}, "task.warp=1"),
+        ({"warp": -0.1}, "task.warp=-0.1"),
         ({"beam": 0}, "task.beam=0 must be"),
         ({"frequency_width": 4}, "task.frequency_width=4 is more than the 3"),
         ({"time_masks": -1}, "task.time_masks=-1"),

@@ -6,15 +6,12 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from test_audio import RATE, said, write
 
 from data import synthesis
 from data.features import Utterance, perturbed
 from data.speech import Recordings
 from data.symbols import Symbols, frames_needed
-
-REAL = ROOT.parent / "shared/data"
 
 
 class Listed(Recordings):

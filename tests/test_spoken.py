@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT
+from conftest import real_data
 from test_audio import RATE, said, write
 
 from data import digits
@@ -17,9 +17,6 @@ from data.audio import Frontend, read
 from data.digits import DIGITS, SpokenDigits, SpokenWords, strings
 from data.features import Utterance
 from data.spoken import HubSpeech, LibriSpeech, Manifest, SpeechCommands
-
-REAL = ROOT.parent / "shared/data"
-
 
 # The corpora
 
@@ -390,9 +387,10 @@ def test_computed_speech_is_written_once(tmp_path):
     assert path.read_bytes() == first
 
 
-@pytest.mark.skipif(not (REAL / "fsdd").is_dir(), reason=f"{REAL}/fsdd is not there")
 def test_the_real_digits(tmp_path):
-    found = digits.SpokenDigits(root=str(REAL), cache=str(tmp_path), url="", archive="fsdd.tar").utterances()
+    found = digits.SpokenDigits(
+        root=str(real_data("fsdd")), cache=str(tmp_path), url="", archive="fsdd.tar"
+    ).utterances()
     assert {split: len(own) for split, own in found.items()} == {"train": 2400, "val": 300, "test": 300}
     assert len({u.speaker for u in found["train"]}) == 6
     wave, rate, _ = read(found["test"][0].files[0])

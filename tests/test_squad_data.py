@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import real_data
 
 from data import reading
 from data.reading import spans_of
 from data.squad import QuestionAnswering, Sample, squad_of
 
-ROOT = Path(__file__).parent.parent
-REAL = ROOT.parent / "shared" / "data"
 PASSAGE = "Tea was served at 4.30 on the S.S. Great Tea-Boat; it cost 1,250 pounds."
 
 
@@ -309,9 +308,8 @@ def test_the_sample_has_no_fault():
         assert len(tables[0]) == passages
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real corpora are not on this machine")
 def test_the_real_development_set_is_read_whole(tmp_path):
-    found = reading.prepared(REAL / "squad/dev-v1.1.json.gz", tmp_path, None)
+    found = reading.prepared(real_data("squad/dev*") / "squad/dev-v1.1.json.gz", tmp_path, None)
     assert (len(found), len(found.passages["text"])) == (10_570, 2_067)
     assert found.report["misplaced"] == 0
     assert found.report["unmatched"] < 10

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import GOLDEN, all_recordings
 
 from sru import SRUpp, SRUppEncoder, convert
 
-FOLDERS = ROOT / "tests/samples/golden", ROOT.parent / "shared/golden"
-FILES = {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("srupp_*.pt"))}
+FILES = {path.stem: path for folder in GOLDEN for path in sorted(folder.glob("srupp_*.pt"))}
 
 
 def recording(name):
@@ -20,8 +19,7 @@ def recording(name):
 
 def test_all_recordings_are_checked():
     assert "srupp_memory_heads" in FILES
-    if not FOLDERS[1].exists():
-        pytest.skip("no shared/golden beside the project")
+    all_recordings()
     assert len(FILES) == 4
 
 

@@ -49,6 +49,15 @@ def command(monkeypatch, tmp_path):
     return called
 
 
+def test_a_sweep_whose_jobs_would_share_one_run_of_wandb_is_refused(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_RUN_ID", "id7")
+    ended = command("-m", *TINY, "logger=wandb", "seed=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert ended == (
+        "error: WANDB_RUN_ID=id7 would put all jobs into one run of wandb; type unset WANDB_RUN_ID, or leave out -m"
+    )
+    assert not (tmp_path / "sweep").exists()
+
+
 def times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 

@@ -60,9 +60,13 @@ def test_a_run_leaves_its_record(configure, tmp_path):
     assert outcome["best_epoch"] in (1, 2)
     assert outcome["encoder_parameters"] == 203_776
     assert outcome["parameters"] > outcome["encoder_parameters"]
-    assert outcome["examples_per_second"] > 0
     with (folder / "metrics.csv").open(newline="") as file:
-        clocks = [row["seconds"] for row in csv.DictReader(file) if row["seconds"]]
+        timed = [row for row in csv.DictReader(file) if row["seconds"]]
+    clocks = [row["seconds"] for row in timed]
+    for row in timed:
+        examples = 32 * int(row["step"])
+        assert float(row["examples_per_second"]) == pytest.approx(examples / float(row["seconds"]), rel=1e-4)
+    assert outcome["examples_per_second"] == pytest.approx(32 * 12 / outcome["seconds"])
     assert outcome["seconds"] == pytest.approx(float(clocks[-1]), rel=1e-4)
     assert outcome["seconds_per_epoch"] == pytest.approx(outcome["seconds"] / 2)
     assert sum(outcome[f"step_ms/{part}"] for part in ("data", "forward", "backward", "optimizer")) > 0

@@ -3,19 +3,17 @@
 import gzip
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import ROOT, real_data
 
 from data import fetch, parallel
 from data.subwords import Item, Subwords, batch_of, learn
 from data.translation import ParallelText, Sample, sentences_of
 
-ROOT = Path(__file__).parent.parent
-REAL = ROOT.parent / "shared" / "data"
 SAMPLES = ROOT / "tests/samples"
 ENGLISH, GERMAN = (
     (SAMPLES / f"translation-train.{x}").read_text(encoding="utf-8").split("\n")[:-1] for x in ("en", "de")
@@ -465,17 +463,17 @@ def test_the_sample_is_read_in_both_directions(configure, tmp_path):
         assert sum(len(batch.items) for batch in data.val_dataloader()) == 40
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real corpora are not on this machine")
 def test_the_real_multi30k_is_read_whole(configure, tmp_path):
+    root = real_data("multi30k")
     options = {key: value for key, value in configure("data=multi30k").data.items() if key != "_target_"}
-    data = ParallelText(**options | {"root": str(REAL), "cache": str(tmp_path / "cache")})
+    data = ParallelText(**options | {"root": str(root), "cache": str(tmp_path / "cache")})
     data.setup()
     assert {split: len(pairs) for split, pairs in data.pairs.items()} == {"train": 29_000, "val": 1_014, "test": 1_000}
     assert len(data.training_rows(data.pairs["train"])) == 29_000
     assert data.dims["vocab_size"] == 10_000
     for split, pairs in data.pairs.items():
         for language, column in (("en", "source"), ("de", "target")):
-            path = fetch.find(REAL / f"{data.names[split]}.{language}")
+            path = fetch.find(root / f"{data.names[split]}.{language}")
             for row, line in enumerate(parallel.lines_of(path)):
                 assert data.subwords.decode(pairs.columns[column][row].tolist()) == line
                 assert pairs.columns[f"{column}_text"][row].tobytes().decode() == line
