@@ -1,5 +1,6 @@
 """The tables of README.md and docs/ that kept runs write, between <!-- results: ... --> and <!-- end -->."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -41,9 +42,11 @@ def table(words: str, root: Path) -> list[str]:
     of metrics.json, if not the metric that the runs report, or without `columns=` several; `cell=` the form, of the
     words mean, std and n; `places=` the digits behind the point, of each metric. A row's or a metric's NAME:TITLE has
     that title above its column. Any other KEY=VALUE, or KEY=VALUE,VALUE, keeps the runs that have one of them.
+
+    With `paper=` the table is that one of a paper, as far as it was run: rows, published numbers, and their order.
     """
     asked: dict[str, str] = {"rows": "model,depth,ablation", "columns": "", "metric": "", "cell": "mean ± std"}
-    asked["places"] = "1"
+    asked |= {"places": "1", "paper": ""}
     files, only = [], {}
     try:
         split = shlex.split(words)
@@ -63,6 +66,8 @@ def table(words: str, root: Path) -> list[str]:
     found = read_runs(find_runs(files))
     if found.damaged:
         raise DamagedError(f"{found.damaged[0]} is damaged; nothing was written")
+    if asked["paper"]:
+        return paper_table(found.runs, asked["paper"], words)
     groups = group_runs(found.runs)
     rows, row_titles = titled(asked["rows"])
     check_names(groups, [*rows, *(asked["columns"] and [asked["columns"]]), *only])
@@ -97,6 +102,28 @@ def table(words: str, root: Path) -> list[str]:
     lines += [[*row, *(here[c][1] if c in here else "" for c in columns)] for row, here in cells.items()]
     numbers = [all(re.fullmatch(r"[\d.,-]*", line[column]) for line in lines[1:]) for column in range(len(rows))]
     return markdown(lines, numbers + [True] * len(columns))
+
+
+def paper_table(runs: list[Run], source: str, words: str) -> list[str]:
+    """The lines of a paper's table: a row an experiment, a column a data set; ours, the number of runs, published."""
+    from results_papers import compose_rows, match, measured, orders, published
+
+    experiments = sorted({json.loads(run.options.get("choices.experiment", "null")) or "" for run in runs} - {""})
+    rows = match([row for name in experiments for row in compose_rows(name) if row.source == source], runs)
+    rows = [row for row in rows if row.shown]
+    if not rows:
+        raise DamagedError(f"no run for the table `{words}`: none is of an experiment of {source}")
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        mean, std = measured(row.metric, row.shown)
+        ours = f"{mean:.{row.digits}f}" + ("" if std is None else f" ± {std:.{row.digits}f}")
+        cells.setdefault(row.experiment, {})[row.data] = f"{ours} (n = {len(row.shown)}; {published(row)})"
+    columns = list(dict.fromkeys(row.data for row in rows))
+    lines = [["experiment", *columns], *([f"`{name}`", *map(here.get, columns)] for name, here in cells.items())]
+    table = markdown([[cell or "" for cell in line] for line in lines], [False] + [True] * len(columns))
+    stand_ins = sorted({row.substitute for row in rows} - {""})
+    notes = [f"With substitutes: {'; '.join(stand_ins)}."] if stand_ins else []
+    return [*table, "", "In brackets: runs, and the published value.", *notes, *orders(rows)]
 
 
 def titled(words: str) -> tuple[list[str], list[str]]:

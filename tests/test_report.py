@@ -9,6 +9,7 @@ import time
 import pytest
 import results
 import results_papers
+import results_readme
 from conftest import ROOT
 from omegaconf import OmegaConf
 from results_charts import ticks
@@ -326,3 +327,24 @@ def test_a_row_of_the_training_loss_has_the_value_that_training_ended_with(confi
     (folder / "metrics.csv").write_text("step,seconds,train/loss,test/loss\n50,1.0,0.69,\n100,2.0,0.25,\n100,,,0.5\n")
     (row,) = results_papers.match([row], found(tmp_path).runs)
     assert (results_papers.measured(row.metric, row.runs), row.state) == ((0.25, None), "reached")
+
+
+def test_a_papers_table_of_a_page_is_written_from_kept_runs(tmp_path, write_row):
+    glove = "data.vectors=glove.6B.100d"
+    write_row("a", 84.0, glove, "seed=1")
+    write_row("b", 85.0, glove, "seed=2")
+    write_row("c", 90.0, glove, "data=trec", "data.lowercase=true")
+    write_row("d", 50.0, "data.vectors=null", "data=subj")
+    results.main([str(tmp_path / "runs"), "--keep", str(tmp_path / "table1.jsonl")])
+    marker = '<!-- results: table1.jsonl paper="SRU (2018), Table 1" -->\n<!-- end -->\n'
+    lines = results_readme.filled(marker, tmp_path).splitlines()
+    assert lines[2:7] == [
+        "| experiment | cr | trec |",
+        "| --- | ---: | ---: |",
+        "| `classification_sru_2l` | 84.5 ± 0.7 (n = 2; 84.9 ± 1.6) | 90.0 (n = 1; 94.0 ± 0.5) |",
+        "",
+        "In brackets: runs, and the published value.",
+    ]
+    assert lines[7] == f"With substitutes: {glove}; {glove}, data.lowercase=true."
+    with pytest.raises(results_readme.DamagedError, match="none is of an experiment of Nobody"):
+        results_readme.filled(marker.replace("SRU (2018)", "Nobody"), tmp_path)
