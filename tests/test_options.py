@@ -122,7 +122,7 @@ PRESETS = {  # the papers' settings, written out
 }
 
 
-@pytest.mark.parametrize("name", presets.keys() | PRESETS)
+@pytest.mark.parametrize("name", sorted(presets.keys() | PRESETS))
 def test_a_preset_is_a_set_of_options(name):
     x, networks = torch.randn(4, 2, 8), []
     for options in (presets[name], PRESETS[name]):
