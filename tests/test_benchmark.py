@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,3 +183,39 @@ def test_what_cannot_be_measured_is_refused_in_a_line(tmp_path, words, message):
     files, done = run(*words, folder=tmp_path, status=status)
     assert not files
     assert message in done.stderr
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """tables(level, SHAPES=...): the tables of a level of scripts/benchmark.py, where a call takes what TAKES says."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import benchmark
+
+    takes = {"copy": 0.01, "infer": 2e-6, "forward": 3e-6, "backward": 5e-6, "reference": 8e-5, "call": 0.004}
+    takes |= {"sru infer": 0.002, "lstm infer": 0.006, "sru train": 0.004, "lstm train": 0.01}
+    takes |= {"sru infer, bfloat16": 0.001, "sru train, bfloat16": 0.003}
+    found = []
+    monkeypatch.setattr(benchmark, "medians", lambda calls, seconds=2.0: {name: takes[name] for name in calls})
+    monkeypatch.setattr(benchmark, "table", lambda head, rows: found.append((head, rows)))
+    monkeypatch.setattr(benchmark, "SHAPES", [(2, 3, 4)])
+    monkeypatch.setattr(benchmark, "LAYER_SHAPES", [(2, 3, 4)])
+    monkeypatch.setattr(benchmark.threading, "Thread", lambda target: SimpleNamespace(start=target, join=lambda: None))
+    monkeypatch.setattr(benchmark, "layer_calls", lambda *_: {kind: lambda: None for kind in ("infer", "train")})
+    return lambda level: getattr(benchmark, level)(SimpleNamespace(official=None)) or found
+
+
+def test_the_cells_of_the_recurrence_are_nanoseconds_and_parts_of_the_copy(tables, capsys):
+    ((_, rows),) = tables("recurrence")
+    # 64 MiB are read and written in 10 ms; of 24 elements each reads and writes 20, 24, and 40 bytes.
+    bandwidth = 2 * 64 * 2**20 / 0.01
+    assert f"{bandwidth / 1e9:.0f} GB/s" in capsys.readouterr().out
+    shares = [bytes_ * 24 / seconds / bandwidth for bytes_, seconds in ((20, 2e-6), (24, 3e-6), (40, 5e-6))]
+    assert [f"{share:.0%}" for share in shares] == ["2%", "1%", "1%"]
+    assert rows == [["(2, 3, 4)", "83.33 (2%)", "125.00 (1%)", "208.33 (1%)", "10x"]]
+
+
+def test_the_cells_of_a_layer_are_milliseconds_and_how_many_times_as_long_the_lstm_takes(tables):
+    (head, rows), (_, callers) = tables("layer")
+    assert head[:3] == ["(T, B, D)", "inference, ms", "LSTM / SRU"]
+    assert rows == [["(2, 3, 4)", "2", "3.0x", "1", "4", "2.5x", "3"]]
+    assert [row[:2] for row in callers] == [["SRU", "4"], ["LSTM", "4"]]

@@ -1,5 +1,6 @@
 """Speech recognition: the loss, what is hidden in training, runs, predictions, and streams."""
 
+import itertools
 import math
 import sys
 from functools import partial
@@ -18,7 +19,7 @@ import train
 from data import synthesis
 from data.audio import resampled
 from sru import SRU
-from tasks.speech import SpeechRecognition, stretch
+from tasks.speech import SpeechRecognition, sound, stretch
 
 SMALL = ("task=speech", "depth=1", "width=16", "epochs=1")
 FEW = ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1")
@@ -207,16 +208,32 @@ def test_a_run_learns_writes_and_is_used(settings, cache, tmp_path, capsys, monk
         assert whole.strip() == heard[name]
         # A stream writes the same, by likeliest symbols and by a beam, and says how long it takes.
         for more in ([], ["chunk=37"], ["beam=4"]):
-            predict.main([*run, "stream=true", *more])
+            with monkeypatch.context() as patch:  # each chunk takes 2 ms
+                patch.setattr("tasks.speech.time", SimpleNamespace(perf_counter=itertools.count(0, 0.002).__next__))
+                predict.main([*run, "stream=true", *more])
             out, err = capsys.readouterr()
             assert out.strip() == whole.strip() or more == ["beam=4"]
-            assert "at the median" in err
+            length, size = len(soundfile.read(f"{folder / name}.wav")[0]), 8 * (37 if more == ["chunk=37"] else 100)
+            assert "takes 2.0 ms at the median, 2.0 at the 95th percentile, 2.0 at most" in err
+            assert f"({math.ceil(length / size)} chunks)" in err
         predict.main([*run, "beam=4"])
         assert capsys.readouterr().out == out
     wave, _ = soundfile.read(folder / "test-5.wav", dtype="int16")
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=reader(wave.tobytes()))))
     predict.main([run[0], "input=-", "rate=8000", "stream=true"])
     assert capsys.readouterr().out == whole
+
+
+@pytest.mark.parametrize(("chunk", "sizes"), [(100, [800, 800, 400]), (12.5, [100] * 20), (None, [2000])])
+def test_a_chunk_is_of_milliseconds(monkeypatch, chunk, sizes):
+    wave = np.arange(2000, dtype="<i2")
+    vocabulary = SimpleNamespace(read=lambda path: (wave.astype(np.float32) / 32768, 8000))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=reader(wave.tobytes()))))
+    for name in ("file.wav", "-"):
+        pieces, rate = sound(vocabulary, name, 8000, chunk)
+        found = list(pieces)
+        assert (rate, [len(piece) for piece in found]) == (8000, sizes)
+        assert np.array_equal(np.concatenate(found) * 32768, wave)
 
 
 def reader(content):

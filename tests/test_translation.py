@@ -40,6 +40,12 @@ def translator(encoder="sru", **options):
     return task
 
 
+def test_perplexity_is_of_the_mean_of_all_words_and_not_of_training():
+    means = {"loss": torch.tensor(2.0)}
+    assert translator().derived(means, "val")["perplexity"] == pytest.approx(math.e**2)
+    assert translator().derived(means, "train") == {}
+
+
 def sources(*lengths):
     generator = torch.Generator().manual_seed(1)
     rows = [torch.cat([torch.randint(4, WORDS, (n,), generator=generator), torch.tensor([EOS])]) for n in lengths]
