@@ -119,7 +119,7 @@ def paper_table(runs: list[Run], source: str, words: str) -> list[str]:
         ours = f"{mean:.{row.digits}f}" + ("" if std is None else f" ± {std:.{row.digits}f}")
         cells.setdefault(row.experiment, {})[row.data] = f"{ours} (n = {len(row.shown)}; {published(row)})"
     columns = list(dict.fromkeys(row.data for row in rows))
-    lines = [["experiment", *columns], *([f"`{name}`", *map(here.get, columns)] for name, here in cells.items())]
+    lines = [["experiment", *columns], *([name, *map(here.get, columns)] for name, here in cells.items())]
     table = markdown([[cell or "" for cell in line] for line in lines], [False] + [True] * len(columns))
     stand_ins = sorted({row.substitute for row in rows} - {""})
     notes = [f"With substitutes: {'; '.join(stand_ins)}."] if stand_ins else []

@@ -341,7 +341,7 @@ def test_a_papers_table_of_a_page_is_written_from_kept_runs(tmp_path, write_row)
     assert lines[2:7] == [
         "| experiment | cr | trec |",
         "| --- | ---: | ---: |",
-        "| `classification_sru_2l` | 84.5 ± 0.7 (n = 2; 84.9 ± 1.6) | 90.0 (n = 1; 94.0 ± 0.5) |",
+        "| classification_sru_2l | 84.5 ± 0.7 (n = 2; 84.9 ± 1.6) | 90.0 (n = 1; 94.0 ± 0.5) |",
         "",
         "In brackets: runs, and the published value.",
     ]
