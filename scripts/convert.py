@@ -114,7 +114,9 @@ def convert_layer(
     cell = SRUCell(**arguments)
     cell.load_state_dict({key: value for key, value in entries.items() if key not in module}, assign=True)
     written = cell.state_dict() if to == "ours" else convert.cell_to_official(cell, to)
-    if "scale_x" not in entries and source != "2017":  # as in a dict of parameters alone
+    if "scale_x" in entries:
+        written["scale_x"] = written["scale_x"].to(entries["scale_x"].dtype)  # a layer keeps it in float32 at least
+    elif source != "2017":  # as in a dict of parameters alone
         del written["scale_x"]
     name = "custom_m" if to == "2.6.0" else "transform_module"
     moved = {f"{name}.{key.partition('.')[2]}": entries[key] for key in module}

@@ -180,7 +180,7 @@ class Projection(nn.Module):
         y = y if self.layer_norm is None else self.layer_norm(y)
         y = dropped(y, self.dropout, self.training)
         # Either the rows of the weight are put in the recurrence's order, or the columns of what it gives.
-        if is_plain(last, nn.Linear):
+        if is_plain(last, nn.Linear) and last.bias is None:
             weight = last.weight.unflatten(0, (-1, self.matrices)).transpose(0, 1)
             if torch.compiler.is_compiling() or y.shape[0] * y.shape[1] >= weight.shape[1]:
                 return linear(y, weight.flatten(0, 1)).unflatten(2, weight.shape[:2])

@@ -172,6 +172,10 @@ class QRNNLayer(nn.Module):
         options: dict[str, Any] = {"scale": 1.0 if self.highway else 0.0, "bidirectional": self.bidirectional}
         return recurrence(u, skip, self.v, gate_biases, c0, mask=mask, pad=pad, **options)
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.bias.data, self.v = self.bias.data.flatten(), self.v.flatten()  # of a pickled layer of earlier versions
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
         bias = state_dict.get(f"{prefix}bias")
         if bias is not None and bias.shape == (3, self.output_size):  # of earlier versions of this layer
@@ -303,7 +307,9 @@ class CNN(_Encoder):
         """A convolution over time as one matrix product and a sum of shifts, which needs no transposed copy of x."""
         width = convolution.kernel_size[0]
         x = x[self.history + 1 - width :]
-        if steps and not is_plain(convolution, nn.Conv1d):
+        options = convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+        is_usual = options == ((1,), (0,), (1,), 1) and convolution.bias is not None
+        if steps and not (is_usual and is_plain(convolution, nn.Conv1d)):
             return convolution(x.permute(1, 2, 0)).permute(2, 0, 1)
         taps = linear(x, convolution.weight.permute(2, 0, 1).flatten(0, 1))
         taps = taps.unflatten(2, (width, convolution.out_channels)).unbind(2)

@@ -195,6 +195,8 @@ class SRUCell(nn.Module):
     def _apply(self, fn, recurse=True):
         before = self.scale_x
         super()._apply(fn, recurse)
+        if before.is_meta and not self.scale_x.is_meta:  # by to_empty, and a file may not have it
+            self.scale_x.fill_(self.initial_alpha())
         if self.scale_x.dtype in HALVES:  # alpha stays as wide as the state, so that .half() and back loses nothing
             self.scale_x = before.to(self.scale_x.device, state_dtype(self.scale_x))
         return self
@@ -315,21 +317,32 @@ class SRUCell(nn.Module):
             raise ValueError(f"transform_module must return a tensor {expected} for x {tuple(x.shape)}, not {found}")
         return u.unflatten(2, (self.output_size, self.matrices)).transpose(2, 3)
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for tensor in (self.bias, self.v):  # of a pickled layer of earlier versions: a row for each gate
+            if tensor.dim() == 2:
+                tensor.data = tensor.data.flatten()
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
         convert.read_official_cell(self, state_dict, prefix)
         for name in ("bias", "v"):  # of earlier versions of this layer: a row for each gate
             if (a := state_dict.get(f"{prefix}{name}")) is not None and a.shape == (2, self.output_size):
                 state_dict[f"{prefix}{name}"] = a.flatten()
-        v, alpha = state_dict.get(f"{prefix}v"), state_dict.setdefault(f"{prefix}scale_x", self.scale_x)
+        alpha = state_dict.get(f"{prefix}scale_x")
+        if alpha is None:  # in a file of parameters alone
+            alpha = self.scale_x
+            if alpha.is_meta and (bias := state_dict.get(f"{prefix}bias")) is not None:
+                alpha = torch.full((1,), self.initial_alpha(), dtype=state_dtype(bias), device=bias.device)
+        state_dict[f"{prefix}scale_x"] = alpha = alpha.reshape(1) if alpha.dim() == 0 else alpha
+        v = state_dict.get(f"{prefix}v")
         if not self.has_vc_term and v is not None and has_numbers(v) and v.any():
             raise ValueError(f"{prefix[:-1] or 'the layer'} has a v that is not 0: build it with has_vc_term=True")
         if alpha.shape == (1,) and has_numbers(alpha):
             if not 0 < alpha.item() < math.inf:
                 raise ValueError(f"{prefix}scale_x must be a positive number, not {alpha.item()}")
-            exact = self.initial_alpha()
-            if alpha.dtype in HALVES and math.isclose(alpha.item(), exact, rel_tol=torch.finfo(alpha.dtype).eps):
-                # A file of half precision holds alpha rounded, and that is no other alpha.
-                state_dict[f"{prefix}scale_x"] = torch.full_like(alpha, exact, dtype=torch.float32)
+            exact = torch.full_like(alpha, self.initial_alpha(), dtype=state_dtype(alpha))
+            if alpha.dtype in HALVES and torch.equal(exact.to(alpha.dtype), alpha):
+                state_dict[f"{prefix}scale_x"] = exact  # a file of half precision holds the same alpha, rounded
         self.make_buffers_writable()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.scale_x.dtype in HALVES:  # by load_state_dict(assign=True)

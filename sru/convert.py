@@ -33,7 +33,10 @@ def read_official_names(state: MutableMapping[str, Tensor], prefix: str) -> None
     """Rename the layers of a stack in place."""
     refuse_too_old(state, prefix)
     old = f"{prefix}rnn_lst."
-    for key in [key for key in state if key.startswith(old)]:
+    names = [key for key in state if key.startswith(old)]
+    if names and any(key.startswith(f"{prefix}layers.") for key in state):
+        raise ValueError(f"the state dict has layers by both names, {old}* and {prefix}layers.*: leave one out")
+    for key in names:
         state[f"{prefix}layers.{key.removeprefix(old)}"] = state.pop(key)
 
 
@@ -49,13 +52,21 @@ def read_official_cell(cell: "SRUCell", state: MutableMapping[str, Tensor], pref
     ValueError: the entries belong to a layer with other options, which are named.
     """
     where = prefix[:-1] or "the layer"
+    own = [key for key in state if key.startswith(prefix) and "." not in key.removeprefix(prefix)]
+    for key in own:
+        if not isinstance(state[key], Tensor):
+            raise ValueError(f"{key} must be a tensor, not {type(state[key]).__name__}")
+    if f"{prefix}gain" in state:
+        raise ValueError(f"{where} has weight normalisation, which ended with version 2.1.7: it cannot be converted")
+    if {f"{prefix}v", f"{prefix}weight_c"} <= state.keys():
+        raise ValueError(
+            f"{where} has both v, which is ours, and weight_c, which is the official package's: leave one out"
+        )
     if is_of_2017(cell, state, prefix):
         bias = state[f"{prefix}bias"]
         state[f"{prefix}weight_c"], state[f"{prefix}scale_x"] = torch.zeros_like(bias), torch.ones_like(bias[:1])
     if f"{prefix}weight_c" not in state:
         return
-    if f"{prefix}gain" in state:
-        raise ValueError(f"{where} has weight normalisation, which ended with version 2.1.7: it cannot be converted")
     v, size = state.pop(f"{prefix}weight_c"), 2 * cell.output_size
     if v.numel() != size or (f"{prefix}bias" in state and state[f"{prefix}bias"].numel() != size):
         raise ValueError(
@@ -80,7 +91,7 @@ def read_official_cell(cell: "SRUCell", state: MutableMapping[str, Tensor], pref
         matrix = state.pop(f"{prefix}transform_module.1.weight")
         projection = state.pop(f"{prefix}transform_module.0.weight")
     else:
-        raise ValueError(f"{where} was made with a module of its own: build ours with transform_module=")
+        raise ValueError(f"{where} has no weight: if it was made with a module of its own, give ours transform_module=")
     size = 0 if projection is None else projection.shape[0]
     if size != cell.projection_size:
         raise ValueError(
@@ -103,8 +114,15 @@ def is_of_2017(cell: "SRUCell", state: Mapping[str, Tensor], prefix: str) -> boo
     ValueError: they are, or are the parameters alone of a layer of ours without v, and no shape tells which.
     """
     weight, bias = state.get(f"{prefix}weight"), state.get(f"{prefix}bias")
-    others = {f"{prefix}{name}" for name in ("weight_c", "v", "scale_x")} & state.keys()
-    if weight is None or bias is None or others or weight.dim() != 2 or bias.dim() != 1 or cell.weight is None:
+    if weight is None or bias is None or weight.dim() != 2 or bias.dim() != 1 or cell.weight is None:
+        return False
+    if {f"{prefix}weight_c", f"{prefix}v"} & state.keys():
+        return False
+    if f"{prefix}scale_x" in state:
+        if weight.shape == cell.weight.t().shape != cell.weight.shape:
+            raise ValueError(
+                f"{prefix[:-1] or 'the layer'} has weight and scale_x, as of 2.x, but no weight_c: it is not whole"
+            )
         return False
     if weight.shape == cell.weight.shape == cell.weight.t().shape:
         raise ValueError(
@@ -145,8 +163,8 @@ def cell_to_official(cell: "SRUCell", version: str) -> dict[str, Tensor]:
     if cell.activation == "relu" or cell.zoneout:
         raise ValueError(f"version {version} has no relu and no zoneout")
     state = {
-        "weight_c": cell.v.detach(),
-        "bias": cell.bias.detach(),
+        "weight_c": cell.v.detach().flatten(),
+        "bias": cell.bias.detach().flatten(),
         "scale_x": cell.scale_x,
     }
     old = version.startswith("2")

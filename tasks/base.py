@@ -7,6 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from tasks.processes import gathered, rank, summed, world_size
 
@@ -32,7 +33,8 @@ def is_plain(module: nn.Module) -> bool:
     A hook, a parametrisation, an adapter or a quantised weight is only heeded by a call.
     """
     own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is nn.Linear and not any(own) and "forward" not in module.__dict__
+    every = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
+    return type(module) is nn.Linear and not any((*own, *every)) and "forward" not in module.__dict__
 
 
 def apply_linear(module: nn.Module, x: Tensor, linear: Callable[..., Tensor]) -> Tensor:

@@ -167,3 +167,74 @@ def test_every_matrix_of_a_task_is_called(task, configure):
     loss, *_ = module.loss(next(iter(data.train_dataloader())))
     assert torch.isfinite(loss)
     assert {id(matrix) for matrix in matrices} == {id(matrix) for matrix in called}
+
+
+@pytest.mark.parametrize("attends", [[0, 1], [1]])
+def test_a_matrix_with_a_bias_in_the_place_of_one_without_counts_at_any_length(attends):
+    network = SRUpp(8, 8, 8, 2, causal=True, attention_layers=attends).double().eval()
+    modules = [layer.transform_module for layer in network.layers]
+    for module in modules:
+        name = "linear3" if hasattr(module, "linear3") else "linear2"
+        setattr(module, name, nn.Linear(8, 24).double())
+    x = torch.randn(40, 2, 8, dtype=torch.float64)
+    short = network(x[:2])[0]
+    torch.testing.assert_close(network(x)[0][:2], short)
+
+
+def test_a_forward_that_is_replaced_for_all_matrices_is_called(monkeypatch):
+    network, calls, plain = SRUpp(8, 8, 4, 1).eval(), [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(self) or plain(self, x))
+    network(torch.randn(5, 2, 8))
+    assert len(calls) == 3
+
+
+class Compressed(torch.Tensor):
+    """A weight that only `linear` can read, as those of quantisation libraries."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            x, weight, *others = args
+            return func(x, weight.as_subclass(torch.Tensor), *others, **(kwargs or {}))
+        if func in (torch.Tensor.view, torch.Tensor.unflatten, torch.Tensor.flatten, torch.Tensor.t):
+            raise NotImplementedError(func)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["SRU", "SRUpp", "Transformer", "TransformerXL"])
+def test_a_weight_that_only_a_product_can_read_is_left_to_torch(name):
+    network = drawn(name).float().requires_grad_(False)
+    x = torch.randn(40, 2, 8)
+    expected = network(x)[0]
+    for _, _, child in children(network, nn.Linear):
+        child._parameters["weight"] = child.weight.as_subclass(Compressed)
+    torch.testing.assert_close(network(x)[0].as_subclass(torch.Tensor), expected)
+
+
+def test_a_convolution_of_other_options_is_called():
+    network = drawn("CNN")
+    x = torch.randn(5, 2, 8, dtype=torch.float64)
+    expected = network(x)[0]
+    with torch.no_grad():
+        for convolution in network.convolutions:
+            convolution.bias.zero_()
+    without = network(x)[0]
+    for i, convolution in enumerate(list(network.convolutions)):
+        network.convolutions[i] = nn.Conv1d(8, 2, convolution.kernel_size, bias=False).double()
+        network.convolutions[i].weight = convolution.weight
+    torch.testing.assert_close(network(x)[0], without)
+    assert not torch.allclose(expected, without)
+
+
+def test_a_transformer_asks_no_adapter_for_its_type():
+    network = drawn("Transformer").float()
+    x = torch.randn(5, 2, 8)
+    expected = network(x)[0]
+    for parent, name, child in children(network, nn.Linear):
+        adapter = Adapter(child)
+        adapter.down, adapter.up = (nn.Parameter(torch.zeros_like(a)) for a in (adapter.down, adapter.up))
+        setattr(parent, name, adapter)
+        adapter.register_parameter("code", nn.Parameter(torch.zeros(1, dtype=torch.int8), requires_grad=False))
+        adapter._parameters = {"code": adapter._parameters.pop("code")} | adapter._parameters
+    assert next(network.parameters()).dtype == torch.int8
+    torch.testing.assert_close(network(x)[0], expected)

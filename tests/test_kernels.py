@@ -400,7 +400,7 @@ BAD = {
     "u of two parts": ({"u": torch.zeros(3, 2, 2, 4)}, ValueError, r"K 3 or 4, not \(3, 2, 2, 4\)"),
     "u of integers": ({"u": torch.zeros(3, 2, 3, 4).long()}, TypeError, "u must be of a floating dtype.*int64"),
     "x": ({"x": torch.zeros(3, 2, 5)}, ValueError, r"x must be \(3, 2, 4\).*not \(3, 2, 5\)"),
-    "x missing": ({"x": None}, ValueError, "scale must be 0, not 1.0"),
+    "x missing": ({"x": None}, ValueError, "scale must be the number 0, not 1.0"),
     "x beside a skip": ({"u": torch.zeros(3, 2, 4, 4)}, ValueError, "x must be None"),
     "v": ({"v": torch.zeros(3, 4)}, ValueError, r"v must be \(2, 4\).*not \(3, 4\)"),
     "b": ({"b": torch.zeros(2, 4, 1)}, ValueError, r"b must be \(8,\).*not \(2, 4, 1\)"),

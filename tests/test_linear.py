@@ -118,3 +118,13 @@ def test_what_no_gradient_needs_may_be_changed():
         weight.add_(1)  # the gradient of the weight does not need it
     y.sum().backward()
     torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(16, 8), rtol=1e-5, atol=1e-5)
+
+
+def test_forward_derivatives_are_left_to_torch(monkeypatch):
+    """oneDNN's product has none."""
+    monkeypatch.setattr("sru.kernels.linear.prefers_onednn", lambda: True)
+    x, weight, _ = inputs((MIN_ROWS, 8), 12)
+    with torch.autograd.forward_ad.dual_level():
+        y = linear(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)), weight)
+        tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(tangent, weight.sum(1).expand(MIN_ROWS, -1))

@@ -332,3 +332,67 @@ def test_the_constructor_that_the_script_prints_has_the_files_alpha(alpha, tmp_p
     assert script.main([str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]) == 0
     call = next(line.strip() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("SRU("))
     assert eval(call, {"SRU": SRU})[0].alpha == pytest.approx(alpha, rel=1e-6)
+
+
+def test_a_file_of_half_precision_whose_alpha_is_another_keeps_it():
+    small = convert.to_official(SRU(4, 4, 2, highway_bias=-5.0), "2.6.0")
+    for dtype in (torch.bfloat16, torch.float16):
+        network = SRU(4, 4, 2, rescale=False)
+        network.load_state_dict({key: value.to(dtype) for key, value in small.items()})
+        assert network[0].alpha == small["rnn_lst.0.scale_x"].to(dtype).item() > 1
+
+
+def test_a_file_of_parameters_alone_leaves_an_alpha_that_means_something():
+    parameters = {key: value for key, value in SRU(*SIZES).state_dict().items() if not key.endswith("scale_x")}
+    for assign in (False, True):
+        with torch.device("meta"):
+            empty = SRU(*SIZES)
+        empty = empty if assign else empty.to_empty(device="cpu")
+        empty.load_state_dict(parameters, assign=assign)
+        assert [layer.alpha for layer in empty.layers] == [SRU(*SIZES)[0].alpha] * 2
+    kept = SRU(*SIZES, rescale=False)
+    kept.load_state_dict(parameters)
+    assert kept[0].alpha == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ours, theirs: ours | theirs, r"by both names, rnn_lst\.\* and layers\.\*"),
+        (lambda ours, theirs: ours | {"layers.0.weight_c": torch.zeros(8)}, "layers.0 has both v, which is ours"),
+        (lambda ours, theirs: {k: v for k, v in theirs.items() if k != "rnn_lst.0.weight_c"}, "no weight_c: it is not"),
+        (lambda ours, theirs: theirs | {"rnn_lst.0.gain": torch.ones(4)}, "weight normalisation, which ended with"),
+        (lambda ours, theirs: ours | {"layers.1.scale_x": 1.0}, "layers.1.scale_x must be a tensor, not float"),
+        (lambda ours, theirs: {k: v for k, v in theirs.items() if k != "rnn_lst.1.weight"}, "layers.1 has no weight"),
+    ],
+)
+def test_a_mixed_or_broken_file_is_refused_by_name(change, message):
+    ours = trained().state_dict()
+    with pytest.raises(ValueError, match=message):
+        loaded(change(dict(ours), convert.to_official(loaded(ours), "2.6.0")))
+
+
+def test_a_pickled_network_of_earlier_versions_loads_and_converts():
+    network, x = trained(), torch.randn(5, 3, SIZES[0], dtype=torch.float64)
+    expected = network(x)[0]
+    for layer in network.layers:
+        layer.bias.data, layer.v.data = layer.bias.data.view(2, -1), layer.v.data.view(2, -1)
+    again = pickle.loads(pickle.dumps(network))
+    again.load_state_dict(again.state_dict())
+    torch.testing.assert_close(again(x)[0], expected)
+    assert convert.to_official(again, "2.6.0")["rnn_lst.0.weight_c"].shape == (8,)
+    from sru.baselines import QRNN
+
+    qrnn = QRNN(4, 4, 1).double()
+    expected = qrnn(x)[0]
+    qrnn.layers[0].bias.data = qrnn.layers[0].bias.data.view(3, -1)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(qrnn))(x)[0], expected)
+
+
+def test_a_script_keeps_the_dtype_of_a_half_file(tmp_path):
+    state = {key: value.half() for key, value in convert.to_official(loaded(trained().state_dict()), "2.6.0").items()}
+    torch.save(state, tmp_path / "in.pt")
+    assert script.main([str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]) == 0
+    assert script.main([str(tmp_path / "out.pt"), str(tmp_path / "back.pt"), "--to", "2.6.0"]) == 0
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert all(torch.equal(back[key], value) and back[key].dtype == value.dtype for key, value in state.items())

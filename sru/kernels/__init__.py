@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import math
+import numbers
 import warnings
 from typing import Any
 
@@ -195,13 +196,16 @@ def check(
     if isinstance(scale, Tensor):
         if scale.numel() != 1 or not scale.is_floating_point() or scale.device != u.device or scale.requires_grad:
             raise ValueError(
-                f"scale must be a number, or a floating tensor of one on {u.device} that needs no gradient, not "
+                f"scale (a layer's scale_x) must be a number, or a floating tensor of one on {u.device} that needs no "
+                f"gradient, not "
                 f"{tuple(scale.shape)} of {scale.dtype} on {scale.device}"
             )
-    elif not -math.inf < scale < math.inf:
+    elif not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale must be a number or a tensor that holds one, not {type(scale).__name__}")
+    elif not -math.inf < float(scale) < math.inf:
         raise ValueError(f"scale must be a finite number, not {scale}")
     if matrices == 3 and x is None and (isinstance(scale, Tensor) or scale != 0):
-        raise ValueError(f"x is None and u holds no skip (K = 3), so scale must be 0, not {scale}")
+        raise ValueError(f"x is None and u holds no skip (K = 3), so scale must be the number 0, not {scale}")
     if not 0 <= zoneout < 1:
         raise ValueError(f"zoneout must lie in [0, 1), not {zoneout}")
     if activation not in ACTIVATIONS:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
@@ -16,6 +17,7 @@ from sru.kernels.ops import have_memory, modes_are_active, transforms_are_active
 # Below this many rows oneDNN's reordering of the weight costs more than it saves.
 MIN_ROWS = 32
 MIN_TRANSPOSED = 2**16  # numbers from which a transpose of our own pays
+FORWARD = {kind: kind.forward for kind in (nn.Linear, nn.Conv1d)}
 # The hooks that torch calls for every module, which are never replaced, only filled.
 EVERYWHERE = (
     torch_module._global_forward_hooks,
@@ -47,8 +49,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     A hook, a parametrisation, an adapter or a quantised weight is only heeded by a call.
     """
     own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    # The class of a parametrised module is another one; some libraries put their own `forward` into the instance.
-    return type(module) is kind and not any(own) and not any(EVERYWHERE) and "forward" not in module.__dict__
+    # The class of a parametrised module is another one; some libraries put their own `forward` into instance or class.
+    if type(module) is not kind or any(own) or any(EVERYWHERE) or "forward" in module.__dict__:
+        return False
+    return kind.forward is FORWARD[kind] and (torch.compiler.is_compiling() or have_memory(module.weight))
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
@@ -64,6 +68,7 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
         and prefers_onednn()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
+        and getattr(forward_ad, "_current_level", -1) < 0  # of which torch's product alone has a derivative
         and not modes_are_active()  # a counter of operations knows torch's own product
         and have_memory(x, weight)
         and not (is_batched(x) or is_batched(weight))
