@@ -11,7 +11,7 @@ import results
 import results_papers
 from conftest import ROOT
 from omegaconf import OmegaConf
-from results_charts import ticks
+from results_charts import number, ticks
 from results_runs import find_runs, read_runs
 from test_results import write_run
 
@@ -287,3 +287,11 @@ def test_a_row_of_the_training_loss_has_the_value_that_training_ended_with(confi
     (folder / "metrics.csv").write_text("step,seconds,train/loss,test/loss\n50,1.0,0.69,\n100,2.0,0.25,\n100,,,0.5\n")
     (row,) = results_papers.match([row], found(tmp_path).runs)
     assert (results_papers.measured(row.metric, row.runs), row.state) == ((0.25, None), "reached")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (9999, "9999"), (10_000, "10k"), (12_340, "12.34k"), (-25_000, "-25k"), (1e6, "1M"), (2.5e6, "2.5M")],
+)
+def test_large_numbers_of_an_axis_are_in_thousands_and_millions(value, text):
+    assert number(value) == text
