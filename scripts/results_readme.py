@@ -119,8 +119,9 @@ def paper_table(runs: list[Run], source: str, words: str) -> list[str]:
         ours = f"{mean:.{row.digits}f}" + ("" if std is None else f" ± {std:.{row.digits}f}")
         cells.setdefault(row.experiment, {})[row.data] = f"{ours} (n = {len(row.shown)}; {published(row)})"
     columns = list(dict.fromkeys(row.data for row in rows))
-    lines = [["experiment", *columns], *([name, *map(here.get, columns)] for name, here in cells.items())]
-    table = markdown([[cell or "" for cell in line] for line in lines], [False] + [True] * len(columns))
+    lines = [["experiment", *columns]]
+    lines += [[name, *(here.get(data, "") for data in columns)] for name, here in cells.items()]
+    table = markdown(lines, [False] + [True] * len(columns))
     stand_ins = sorted({row.substitute for row in rows} - {""})
     notes = [f"With substitutes: {'; '.join(stand_ins)}."] if stand_ins else []
     return [*table, "", "In brackets: runs, and the published value.", *notes, *orders(rows)]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ class Transformer(LooksIntoSource, nn.Module):
 
         source: of `read`, for B sequences, or for a part of them: then sequence i has source i // (B / sources).
         """
-        check_input(x, self.layers[0].norm.weight)  # what replaces a matrix may hold any type
+        check_input(x, cast(Any, self.layers[0]).norm.weight)  # what replaces a matrix may hold any type
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x must be (T, B, {self.input_size}), time first, not {tuple(x.shape)}")
         sources = self.seen(source, self.num_layers)

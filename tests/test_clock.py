@@ -41,7 +41,7 @@ class Encoder(nn.Module):
 def training(monkeypatch):
     """training(steps): the clock behind so many steps of 1 s for data, 3 + 1 forward, 2 + 5 backward, 8 to step."""
 
-    def trained(steps):
+    def trained(steps, **options):
         now, logged = [100.0], {}
         monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
         monkeypatch.setattr(clock, "peak_memory", lambda device: 17.0)
@@ -56,7 +56,9 @@ def training(monkeypatch):
             val_check_batch=4, num_training_batches=4, max_steps=-1, global_step=0, current_epoch=0, max_epochs=99,
             fit_loop=loop, accumulate_grad_batches=1, sanity_checking=False, state=SimpleNamespace(fn="fit"),
         )  # fmt: skip
-        own = clock.Clock()
+        own = clock.Clock(**options)
+        trainer.should_stop, stops = False, []
+        trainer.strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision)
         own.on_fit_start(trainer, module)
         own.on_train_start(trainer, module)
         for _ in range(steps):
@@ -68,6 +70,8 @@ def training(monkeypatch):
             own.on_after_backward(trainer, module)
             now[0] += 8
             own.on_train_batch_end(trainer, module)
+            stops.append(trainer.should_stop)
+        logged["stops"], logged["state"] = stops, own.state_dict()
         own.on_validation_start(trainer, module)
         now[0] += 1000  # of which nothing counts
         own.on_validation_epoch_end(trainer, module)
@@ -112,3 +116,15 @@ def test_memory_is_in_megabytes():
 
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert clock.peak_memory(torch.device("cpu")) == pytest.approx(kib / 1024, rel=0.05)
+
+
+def test_training_ends_with_the_step_that_its_time_is_over_in(training):
+    _, logged = training(4, max_seconds=50)
+    assert logged["stops"] == [False, False, True, True]
+    assert training(4)[1]["stops"] == [False] * 4
+
+
+def test_a_state_counts_what_all_processes_have_seen_since_the_last_validation(training, monkeypatch):
+    monkeypatch.setattr(clock, "world_size", lambda: 3)
+    _, logged = training(2)
+    assert logged["state"]["examples"] == 3 * 2 * 7

@@ -12,7 +12,7 @@ import results_papers
 import results_readme
 from conftest import ROOT
 from omegaconf import OmegaConf
-from results_charts import ticks
+from results_charts import number, ticks
 from results_runs import find_runs, read_runs
 from test_results import write_run
 
@@ -348,3 +348,11 @@ def test_a_papers_table_of_a_page_is_written_from_kept_runs(tmp_path, write_row)
     assert lines[7] == f"With substitutes: {glove}; {glove}, data.lowercase=true."
     with pytest.raises(results_readme.DamagedError, match="none is of an experiment of Nobody"):
         results_readme.filled(marker.replace("SRU (2018)", "Nobody"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (9999, "9999"), (10_000, "10k"), (12_340, "12.34k"), (-25_000, "-25k"), (1e6, "1M"), (2.5e6, "2.5M")],
+)
+def test_large_numbers_of_an_axis_are_in_thousands_and_millions(value, text):
+    assert number(value) == text

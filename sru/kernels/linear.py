@@ -3,6 +3,7 @@
 import functools
 import platform
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from sru.kernels.ops import have_memory, modes_are_active, transforms_are_active
 # Below this many rows oneDNN's reordering of the weight costs more than it saves.
 MIN_ROWS = 32
 MIN_TRANSPOSED = 2**16  # numbers from which a transpose of our own pays
-FORWARD = {kind: kind.forward for kind in (nn.Linear, nn.Conv1d)}
+FORWARD: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Linear, nn.Conv1d)}
 # The hooks that torch calls for every module, which are never replaced, only filled.
 EVERYWHERE = (
     torch_module._global_forward_hooks,
@@ -40,7 +41,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def affine(x: Tensor, module: nn.Module) -> Tensor:
     """What the module gives for x: by the faster product if it is a plain torch.nn.Linear, else by calling it."""
-    return linear(x, module.weight, module.bias) if is_plain(module, nn.Linear) else module(x)
+    if not is_plain(module, nn.Linear):
+        return module(x)
+    plain = cast(nn.Linear, module)
+    return linear(x, plain.weight, plain.bias)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -52,7 +56,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     # The class of a parametrised module is another one; some libraries put their own `forward` into instance or class.
     if type(module) is not kind or any(own) or any(EVERYWHERE) or "forward" in module.__dict__:
         return False
-    return kind.forward is FORWARD[kind] and (torch.compiler.is_compiling() or have_memory(module.weight))
+    weight = cast(Tensor, module.weight)
+    return kind.forward is FORWARD[kind] and (torch.compiler.is_compiling() or have_memory(weight))
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
