@@ -272,7 +272,7 @@ def summary_table(outcome: dict[str, Any], folder: Path) -> str:
         (
             "epochs",
             f"{outcome['epochs']:g}, "
-            + ("none is kept" if outcome["best_epoch"] is None else f"the best is {outcome['best_epoch']:g}"),
+            + ("no best one" if outcome["best_epoch"] is None else f"the best is {outcome['best_epoch']:g}"),
         ),
         (
             "an epoch",
