@@ -105,9 +105,11 @@ def is_part(words: Sequence[str], value: Any) -> bool:
     return not found & (WHOLES if found & LENGTHS else HARMLESS)
 
 
-def has_number(value: Any) -> bool:
-    """Whether it is a number, or a list with one."""
-    return any(map(has_number, value)) if isinstance(value, list) else type(value) in (int, float)
+def has_number(value: Any, depth: int = 3) -> bool:
+    """Whether it is a number, or a list with one, or with lists of them."""
+    if isinstance(value, list):
+        return depth > 0 and any(has_number(item, depth - 1) for item in value)
+    return type(value) in (int, float)
 
 
 EXAMPLE = '{"audio": "a/1.wav", "text": "what is said", "speaker": "anna"}'

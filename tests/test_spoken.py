@@ -159,6 +159,7 @@ def test_numbers_that_change_no_sound_are_passed_over(tmp_path):
     row = {"speaker": 3, "spk": 4, "age": 30, "wer": 0.5, "pred_text": "y", "score": -1.5, "num_channels": 2}
     row |= {"total_duration": 3.5, "text_length": 5, "scores": [1, 2.5], "up_votes": 2, "utt_id": 1, "noisy": True}
     row |= {"target_lang": "te", "words": [{"word": "x", "start": 0.5}], "note": "from here", "accent": ""}
+    row["tree"] = json.loads("[" * 300 + "]" * 300)
     (found,) = listing(tmp_path, {"audio": "a.wav", "text": "x"} | row).utterances()["train"]
     assert found == Utterance("m-1", (tmp_path / "a.wav",), "x", "3")
 
