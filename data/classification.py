@@ -162,15 +162,19 @@ class SentenceClassification(pl.LightningDataModule):
         present = find(path)
         if present is None:
             raise FileNotFoundError(f"{path} is missing: call prepare_data() first")
-        content = unmarked(read_bytes(present), present)
-        refuse_nul(content, present)
-        try:
-            decoded = content.decode("utf-8")
-        except UnicodeDecodeError:  # MR, SUBJ and TREC hold a few accents in latin-1
-            decoded = content.decode("latin-1")
-        for number, line in enumerate(lines_of(decoded.rstrip("\r\n")), start=1):
+        content = self.decoded(read_bytes(present), present)
+        for number, line in enumerate(lines_of(content.rstrip("\r\n")), start=1):
             label, *sentence = re.split("[ \t]", line.strip(), maxsplit=1)
             yield f"{present}:{number}", label, "".join(sentence)
+
+    def decoded(self, content: bytes, name: Path) -> str:
+        """The text of a published file: UTF-8, or latin-1, in which MR, SUBJ and TREC hold a few accents."""
+        content = unmarked(content, name)
+        refuse_nul(content, name)
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError:
+            return content.decode("latin-1")
 
     def number_of(self, label: str) -> int | None:
         """The class of a label as it is written in a file; None if there is none such."""

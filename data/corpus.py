@@ -134,7 +134,7 @@ def pieces(source: Iterable[bytes], unit: str, name: str) -> Iterator[Piece]:
     if unit != "bytes":
         source = lines.with_line_feeds(source, name, "; data.unit=bytes reads any file")
     decoder = codecs.getincrementaldecoder("utf-8")()
-    rest, last = b"", b"\n"
+    rest, last, first = b"", b"\n", 1
     for block in itertools.chain(source, [b""]):
         if unit == "bytes":
             yield np.frombuffer(block, np.uint8)
@@ -142,10 +142,9 @@ def pieces(source: Iterable[bytes], unit: str, name: str) -> Iterator[Piece]:
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{name} is no UTF-8 text (byte {error.object[error.start]:#04x}: {error.reason}), so it has no "
-                f"{unit}: type data.unit=bytes, which reads any file"
-            ) from None
+            line = lines.line_at(error.object, error.start, first)
+            raise lines.no_utf8(error, name, line, ", or type data.unit=bytes, which reads any file") from None
+        first += block.count(b"\n")
         if unit == "characters":
             yield np.frombuffer(text.encode("utf-32-le"), np.uint32)
             continue
@@ -163,6 +162,8 @@ def words_of(text: bytes) -> list[bytes]:
 
 def ends_of(size: int, valid_bytes: int | None, test_bytes: int | None) -> tuple[int, int]:
     """Where training and validation end in a text of so many units; None is a twentieth."""
+    if size < 2:
+        raise ValueError(f"the text has {size} of the 2 tokens that it needs at least: name a longer one")
     valid, test = (size // 20 if held_out is None else held_out for held_out in (valid_bytes, test_bytes))
     if size - test - valid < 2:
         raise ValueError(
@@ -248,15 +249,19 @@ def build(
     sizes: dict[str, dict[str, int]] = {}
     for key, source in sources.items():
         sizes[key] = {}
+        has_words = unit != "words"
         for name, stream in source.streams():
             sizes[key][name] = 0
             for piece in pieces(stream, unit, name):
                 sizes[key][name] += len(piece)
+                has_words = has_words or any(word != EOS.encode() for word in piece)
                 if isinstance(piece, np.ndarray):
                     seen[piece] = True
                 elif key == "train":
                     counts.update(piece)
         source.check(sizes[key], unit)
+        if not has_words:
+            raise ValueError(f"{source.locate(check=False)[0]} has no words, only blank lines: name a file with text")
     if unit == "words" and "all" in sources:  # how much of it trains is known now
         left, _ = ends_of(sum(sizes["all"].values()), *held_out)
         for name, stream in sources["all"].streams():

@@ -43,6 +43,14 @@ def refuse_nul(content: bytes, name: object, first: int = 1, advice: str = "") -
         )
 
 
+def no_utf8(error: UnicodeDecodeError, name: object, line: int, advice: str = "") -> ValueError:
+    """What to raise for a byte that is no UTF-8, with its line."""
+    return ValueError(
+        f"{name}:{line}: byte {error.object[error.start]:#04x} is no UTF-8 ({error.reason}): write the file in UTF-8, "
+        f"for example by `iconv -f latin1 -t utf-8 FILE > NEW` if it is in latin1, and name the new file{advice}"
+    )
+
+
 def decoded(content: bytes, name: object, first: int = 1) -> str:
     """The text of a file, from line `first` on; ValueError, with the line, for what is no UTF-8 or no text."""
     content = unmarked(content, name) if first == 1 else content
@@ -50,17 +58,17 @@ def decoded(content: bytes, name: object, first: int = 1) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name}:{line_at(content, error.start, first)}: byte {content[error.start]:#04x} is no UTF-8 "
-            f"({error.reason}): write the file in UTF-8, for example by `iconv -f latin1 -t utf-8` if it is in latin1"
-        ) from None
+        raise no_utf8(error, name, line_at(content, error.start, first)) from None
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, without their ends; none of an empty text."""
+    """The lines of a text, without their ends; none of an empty text.
+
+    Nor has a line a byte order mark at its start, as where files with marks are joined.
+    """
     end = "\n" if "\n" in text else "\r"
     lines = text.removesuffix(end).split(end) if text else []
-    return [line.removesuffix("\r") for line in lines]
+    return [line.removesuffix("\r").removeprefix("\ufeff") for line in lines]
 
 
 def with_line_feeds(blocks: Iterable[bytes], name: object, advice: str) -> Iterator[bytes]:

@@ -117,6 +117,11 @@ def subwords_of(files: Sequence[Text], cache: Path, kind: str, vocab_size: int) 
         return model if hashlib.sha256(model).hexdigest() == checksum else None
 
     def build(folder: Path) -> None:
+        for file in files:
+            if not any(map(str.strip, lines_of(file.path))):
+                raise ValueError(
+                    f"no subwords can be learnt: {file.path} has no text, only blank lines; give it a sentence a line"
+                )
         every = -(-sum(file.lines for file in files) // LEARNT)
         texts = (text for file in files for text in islice(lines_of(file.path), 0, None, every) if text.strip())
         model = learn(texts, kind, vocab_size)

@@ -1,16 +1,19 @@
 """Sentences of a person's own for classification: lines of `label text`, in one file or in one for each split."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from data import lines
 from data.classification import Example, SentenceClassification
 from data.fetch import own_file
 
 MANY = 20  # labels; more of them, in every second line, are no labels
+DOS_END = "\x1a"  # Ctrl-Z, which some programs of Windows write at the end of a text
 
 
 class OwnSentences(SentenceClassification):
-    """Files of `label text` lines; a label is any word. No checksum, and nothing is downloaded.
+    """Files of `label text` lines in UTF-8; a label is any word. Blank lines are passed over. Nothing is downloaded.
 
     path: one file, of which `fold` chooses the tenth that tests, and a tenth of the rest validates.
     train, val, test: instead, a file each; without val, `fold` chooses the tenth of train that validates.
@@ -59,6 +62,12 @@ class OwnSentences(SentenceClassification):
                     f"{', '.join(self.labels[:3])}: a line is `label text`, with a space or a tab between"
                 )
         return super().read()
+
+    def lines_of(self, path: Path) -> Iterator[tuple[str, str, str]]:
+        return (found for found in super().lines_of(path) if found[1])
+
+    def decoded(self, content: bytes, name: Path) -> str:
+        return lines.decoded(content, name).replace(DOS_END, "")
 
     def number_of(self, label: str) -> int | None:
         return self.labels.index(label) if label in self.labels else None

@@ -20,7 +20,8 @@ class Manifest(Recordings):
     train, val, test: these files, below root or paths; PATH is relative to the file that names it. speaker may be left
     out. "offset" and "duration", in seconds, name a part of the file, as in NeMo's manifests: without offset from the
     start, without duration (or with null or 0) to the end. "audio_filepath" is "audio", as there. A key that would mean
-    another sound, such as "channel", is refused; any other is ignored.
+    another sound, such as "channel", is refused, and one with a number that is not known to be harmless; any other is
+    ignored.
     """
 
     def __init__(self, *, root: str, train: str, val: str, test: str, **options: Any) -> None:
@@ -55,15 +56,18 @@ def listed(path: Path) -> list[Utterance]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: no JSON ({error}): a line is {EXAMPLE}") from error
         where = f"{path}:{number}"
-        if isinstance(row, dict) and "audio_filepath" in row:
-            if row.get("audio", row["audio_filepath"]) != row["audio_filepath"]:
+        if isinstance(row, dict) and row.get("audio_filepath") is not None:
+            if row.get("audio") not in (None, row["audio_filepath"]):
                 raise ValueError(f"{where}: 'audio' and 'audio_filepath' are two files: leave one of them out")
             row["audio"] = row["audio_filepath"]
         for key in ("audio", "text"):
             value = row.get(key) if isinstance(row, dict) else None
             if not isinstance(value, str) or re.search("[\ud800-\udfff\0]", value):
                 raise ValueError(f"{where}: {key!r} is no text, but {value!r:.60}: a line is {EXAMPLE}")
-        audio, part = path.parent / row["audio"], part_of(row, where)
+        if not row["audio"].strip():
+            raise ValueError(f"{where}: 'audio' is empty: name the file of the recording; a line is {EXAMPLE}")
+        name = Path(row["audio"]).expanduser() if row["audio"].startswith("~/") else row["audio"]
+        audio, part = path.parent / name, part_of(row, where)
         found.append(Utterance(f"{path.stem}-{number}", (audio,), row["text"], str(row.get("speaker", "")), part=part))
     return found
 
@@ -81,7 +85,7 @@ def part_of(row: Mapping[str, Any], where: str) -> Part:
             if type(value) not in (int, float) or not 0 <= value <= MOST:
                 raise ValueError(f"{where}: {key!r} must be {unit}, a number from 0 on, not {value!r:.60}")
             values[name] = value
-        elif {*words} & BOUNDS or words[0] in CHANGES:
+        elif is_part(words, value):
             raise ValueError(
                 f'{where}: {key!r} may change the sound, and is not read. For a part of a file type "offset" and '
                 '"duration" in seconds; for anything else write a file of its own, or leave the key out'
@@ -89,10 +93,49 @@ def part_of(row: Mapping[str, Any], where: str) -> Part:
     return Part(**values)
 
 
+def is_part(words: Sequence[str], value: Any) -> bool:
+    """Whether a key of these words may say what is heard of a file, or how."""
+    found = {*words}
+    if "".join(words) in COUNTS:
+        return False
+    if found & BOUNDS or words[0] in CHANGES or found <= ALONE:
+        return True
+    if not has_number(value):
+        return False
+    return not found & (WHOLES if found & LENGTHS else HARMLESS)
+
+
+def has_number(value: Any, depth: int = 3) -> bool:
+    """Whether it is a number, or a list with one, or with lists of them."""
+    if isinstance(value, list):
+        return depth > 0 and any(has_number(item, depth - 1) for item in value)
+    return type(value) in (int, float)
+
+
 EXAMPLE = '{"audio": "a/1.wav", "text": "what is said", "speaker": "anna"}'
-# Keys of manifests that say what is heard of a file: one of these words among those of a key, or before all others.
-BOUNDS = {"offset", "start", "begin", "end", "stop", "onset", "trim", "crop"}
-CHANGES = {"duration", "dur", "segment", "segments", "clip", "channel", "channels", "speed", "tempo", "pitch", "gain"}
+# Keys of manifests that say what is heard of a file: one of these words among those of a key, before all others, or no
+# other word.
+BOUNDS = {
+    *("offset", "offsets", "ofs", "start", "starttime", "begin", "end", "endtime", "stop", "onset", "trim", "crop"),
+    *("timestamp", "timestamps", "interval", "intervals", "span", "spans", "seek", "chan", "channel", "channels"),
+}
+CHANGES = {"duration", "durations", "dur", "segment", "segments", "clip", "speed", "tempo", "pitch", "gain"}
+ALONE = {
+    *("from", "to", "in", "out", "st", "et", "ts", "te", "t0", "t1", "t", "time", "times", "range", "window", "region"),
+    *("cut", "length", "len", "num", "samples", "frames", "ms", "sec", "secs", "seconds", "s"),
+}
+COUNTS = {"numchannels", "nchannels", "channelcount"}
+# Keys with a number that changes no sound: one of these words among those of a key; for a length, what it is that of.
+LENGTHS = {"duration", "durations", "dur", "length", "len", "samples", "frames", "ms", "sec", "secs", "seconds"}
+WHOLES = {"total", "whole", "full", "original", "orig", "file", "recording", "audio", "wav", "text"}
+HARMLESS = {
+    *("text", "word", "words", "char", "chars", "token", "tokens", "pred", "label", "labels", "class", "emotion"),
+    *("id", "ids", "uid", "idx", "index", "key", "utt", "uttid", "utterance", "line", "row", "session", "chapter"),
+    *("book", "page", "speaker", "speakers", "spk", "age", "gender", "sex", "lang", "language", "accent", "dialect"),
+    *("locale", "dataset", "corpus", "source", "domain", "split", "subset", "date", "year", "task", "taskname", "pnc"),
+    *("itn", "answer", "wer", "cer", "score", "scores", "loss", "prob", "logprob", "confidence", "snr", "mos", "votes"),
+    *("bitrate", "filesize", "size", "bits"),
+}
 RATES = ("rate", "sr", "fs", "samplerate", "sample_rate", "sampling_rate", "sample_rate_hertz", "sample_rate_hz")
 MOST = 1e7  # seconds, or samples a second
 

@@ -267,8 +267,27 @@ def test_an_empty_text_is_refused(tmp_path):
 def test_what_is_no_text_has_no_words_or_characters(tmp_path, unit):
     data = words_of(tmp_path) if unit == "words" else text_of(tmp_path, b"", unit=unit)
     (tmp_path / ("train.txt" if unit == "words" else "file")).write_bytes(b"a b \xff c\n" * 9)
-    with pytest.raises(ValueError, match=rf"is no UTF-8 text \(byte 0xff: .*\), so it has no {unit}: type data\.unit="):
+    with pytest.raises(ValueError, match=r"(train\.txt|file):1: byte 0xff is no UTF-8 .*iconv .*, or type data\.unit="):
         data.setup()
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 1000])
+@pytest.mark.parametrize("unit", ["words", "characters"])
+def test_a_byte_that_is_no_utf8_is_told_with_its_line(tmp_path, monkeypatch, unit, block):
+    monkeypatch.setattr("data.corpus.BLOCK", block)
+    with pytest.raises(ValueError, match=r"^file:3: byte 0xe9 is no UTF-8 .*`iconv -f latin1 -t utf-8 FILE > NEW`"):
+        text_of(tmp_path, b"caf\xc3\xa9\r\n\r\ncaf\xe9 a\r\nb\r\n", unit=unit).setup()
+
+
+def test_a_text_of_blank_lines_has_no_words(tmp_path):
+    for content in (b"\n", b"\n \n" * 50):
+        with pytest.raises(ValueError, match=r"file has no words, only blank lines: name a file with text"):
+            text_of(tmp_path, content, unit="words").setup()
+    with pytest.raises(ValueError, match=r"val\.txt has no words"):
+        words_of(tmp_path, val=" \n").setup()
+    for unit in ("bytes", "characters"):
+        with pytest.raises(ValueError, match=r"^the text has 1 of the 2 tokens that it needs at least"):
+            text_of(tmp_path, b"\n", unit=unit).setup()
 
 
 def test_a_text_of_another_size_than_published_is_refused(tmp_path):

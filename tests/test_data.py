@@ -68,6 +68,25 @@ def test_sentences_of_ones_own_have_any_words_as_labels(tmp_path):
     assert three.labels == data.labels
 
 
+def test_what_is_no_sentence_is_no_label(tmp_path):
+    """Blank lines, the marks of files that are joined, and the Ctrl-Z of DOS."""
+    mark, end = chr(0xFEFF), chr(0x1A)
+    data = sentences(tmp_path, f"\n \t\nneg a\r\n\n{mark}pos b\n  \n{end}{mark}neg c\n{mark}\npos d\n{end}")
+    assert data.read()["all"] == [(["a"], 0), (["b"], 1), (["c"], 0), (["d"], 1)]
+    assert data.labels == ["neg", "pos"]
+    with pytest.raises(ValueError, match=r"mine\.txt:4: expected `label text` with a label of neg, found 'pos b'"):
+        sentences(tmp_path, "\nneg a\n\npos b\n", labels=["neg"]).read()
+    with pytest.raises(ValueError, match=r"mine\.txt is empty"):
+        sentences(tmp_path, f" \n{end}").read()
+
+
+def test_sentences_of_ones_own_are_utf8(tmp_path):
+    data = sentences(tmp_path, "")
+    (tmp_path / "mine.txt").write_bytes(b"pos caf\xc3\xa9\n\nneg caf\xe9\n")
+    with pytest.raises(ValueError, match=r"mine\.txt:3: byte 0xe9 is no UTF-8.*iconv -f latin1 -t utf-8 FILE > NEW"):
+        data.read()
+
+
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [

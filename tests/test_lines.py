@@ -57,6 +57,7 @@ def test_a_text_has_the_same_lines_in_every_form(kind):
 def test_lines_by_hand():
     for content, expected in (("", []), ("\n", [""]), ("\r", [""]), ("a\rb\n", ["a\rb"]), ("a\n\n\n", ["a", "", ""])):
         assert lines.lines_of(content) == expected
+    assert lines.lines_of("a\n\ufeffb\r\n\ufeff\nc\ufeff") == ["a", "b", "", "c\ufeff"]
     with pytest.raises(ValueError, match=r"a:12: byte 0xe9 is no UTF-8.*iconv -f latin1 -t utf-8"):
         lines.decoded(b"\xc3\xa9\n\xe9", "a", 11)
 

@@ -134,6 +134,9 @@ REFUSED = (
     "Offset",
     "frame_offset",
     "segment",
+    *("starttime", "endtime", "from", "to", "timestamp", "timestamps", "interval", "span", "range", "t0", "t1", "ts"),
+    *("te", "st", "et", "in", "out", "offsets", "durations", "ofs", "num_samples", "length", "chan", "time", "window"),
+    *("region", "seek", "cut", "audio_channel", "source_duration", "whatever"),
 )
 
 
@@ -141,6 +144,39 @@ REFUSED = (
 def test_keys_that_would_mean_another_sound_are_refused(tmp_path, key):
     with pytest.raises(ValueError, match=rf'm.jsonl:1: {key!r} may change the sound.*"offset" and "duration"'):
         listing(tmp_path, {"audio": "a.wav", "text": "x", key: 1}).utterances()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("range", "1.0-2.5"), ("from_time", "3"), ("timestamp", [0, 1.5]), ("part", [[0.5, 1]]), ("audio_time", 2.5)],
+)
+def test_parts_in_other_forms_are_refused(tmp_path, key, value):
+    with pytest.raises(ValueError, match=rf"m.jsonl:1: {key!r} may change the sound.*leave the key out"):
+        listing(tmp_path, {"audio": "a.wav", "text": "x", key: value}).utterances()
+
+
+def test_numbers_that_change_no_sound_are_passed_over(tmp_path):
+    row = {"speaker": 3, "spk": 4, "age": 30, "wer": 0.5, "pred_text": "y", "score": -1.5, "num_channels": 2}
+    row |= {"total_duration": 3.5, "text_length": 5, "scores": [1, 2.5], "up_votes": 2, "utt_id": 1, "noisy": True}
+    row |= {"target_lang": "te", "words": [{"word": "x", "start": 0.5}], "note": "from here", "accent": ""}
+    row["tree"] = json.loads("[" * 300 + "]" * 300)
+    (found,) = listing(tmp_path, {"audio": "a.wav", "text": "x"} | row).utterances()["train"]
+    assert found == Utterance("m-1", (tmp_path / "a.wav",), "x", "3")
+
+
+def test_the_name_of_a_recording(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for row, path in (
+        ({"audio_filepath": None, "audio": "a.wav"}, tmp_path / "a.wav"),
+        ({"audio_filepath": "a.wav", "audio": None}, tmp_path / "a.wav"),
+        ({"audio": "~/a.wav"}, tmp_path / "home/a.wav"),
+        ({"audio": "~a.wav"}, tmp_path / "~a.wav"),
+    ):
+        (found,) = listing(tmp_path, row | {"text": "x"}).utterances()["train"]
+        assert found.files == (path,)
+    for row in ({"audio": ""}, {"audio": " "}, {"audio_filepath": ""}):
+        with pytest.raises(ValueError, match=r"m.jsonl:1: 'audio' is empty: name the file"):
+            listing(tmp_path, row | {"text": "x"}).utterances()
 
 
 def test_other_keys_of_a_manifest_are_passed_over(tmp_path):

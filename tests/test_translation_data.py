@@ -108,8 +108,9 @@ def test_an_impossible_number_of_subwords_names_one_that_fits(kind, asked, probl
 
 
 def test_a_text_without_a_word_teaches_no_subwords(tmp_path):
-    with pytest.raises(ValueError, match="no subwords can be learnt"):
-        data_of(tmp_path, ["", " "], ["", "\t"]).setup()
+    for english, german, name in ((["", " "], ["", "\t"], "en"), (["a", "b"], ["", "\t"], "de")):
+        with pytest.raises(ValueError, match=rf"no subwords .*: .*text\.{name} has no text, only blank lines"):
+            data_of(tmp_path, english, german).setup()
 
 
 # Batches
