@@ -117,9 +117,9 @@ def test_the_state_behind_no_step_or_one_is_that_of_the_equations(steps):
     h, c = cell(x, c0)
     expected = c0
     if steps:
-        rows = cell.weight.split(5)
-        f = torch.sigmoid(x[0] @ rows[1].T + cell.v[0] * c0 + cell.bias[0])
-        r = torch.sigmoid(x[0] @ rows[2].T + cell.v[1] * c0 + cell.bias[1])
+        rows, v, b = cell.weight.split(5), cell.v.split(5), cell.bias.split(5)
+        f = torch.sigmoid(x[0] @ rows[1].T + v[0] * c0 + b[0])
+        r = torch.sigmoid(x[0] @ rows[2].T + v[1] * c0 + b[1])
         expected = f * c0 + (1 - f) * (x[0] @ rows[0].T)
         torch.testing.assert_close(h[0], r * expected + (1 - r) * cell.alpha * x[0], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(c, expected, rtol=1e-10, atol=1e-10)
