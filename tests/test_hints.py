@@ -233,6 +233,13 @@ def test_a_bar_is_left_out_where_none_is_shown(configure, tmp_path):
     assert "p" not in OmegaConf.load(tmp_path / "run/config.yaml").callbacks
 
 
+def test_a_bar_is_left_out_of_what_a_process_was_handed(configure):
+    cfg = configure("+callbacks.p._target_=pytorch_lightning.callbacks.TQDMProgressBar")
+    handed = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    hints.drop_bars(handed)
+    assert len(handed.trainer.callbacks) == len(handed.callbacks) == len(cfg.callbacks) - 1
+
+
 def test_batches_to_overfit_are_the_same_in_every_epoch(configure, tmp_path, monkeypatch):
     from tasks.base import Task
 
