@@ -45,11 +45,16 @@ def run(cfg: DictConfig) -> float | None:
         task = instantiate(cfg.task)(encoder=instantiate(cfg.model), **dims)
         # A bar in a file is a wall of lines.
         cfg.trainer.enable_progress_bar &= sys.stdout.isatty()
+        if not cfg.trainer.enable_progress_bar:
+            hints.drop_bars(cfg)
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         recorder = record.Recorder(config, record.provenance(on_gpu=processes.on_gpu(cfg)), folder)
+        if any(".monitor=" in word for word in processes.overrides()) and not cfg.trainer.num_sanity_val_steps:
+            cfg.trainer.num_sanity_val_steps = 1  # a batch shows whether there is such a metric
         sizes, outcome = record.sizes(task), None
         trainer = instantiate(cfg.trainer)
         try:
+            trainer.callbacks.insert(0, record.Monitors())
             if not trainer.fast_dev_run:  # of which nothing is kept
                 trainer.callbacks.append(recorder)
             for logger in trainer.loggers:
@@ -85,11 +90,16 @@ def main(cfg: DictConfig) -> float | None:
             door.remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
 
 
+def is_no_resume(word: str) -> bool:
+    name, equals, value = word.partition("=")
+    return name == "resume" and bool(equals) and hints.is_nothing(value)
+
+
 def command() -> None:
     if (cfg := processes.handed_over()) is not None:
         run(cfg)
         return
-    words = processes.arguments(sys.argv[1:])
+    words = processes.arguments([word for word in sys.argv[1:] if not is_no_resume(word)])
     words.sort(key=lambda word: word not in ("-m", "--multirun"))  # argparse takes no flag between two overrides
     words = sweep.resumed(words) if sweep.is_resumed(words) else door.resumed(words)
     sys.argv[1:] = hints.without_nothing(words)

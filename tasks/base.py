@@ -128,8 +128,15 @@ class Task(pl.LightningModule, ABC):
         self._log_means("val")
 
     def on_train_epoch_end(self) -> None:
+        self._repeat_batches()
         if not self.trainer.enable_validation:
             self._log_means("train")
+
+    def _repeat_batches(self) -> None:
+        # Those of trainer.overfit_batches are the same in every epoch, whatever the order of the others would be.
+        for loader in self.trainer.fit_loop._combined_loader.flattened if self.trainer.overfit_batches else ():
+            if getattr(loader, "start", 0) == 0 and hasattr(loader, "epoch"):
+                loader.epoch = 0
 
     def on_test_epoch_end(self) -> None:
         self._log_means("test")
@@ -185,6 +192,7 @@ class Task(pl.LightningModule, ABC):
                         state[name] = value.reshape(p.shape)
 
     def on_train_start(self) -> None:
+        self._repeat_batches()
         # What a checkpoint brought lies on the CPU.
         self.sums = self.transfer_batch_to_device(self.sums, self.device, 0)
         if self.random_state is None and rank():

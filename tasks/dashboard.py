@@ -191,6 +191,13 @@ def check_environment() -> None:
     for variable in (*VARIABLES.values(), "WANDB_MODE", "WANDB_RUN_ID", "WANDB_TAGS", "WANDB_DIR"):
         if not os.environ.get(variable, "").strip():
             os.environ.pop(variable, None)
+    # wandb reads these itself, and takes neither capitals nor a comma too many.
+    if tags := environment_tags():
+        os.environ["WANDB_TAGS"] = ",".join(tags)
+    else:
+        os.environ.pop("WANDB_TAGS", None)
+    if os.environ.get("WANDB_MODE", "").strip().lower() in MODES:
+        os.environ["WANDB_MODE"] = os.environ["WANDB_MODE"].strip().lower()
     mode, run_id = os.environ.get("WANDB_MODE"), os.environ.get("WANDB_RUN_ID", "none")
     if mode is not None and mode not in MODES:
         raise ValueError(f"WANDB_MODE={mode} must be one of {', '.join(MODES)}; type for example WANDB_MODE=offline")

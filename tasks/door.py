@@ -64,6 +64,28 @@ RANGES: dict[str, tuple[float, float, float]] = {
 # Options that name files or folders.
 TEXTS = ("data.root", "data.cache", "data.path", "data.train", "data.val", "data.test", "data.vectors")
 
+# Options of the library's layers that no task can use, and why.
+LIBRARY = {
+    "batch_first": "time comes first in every task",
+    "nn_rnn_compatible_return": "the tasks take a state as sru.SRU gives it",
+    "device": "the trainer chooses it, by trainer.accelerator",
+    "dtype": "the trainer chooses it, by trainer.precision=64-true and the like",
+    "transform_module": "a module cannot be typed",
+    "custom_m": "a module cannot be typed",
+    "amp_recurrence_fp16": "it has no effect",
+}
+
+
+def unusable(part: str, name: str) -> str | None:
+    """What to say of an option that the class takes and no run can use; None of others."""
+    if part == "model" and name in LIBRARY:
+        return f"model.{name} is not for a run: {LIBRARY[name]}; leave out model.{name}"
+    if part in ("callbacks.best", "callbacks.last") and name == "save_weights_only":
+        return f"{part}.{name} is not for a run: a resume and the test need the whole checkpoint. Leave it out"
+    if part == "trainer" and name in ("strategy", "num_nodes"):
+        return f"trainer.{name} is for several processes: type trainer=ddp, and for example trainer.devices=2"
+    return None
+
 
 def check(cfg: DictConfig) -> None:
     """Refuse a value out of range, and an option that the class named by data, model or task does not take."""
@@ -74,6 +96,8 @@ def check(cfg: DictConfig) -> None:
             kind = "a number" if isinstance(example, float) else "a whole number"
             raise ValueError(f"{key}={value} must be {kind}, {low} to {high}; type for example {key}={example}")
     processes.check(cfg)
+    if "max_epochs" not in cfg.trainer:
+        raise ValueError("trainer.max_epochs is missing, without which a run has no end; leave out ~trainer.max_epochs")
     both = OmegaConf.select(cfg, "bidirectional", default=False)
     if type(both) is not bool:
         raise ValueError(f"bidirectional={both} must be true or false")
@@ -115,12 +139,14 @@ def check(cfg: DictConfig) -> None:
         target = get_class(cfg[part]._target_)
         known, flags = options_of(target), options_of(target, bool)
         for name in cfg[part]:
+            if name in known and cfg[part][name] not in (None, False) and (why := unusable(part, name)):
+                raise ValueError(f"{part}.{name}={cfg[part][name]}: {why.partition(': ')[2]}")
             if name in flags and type(cfg[part][name]) is not bool:
                 raise ValueError(f"{part}.{name}={cfg[part][name]} must be true or false")
             if name not in known and name not in ("_target_", "_partial_"):
                 raise ValueError(
                     f"{part} {cfg[part]._target_} has no option {name!r} (from an ablation or an experiment?). "
-                    f"It has: {', '.join(known)}."
+                    f"It has: {', '.join(each for each in known if not unusable(part, each))}."
                 )
 
 

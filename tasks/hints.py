@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.callbacks import ProgressBar
 
 from tasks import door, processes
 
@@ -48,6 +50,8 @@ def without_nothing(words: list[str]) -> list[str]:
         key = name.lstrip("+~")
         if key == "loggers" and (name.startswith("~") or is_nothing(value)):
             found.append("logger=csv")
+        elif made := re.match(r"trainer\.(callbacks|logger)(?:\.(.*))?$", key):
+            raise ValueError(made_of(made[1], made[2], word))
         elif key not in groups():
             found.append(word)
         elif name.startswith("~"):
@@ -55,7 +59,7 @@ def without_nothing(words: list[str]) -> list[str]:
             now = before[-1] if before else {"logger": "wandb"}.get(key, "")
             # One that is not chosen is Hydra's to refuse.
             found.append(chosen(key, word) if not equals or value == now or key not in WITHOUT else word)
-        elif not equals or ("," not in value and not is_nothing(value)) or (CONF / key / f"{value}.yaml").exists():
+        elif not equals or ("," not in value and not has_nothing(value)) or (CONF / key / f"{value}.yaml").exists():
             found.append(word)
         elif is_nothing(value):
             found.append(chosen(key, word))
@@ -63,7 +67,7 @@ def without_nothing(words: list[str]) -> list[str]:
             parts = re.split(r",(?![^\[]*\])", value)  # commas within brackets are of a list
             if key in ("experiment", "sweep") and any(map(is_nothing, parts)):
                 raise ValueError(f"{word}: null is no choice of a sweep; type a command for it, one for the others")
-            parts = [chosen(key, word).partition("=")[2] if is_nothing(part) else part for part in parts]
+            parts = [chosen(key, word).partition("=")[2] if is_nothing(part) else listed(part) for part in parts]
             found.append(f"{key}={','.join(parts)}")
     for key in ("experiment", "sweep"):
         # Hydra would forget that there was a choice.
@@ -73,7 +77,35 @@ def without_nothing(words: list[str]) -> list[str]:
 
 
 def is_nothing(value: str) -> bool:
-    return value.strip("'\" ").lower() in NOTHING
+    """Whether that is null, or a list of it alone."""
+    items = value.strip().removeprefix("[").removesuffix("]").split(",") if value.strip().startswith("[") else [value]
+    return all(item.strip("'\" ").lower() in NOTHING for item in items)
+
+
+def has_nothing(value: str) -> bool:
+    return is_nothing(value) or listed(value) != value
+
+
+def listed(value: str) -> str:
+    """A list without its nulls."""
+    if not re.fullmatch(r"\[[^\[\]]*\]", value):
+        return value
+    items = value[1:-1].split(",")
+    kept = [item for item in items if not is_nothing(item)]
+    return value if kept == items else f"[{','.join(kept)}]"
+
+
+def made_of(option: str, rest: str | None, word: str) -> str:
+    """What to say of a word for a list that the trainer gets from a group."""
+    value, group = word.partition("=")[2], {"logger": "loggers"}.get(option, option)
+    if option == "logger" and not rest:
+        what = "type logger=csv for none but the file"
+    elif rest and "." in rest:
+        what = f"type {shlex.quote(f'+{group}.{rest}={value}')}"
+    else:
+        name = rest if rest and rest[0].isalpha() else "NAME"
+        what = f"type +{group}.{name}._target_=CLASS to add one, {group}.{name}=null to take one away"
+    return f"{word}: trainer.{option} is made of {group}; {what}"
 
 
 def chosen(group: str, word: str) -> str:
@@ -90,6 +122,20 @@ def drop_null(cfg: DictConfig) -> None:
         with open_dict(cfg):
             for name in [name for name, value in cfg[group].items() if value is None]:
                 del cfg[group][name]
+
+
+def drop_bars(cfg: DictConfig) -> None:
+    """Take away the callbacks that are bars, which Lightning refuses where none is to be shown."""
+    with open_dict(cfg):
+        for name in [name for name, value in cfg.callbacks.items() if is_bar(value)]:
+            del cfg.callbacks[name]
+        if not OmegaConf.is_interpolation(cfg.trainer, "callbacks"):  # in a process that was handed the values
+            cfg.trainer.callbacks = [value for value in cfg.trainer.callbacks if not is_bar(value)]
+
+
+def is_bar(node: DictConfig) -> bool:
+    kind = class_of(node, "callbacks")
+    return isinstance(kind, type) and issubclass(kind, ProgressBar)
 
 
 def check(cfg: DictConfig) -> None:
@@ -110,6 +156,10 @@ def check(cfg: DictConfig) -> None:
                     f"{group}.{name} must have a class; type for example +{group}.{name}._target_=CLASS, or {group}."
                     f"{name}=null for none"
                 )
+    if (kept := cfg.callbacks.last.get("save_top_k", 1)) != 1:
+        raise ValueError(
+            f"callbacks.last.save_top_k={kept}: last.ckpt is one file, and a resume needs it; leave that out"
+        )
     if (kept := cfg.callbacks.best.get("save_top_k", 1)) != 1:
         raise ValueError(
             f"callbacks.best.save_top_k={kept}: best.ckpt is one file. To keep more, type "
@@ -117,6 +167,22 @@ def check(cfg: DictConfig) -> None:
             f"+callbacks.top.monitor={cfg.callbacks.best.monitor} +callbacks.top.mode={cfg.callbacks.best.mode} "
             f"+callbacks.top.save_top_k={kept} '+callbacks.top.dirpath=${{run_dir}}/top'"
         )
+    best = cfg.callbacks.best
+    if not str(best.get("monitor")).startswith("val/"):
+        raise ValueError(
+            f"callbacks.best.monitor={best.get('monitor')} must be a metric of the validation; type for example "
+            "callbacks.best.monitor=val/loss callbacks.best.mode=min"
+        )
+    if best.get("mode") not in ("min", "max"):
+        raise ValueError(f"callbacks.best.mode={best.get('mode')} must be min or max; type callbacks.best.mode=min")
+    for name in ("best", "last"):
+        if cfg.callbacks[name].get("save_weights_only"):
+            raise ValueError(door.unusable(f"callbacks.{name}", "save_weights_only"))
+    for name, may_be_none in (("optimizer", False), ("scheduler", True)):
+        value = cfg.task.get(name, "")
+        has_class = OmegaConf.is_dict(value) and "_target_" in value
+        if name in cfg.task and not has_class and not (value is None and may_be_none):
+            raise ValueError(f"task.{name}{said_of(value)} must have a class; {with_class(name, value)}")
     for path, node in targets(cfg):
         names, takes_more = arguments(node, path)
         supplied = given_by_code(cfg, path, node)
@@ -129,6 +195,21 @@ def check(cfg: DictConfig) -> None:
             if not takes_more and path not in ("data", "model", "task"):  # of which the door says more
                 wrong = f"{path}.{name}"
                 raise ValueError(f"{node._target_} takes no {name!r}.{meant(wrong, candidates(cfg, without=wrong))}")
+
+
+def said_of(value: Any) -> str:
+    return "" if OmegaConf.is_dict(value) else f"={value}"
+
+
+def with_class(name: str, value: Any = None) -> str:
+    """How to give a task an optimiser or a schedule; `value` is perhaps the name of one."""
+    if name == "optimizer":
+        known = {each.lower(): each for each in dir(torch.optim) if isinstance(getattr(torch.optim, each), type)}
+        return f"type task.optimizer._target_=torch.optim.{known.get(str(value).lower(), 'SGD')}"
+    known = {each: each for each in ("noam", "cosine", "decay")}
+    found = f"tasks.schedules.{known[str(value)]}" if str(value) in known else "CLASS"
+    null = ", or task.scheduler=null for none" if found == "CLASS" else ""
+    return f"type +task.scheduler._target_={found} +task.scheduler._partial_=true{null}"
 
 
 def needed(node: DictConfig, path: str) -> None:
@@ -215,8 +296,15 @@ def candidates(cfg: DictConfig, without: str = "") -> list[str]:
             supplied = given_by_code(cfg, path, node)
         except ValueError:
             continue
-        more += [f"+{path}.{name}" for name in names if name not in node and name not in supplied]
+        more += [f"+{path}.{name}" for name in names if name not in (*node, *supplied) and not refused(path, name)]
     return [key for key in (*groups(), *keys, *more) if not f"{key}.".startswith(f"{without}.") or not without]
+
+
+def refused(path: str, name: str) -> bool:
+    """Whether a run cannot have an option that its class takes."""
+    return door.unusable(path, name) is not None or (
+        path in ("callbacks.best", "callbacks.last") and name == "save_top_k"
+    )
 
 
 def meant(wrong: str, known: list[str]) -> str:
@@ -283,6 +371,10 @@ def key_of(word: str) -> str:
 def of_key(key: str, words: list[str]) -> str:
     """What to say of a key that is not in the configuration of this command."""
     word = next((word for word in words if key_of(word) == key and word[0] not in "~+"), f"{key}=VALUE")
+    if key in ("optimizer", "scheduler"):
+        return f"There is no key {key!r}; {with_class(key, word.partition('=')[2])}"
+    if re.fullmatch(r"logger\.\w+", key) and is_nothing(word.partition("=")[2]):
+        return f"There is no key {key!r}: type {key.replace('logger', 'loggers')}=null, or logger=csv"
     if re.fullmatch(r"(loggers|callbacks)\.\w+", key) and is_nothing(word.partition("=")[2]):
         return f"There is no {key} to take away: leave out {word}"
     cfg = of_command(words, without=key)
@@ -302,7 +394,7 @@ def of_key(key: str, words: list[str]) -> str:
                 return f"{path} is null. To give it a class, type {plus} (and perhaps +{path}._partial_=true)"
             if "." not in path:
                 return f"{path} is null: type {plus}"
-            return f"{path} is null: type its class first, +{path}._target_=CLASS, and then {plus}"
+            return f"{path} is null: type its class first, {first(path)}, and then {plus}"
         if parent is not absent and not OmegaConf.is_config(parent):
             return f"{start}: {path} is one value, {parent}; type {path}=VALUE"
         if not OmegaConf.is_dict(parent):
@@ -311,6 +403,14 @@ def of_key(key: str, words: list[str]) -> str:
             names, takes_more = arguments(parent, path)
             if name in given_by_code(cfg, path, parent):
                 return f"{path}.{name} is not for the configuration, the program gives it: leave it out"
+            if why := door.unusable(path, name):
+                return why
+            if name in names and i + 1 < len(parts) and parts[i + 1] not in HYDRAS:
+                return (
+                    f"There is no {path}.{name} yet: type its class first, {first(f'{path}.{name}')}, and then {plus}"
+                )
+            if name in names and parts[i + 1 :] == ["_target_"] and path == "task":
+                return f"There is no {path}.{name} yet: type {plus} +{path}.{name}._partial_=true"
             if name in HYDRAS or name in names or takes_more:
                 return f"{start} in the configuration, but {parent._target_} takes {name}: type {plus}"
             start += f", and {parent._target_} takes no {name!r}"
@@ -325,6 +425,11 @@ def of_key(key: str, words: list[str]) -> str:
     return f"{start}.{meant(key, candidates(cfg))}"
 
 
+def first(path: str) -> str:
+    """The words that give an option a class; a task calls its own."""
+    return f"+{path}._target_=CLASS" + (f" +{path}._partial_=true" if path.startswith("task.") else "")
+
+
 def has(file: Path, key: str) -> bool:
     """Whether a file of conf/ has the entry of callbacks or loggers that a key is below."""
     return OmegaConf.select(OmegaConf.load(file), ".".join(key.split(".")[:2]), default=None) is not None
@@ -337,13 +442,16 @@ def told(text: str, words: list[str]) -> str | None:
     there = re.search(r"already at '([^']+)'|^(\S+) appears more than once|Multiple values for (\S+)\.", text)
     if there:
         key = next(filter(None, there.groups()))
-        word = next((word for word in words if word[0] == "+" and key_of(word) == key), f"+{key}=VALUE")
+        typed = [word for word in words if word[:1] == "+" and key_of(word) == key]  # a resume has older ones before
+        word = typed[-1] if typed else f"+{key}=VALUE"
         return f"{key} is there already: leave out the plus, type {shlex.quote(word.lstrip('+'))}"
     if forced := re.search(r"force-add of config groups is not supported: '\++([^']+)'", text):
         return f"{forced[1].partition('=')[0]} is there already: leave out the plus, type {shlex.quote(forced[1])}"
     if gone := re.search(r"Could not delete '([^']+)'\. No match", text):
         return f"There is no {gone[1]} to remove: leave out ~{gone[1]}"
     if gone := re.search(r"Could not delete from config\. '([^']+)' does not exist", text):
+        if gone[1].startswith("logger."):
+            return f"There is no key {gone[1]!r} to remove: type ~loggers{gone[1][6:]}, or logger=csv"
         cfg = of_command(words, without=gone[1])
         known = [key for key in candidates(cfg) if key[0] != "+"]
         return f"There is no key {gone[1]!r} to remove.{meant(gone[1], known)}"

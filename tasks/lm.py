@@ -73,8 +73,6 @@ class LanguageModelling(Task):
                 "a network of both directions sees the words that it is to predict; type bidirectional=false, and "
                 "leave out model.bidirectional and model.causal"
             )
-        if getattr(self.encoder, "batch_first", False):
-            raise ValueError("time comes first in a language model: leave out model.batch_first")
         self.softmax = AdaptiveSoftmax(
             self.encoder.output_size,
             vocab_size,

@@ -77,6 +77,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"trainer.strategy={strategy} must be one of {', '.join(STRATEGIES)}; or type trainer=fsdp")
     if accelerator not in ACCELERATORS:
         raise ValueError(f"trainer.accelerator={accelerator} must be one of {', '.join(ACCELERATORS)}")
+    if "strategy" in cfg.trainer and "num_nodes" not in cfg.trainer:
+        raise ValueError(f"trainer.strategy={strategy}: leave that out, and type trainer=ddp for several processes")
     for name, is_auto in (("devices", "strategy" in cfg.trainer), ("num_nodes", "strategy" in cfg.trainer)):
         value = cfg.trainer.get(name, 1)
         if not (type(value) is int and 1 <= value <= 10**5) and not (is_auto and value == "auto"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import difflib
 import io
 import json
 import os
@@ -84,6 +85,23 @@ class Checkpoint(ModelCheckpoint):
         paths = {key: moved(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
         models = {moved(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | paths | {"best_k_models": models, "dirpath": self.dirpath})
+
+
+class Monitors(pl.Callback):
+    """Tells a metric that a callback waits for and no validation has, before Lightning does in words of its own."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        there = [name for name in trainer.callback_metrics if name.startswith("val/")]
+        for callback in trainer.callbacks:
+            wanted = getattr(callback, "monitor", None)
+            if there and str(wanted).startswith("val/") and wanted not in there:
+                typed = [word.lstrip("+").partition("=") for word in processes.overrides()]
+                key = next((k for k, _, value in typed if k.endswith(".monitor") and value == wanted), None)
+                near = difflib.get_close_matches(wanted, there, n=1, cutoff=0.5)
+                raise ValueError(
+                    f"no validation has the metric {wanted}, by which {type(callback).__name__} goes; there are: "
+                    f"{', '.join(there)}. Type {key or 'callbacks.best.monitor'}={(near or there)[0]}"
+                )
 
 
 def checkpoint(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What wandb is told of a run, read back from the files of offline runs."""
 
 import json
+import os
 
 import pytest
 import wandb
@@ -29,6 +30,16 @@ def begun(cfg):
     logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     logger.finish(None)
     return read_offline_run(logger.run_dir)
+
+
+@pytest.mark.parametrize(("tags", "left"), [("a,b,", "a,b"), (",,", None), ("a,, b", "a,b")])
+def test_variables_are_cleaned_before_wandb_reads_them(configure, monkeypatch, tags, left):
+    monkeypatch.setenv("WANDB_TAGS", tags)
+    monkeypatch.setenv("WANDB_MODE", "OFFLINE")
+    cfg = configure("logger=wandb")
+    door.check(cfg)
+    assert (os.environ.get("WANDB_TAGS"), os.environ["WANDB_MODE"]) == (left, "offline")
+    assert begun(cfg)["tags"] == ["classification", "pydoc", "sru", *(left.split(",") if left else ())]
 
 
 def test_a_run_says_what_it_is_and_what_came_out(configure, tmp_path):

@@ -58,14 +58,26 @@ def answer(monkeypatch, tmp_path):
         ("task.optimizer._target_=torch.optim.SGD task.optimizer.nesterov=true", "+task.optimizer.nesterov=true"),
         ("trainer.profiler=simple", "+trainer.profiler=simple"),
         ("trainer.overfit_batches=0.1", "+trainer.overfit_batches=0.1"),
-        ("callbacks.best.save_weights_only=true", "+callbacks.best.save_weights_only=true"),
+        ("callbacks.best.save_last=true", "+callbacks.best.save_last=true"),
+        ("+trainer.profiler=simple +trainer.profiler=advanced", "trainer.profiler=advanced"),
         ("model.layer_norm=true", "+model.layer_norm=true"),
         ("task=lm data.unit=bytes", "+data.unit=bytes"),
         (STOP.lstrip("+"), STOP),
         (f"{STOP} callbacks.stop.patience=3", "+callbacks.stop.patience=3"),
         ("-m depth=1,2 task.optimizer.weight_decay=0,0.1", "+task.optimizer.weight_decay=0,0.1"),
         ("-m task=lm,squad task.scheduler._target_=a.noam", "+task.scheduler._target_=a.noam"),
-        ("task=lm task.scheduler.warmup=9", "+task.scheduler._target_=CLASS, and then +task.scheduler.warmup=9"),
+        (
+            "task=lm task.scheduler.warmup=9",
+            "+task.scheduler._target_=CLASS +task.scheduler._partial_=true, and then +task.scheduler.warmup=9",
+        ),
+        (
+            "task=image task.scheduler.gamma=0.5",
+            "+task.scheduler._target_=CLASS +task.scheduler._partial_=true, and then +task.scheduler.gamma=0.5",
+        ),
+        (
+            "task=image task.scheduler._target_=torch.optim.lr_scheduler.StepLR",
+            "+task.scheduler._target_=torch.optim.lr_scheduler.StepLR +task.scheduler._partial_=true",
+        ),
     ],
 )
 def test_what_a_class_takes_and_the_configuration_has_not_is_answered_with_the_plus(answer, words, plus):
@@ -101,6 +113,27 @@ def test_what_a_class_takes_and_the_configuration_has_not_is_answered_with_the_p
         ("+task.optimizer.weigth_decay=1", "Did you mean: +task.optimizer.weight_decay, "),
         ("++trainer.max_epoch=1", "pytorch_lightning.Trainer takes no 'max_epoch'. Did you mean: trainer.max_epochs, "),
         ("+callbacks.best.save_top_k=3", "best.ckpt is one file. To keep more, type +callbacks.top._target_="),
+        ("model.batch_first=true", "model.batch_first is not for a run: time comes first in every task"),
+        ("+model.dtype=float64", "model.dtype=float64: the trainer chooses it, by trainer.precision=64-true"),
+        ("+callbacks.best.save_weights_only=true", "a resume and the test need the whole checkpoint. Leave it out"),
+        ("callbacks.last.save_weights_only=true", "a resume and the test need the whole checkpoint. Leave it out"),
+        ("trainer.callbacks.rate._target_=a.B", "made of callbacks; type +callbacks.rate._target_=a.B"),
+        ("+trainer.callbacks.rate=3", "type +callbacks.rate._target_=CLASS to add one, callbacks.rate=null to take"),
+        ("trainer.callbacks=[]", "type +callbacks.NAME._target_=CLASS to add one"),
+        ("trainer.logger=false", "made of loggers; type logger=csv"),
+        ("task.optimizer=sgd", "task.optimizer=sgd must have a class; type task.optimizer._target_=torch.optim.SGD"),
+        ("task.optimizer=null", "must have a class; type task.optimizer._target_=torch.optim.SGD"),
+        ("optimizer=adamw", "type task.optimizer._target_=torch.optim.AdamW"),
+        ("task=lm task.scheduler=noam", "type +task.scheduler._target_=tasks.schedules.noam +task.scheduler._partial_"),
+        ("task=image +task.scheduler.gamma=1", "task.scheduler must have a class; type +task.scheduler._target_=CLASS"),
+        ("+trainer.strategy=ddp", "trainer.strategy=ddp: leave that out, and type trainer=ddp"),
+        ("trainer.num_nodes=2", "type trainer=ddp"),
+        ("callbacks.best.monitor=null", "callbacks.best.monitor=None must be a metric of the validation"),
+        ("callbacks.best.mode=up", "callbacks.best.mode=up must be min or max"),
+        ("~trainer.max_epochs", "trainer.max_epochs is missing, without which a run has no end"),
+        ("~logger.wandb", "type ~loggers.wandb, or logger=csv"),
+        ("logger.wandb=null", "type loggers.wandb=null, or logger=csv"),
+        ("+callbacks.last.save_top_k=0", "last.ckpt is one file, and a resume needs it; leave that out"),
         ("+epoch=3", "Nothing reads 'epoch'. Did you mean: epochs, depth?"),
         ("+model.input_size=3", "model.input_size is not for the configuration, the program gives it"),
         (STOP, "EarlyStopping needs monitor; type +callbacks.stop.monitor=VALUE"),
@@ -128,6 +161,8 @@ def test_what_nothing_takes_is_answered_by_what_this_command_has(answer, words, 
         "loggers.wandb=null",
         "~loggers.wandb",
         "-m logger=null,csv",
+        "logger=[null]",
+        "logger=[null,csv]",
     ],
 )
 def test_no_logger_is_the_file_alone(answer, word):
@@ -144,6 +179,10 @@ def test_no_logger_is_the_file_alone(answer, word):
         "sweep=null",
         "~sweep",
         "-m ablation=[no_vc],null",
+        "ablation=[null]",
+        "-m ablation=[no_vc],[null,null]",
+        "resume=null",
+        "resume=",
         "trainer=patient callbacks.stop=null",
     ],
 )
@@ -152,6 +191,68 @@ def test_nothing_of_a_group_is_as_if_nothing_was_said(answer, word):
     for part in ("choices", "data", "model", "task", "ablations"):
         assert cfg[part] == plain[part]
     assert list(cfg.callbacks) == list(plain.callbacks)
+
+
+def test_a_null_in_a_list_is_left_out(answer):
+    assert answer("'ablation=[no_vc,null,no_highway]'").choices.ablation == ["no_vc", "no_highway"]
+
+
+def test_what_no_run_can_use_is_not_suggested(configure):
+    for name in hints.choices("model"):
+        known = [key.rpartition(".")[2] for key in hints.candidates(configure(f"model={name}"))]
+        assert not {*door.LIBRARY, "save_weights_only", "save_top_k", "strategy", "num_nodes"} & set(known)
+
+
+@pytest.mark.parametrize("task", hints.choices("task"))
+def test_every_task_refuses_a_batch_that_comes_first(configure, task):
+    with pytest.raises(ValueError, match=r"model\.batch_first=True: time comes first in every task"):
+        door.check(configure(f"task={task}", "model=sru", "+model.batch_first=true"))
+    door.check(configure(f"task={task}", "model=sru", "+model.batch_first=false"))
+
+
+def test_a_metric_that_is_nowhere_is_told_before_the_first_epoch(configure, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"no validation has the metric val/acc, .* there are: val/loss, val/accuracy"):
+        train.run(configure(*TINY, "trainer=patient", "callbacks.best.monitor=val/acc"))
+    assert "epoch 1" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["image", "squad", "translation"])
+def test_a_metric_that_is_typed_changes_no_number(configure, tmp_path, task):
+    words = [word for word in TINY if not word.startswith("task=")] + [f"task={task}"]
+    words += ["data=squad_sample"] if task == "squad" else []
+    found = []
+    for i, monitor in enumerate([["callbacks.best.monitor=val/loss"], ["+callbacks.best.verbose=false"]]):
+        train.run(configure(*words, "callbacks.best.mode=min", *monitor, f"run_dir={tmp_path / str(i)}"))
+        found.append(json.loads((tmp_path / f"{i}/metrics.json").read_text())["metrics"]["test/loss"])
+    assert found[0] == found[1]
+
+
+def test_a_bar_is_left_out_where_none_is_shown(configure, tmp_path):
+    bar = "+callbacks.p._target_=pytorch_lightning.callbacks.RichProgressBar"
+    train.run(configure(*TINY, bar))
+    assert "p" not in OmegaConf.load(tmp_path / "run/config.yaml").callbacks
+
+
+def test_a_bar_is_left_out_of_what_a_process_was_handed(configure):
+    cfg = configure("+callbacks.p._target_=pytorch_lightning.callbacks.TQDMProgressBar")
+    handed = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    hints.drop_bars(handed)
+    assert len(handed.trainer.callbacks) == len(handed.callbacks) == len(cfg.callbacks) - 1
+
+
+def test_batches_to_overfit_are_the_same_in_every_epoch(configure, tmp_path, monkeypatch):
+    from tasks.base import Task
+
+    seen, step = [], Task.training_step
+    monkeypatch.setattr(
+        Task, "training_step", lambda self, batch: (seen.append(float(batch[0].double().sum())), step(self, batch))[1]
+    )
+    words = (*TINY, "+trainer.overfit_batches=2")
+    train.run(configure(*words, "epochs=2"))
+    train.run(configure(*words, "epochs=3", f"resume={tmp_path / 'run'}"))
+    assert len(seen) == 6
+    assert seen == 3 * seen[:2]
+    assert seen[0] != seen[1]
 
 
 def test_an_experiment_is_taken_back(answer):
