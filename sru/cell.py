@@ -185,8 +185,8 @@ class SRUCell(nn.Module):
 
     @property
     def alpha(self) -> float:
-        """The scaling correction, a number that is not learnt: what the buffer scale_x holds."""
-        return self.scale_x.item()
+        """The scaling correction, a number that is not learnt: what the buffer scale_x holds, or will start with."""
+        return self.initial_alpha() if self.scale_x.is_meta else self.scale_x.item()
 
     def initial_alpha(self) -> float:
         """What scale_x starts with, rounded as in the official package, whatever the dtype of the layer."""

@@ -268,7 +268,7 @@ def stretch(sizes: Tensor, most: Tensor | float, length: int) -> Tensor:
 
 
 def sound(
-    vocabulary: Any, input: str, rate: int, chunk: float | None, offset: float, duration: float
+    vocabulary: Any, input: str, rate: int, chunk: float | None, offset: float = 0.0, duration: float = 0.0
 ) -> tuple[Iterator[np.ndarray], int]:
     """Pieces of `chunk` milliseconds, or one of all there is, of a part of a file, or of standard input; and samples a
     second."""
