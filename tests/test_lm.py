@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -307,6 +308,7 @@ def test_the_state_of_a_checkpoint_goes_where_the_network_is():
     checkpoint = {}
     task.on_save_checkpoint(checkpoint)
     other.on_load_checkpoint(checkpoint)
+    other._trainer = SimpleNamespace(overfit_batches=0.0)
     other.to("meta").on_train_start()
     assert other.states["train"].device.type == "meta"
 

@@ -227,7 +227,7 @@ def test_a_run_learns_writes_and_is_used(settings, cache, tmp_path, capsys, monk
 @pytest.mark.parametrize(("chunk", "sizes"), [(100, [800, 800, 400]), (12.5, [100] * 20), (None, [2000])])
 def test_a_chunk_is_of_milliseconds(monkeypatch, chunk, sizes):
     wave = np.arange(2000, dtype="<i2")
-    vocabulary = SimpleNamespace(read=lambda path: (wave.astype(np.float32) / 32768, 8000))
+    vocabulary = SimpleNamespace(read=lambda path, offset, duration: (wave.astype(np.float32) / 32768, 8000))
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=reader(wave.tobytes()))))
     for name in ("file.wav", "-"):
         pieces, rate = sound(vocabulary, name, 8000, chunk)
