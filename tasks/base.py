@@ -134,7 +134,8 @@ class Task(pl.LightningModule, ABC):
 
     def _repeat_batches(self) -> None:
         # Those of trainer.overfit_batches are the same in every epoch, whatever the order of the others would be.
-        for loader in self.trainer.fit_loop._combined_loader.flattened if self.trainer.overfit_batches else ():
+        trainer: Any = self.trainer
+        for loader in trainer.fit_loop._combined_loader.flattened if trainer.overfit_batches else ():
             if getattr(loader, "start", 0) == 0 and hasattr(loader, "epoch"):
                 loader.epoch = 0
 

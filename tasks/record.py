@@ -90,11 +90,11 @@ class Checkpoint(ModelCheckpoint):
 class Monitors(pl.Callback):
     """Tells a metric that a callback waits for and no validation has, before Lightning does in words of its own."""
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         there = [name for name in trainer.callback_metrics if name.startswith("val/")]
         for callback in trainer.callbacks:
-            wanted = getattr(callback, "monitor", None)
-            if there and str(wanted).startswith("val/") and wanted not in there:
+            wanted = str(getattr(callback, "monitor", None))
+            if there and wanted.startswith("val/") and wanted not in there:
                 typed = [word.lstrip("+").partition("=") for word in processes.overrides()]
                 key = next((k for k, _, value in typed if k.endswith(".monitor") and value == wanted), None)
                 near = difflib.get_close_matches(wanted, there, n=1, cutoff=0.5)
