@@ -124,7 +124,7 @@ def paper_table(runs: list[Run], source: str, words: str) -> list[str]:
     table = markdown(lines, [False] + [True] * len(columns))
     stand_ins = sorted({row.substitute for row in rows} - {""})
     notes = [f"With substitutes: {'; '.join(stand_ins)}."] if stand_ins else []
-    return [*table, "", "In brackets: runs, and the published value.", *notes, *orders(rows)]
+    return [*table, "", "In brackets: runs, and the published value.", *(f"- {n}" for n in [*notes, *orders(rows)])]
 
 
 def titled(words: str) -> tuple[list[str], list[str]]:

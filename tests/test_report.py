@@ -345,7 +345,7 @@ def test_a_papers_table_of_a_page_is_written_from_kept_runs(tmp_path, write_row)
         "",
         "In brackets: runs, and the published value.",
     ]
-    assert lines[7] == f"With substitutes: {glove}; {glove}, data.lowercase=true."
+    assert lines[7] == f"- With substitutes: {glove}; {glove}, data.lowercase=true."
     with pytest.raises(results_readme.DamagedError, match="none is of an experiment of Nobody"):
         results_readme.filled(marker.replace("SRU (2018)", "Nobody"), tmp_path)
 
