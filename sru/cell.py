@@ -30,7 +30,7 @@ from sru.kernels.ops import has_numbers
 def sequence_mask(p: float, like: Tensor) -> Tensor | None:
     """A dropout mask (B, D) that every step of a sequence shares, scaled by 1 / (1 - p); None when p is 0."""
     check_probabilities(dropout=p)
-    return None if p == 0 else (torch.rand_like(like) < 1 - p).to(like.dtype) / (1 - p)
+    return None if p == 0 else torch.rand_like(like).lt_(1 - p).div_(1 - p)
 
 
 class SRUCell(nn.Module):

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from sru import convert
-from sru.cell import SRUCell
+from sru.cell import SRUCell, sequence_mask
 from sru.door import check_flags, check_input, check_mask, check_sizes, check_state, refuse, state_dtype
-from sru.kernels.linear import affine
+from sru.kernels import stack
+from sru.kernels.linear import FORWARD, affine, is_plain
 from sru.kernels.ops import has_numbers
 
 # What the papers use in each setting: SRU(n, d, num_layers, **presets["deep"]).
@@ -29,6 +30,9 @@ presets: dict[str, dict[str, Any]] = {
 
 # Of a layer's number, its input and mask_pad: what its transform_module gets besides its input.
 Context = Callable[[int, Tensor, Tensor | None], tuple]
+
+
+FORWARD[SRUCell] = SRUCell.forward
 
 
 class SRU(nn.Module):
@@ -182,15 +186,53 @@ class SRU(nn.Module):
             c0 = c0.unflatten(0, (self.num_layers, -1)).transpose(1, 2).flatten(2) if self.is_split() else c0
         if self.input_to_hidden is not None:
             x = affine(x, self.input_to_hidden)
-        states = []
-        for i, layer in enumerate(self.layers):
-            more = () if context is None else context(i, x, mask_pad)
-            x, c = layer(x, None if c0 is None else c0[i].to(state_dtype(x)), mask_pad, context=more)
-            states.append(c)
-        c = torch.stack(states)
+        if context is None and self.is_plain(x, c0):
+            x, c = self.run_at_once(x, c0, mask_pad)
+        else:
+            states = []
+            for i, layer in enumerate(self.layers):
+                more = () if context is None else context(i, x, mask_pad)
+                x, c = layer(x, None if c0 is None else c0[i].to(state_dtype(x)), mask_pad, context=more)
+                states.append(c)
+            c = torch.stack(states)
         if self.is_split():
             c = c.unflatten(2, (self.num_directions, self.hidden_size)).transpose(1, 2).flatten(0, 1)
         return x, c
+
+    def is_plain(self, x: Tensor, c0: Tensor | None) -> bool:
+        """Whether the layers have matrices and masks alone and nothing waits for a call of one of them."""
+        layers = [cast(SRUCell, layer) for layer in self.layers]
+        return all(
+            is_plain(layer, SRUCell)
+            and layer.weight is not None
+            and layer.weight_proj is None
+            and layer.layer_norm is None
+            and not layer.zoneout
+            and not (layer.rnn_dropout and layer.training)
+            and layer.backend in ("auto", "cpu")
+            for layer in layers
+        ) and stack.takes(x, c0, *(p for layer in layers for p in (layer.weight, layer.v, layer.bias)))
+
+    def run_at_once(self, x: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the layers give one after the other, by sru/kernels/stack.py."""
+        if c0 is None:
+            c0 = x.new_zeros(self.num_layers, x.shape[1], self.output_size)
+        pad = None if mask_pad is None else mask_pad != 0
+        layers = []
+        for i in range(self.num_layers):
+            layer = self[i]
+            has_highway = layer.has_skip_term and not layer.has_projected_skip
+            layers.append(
+                stack.Layer(
+                    cast(Tensor, layer.weight),
+                    layer.v,
+                    layer.bias,
+                    layer.scale_x if has_highway else None,
+                    has_highway,
+                    sequence_mask(layer.dropout, c0[i]) if layer.training else None,
+                )
+            )
+        return stack.run(x, c0, pad, layers, self[0].activation, self.bidirectional)
 
     def check_state(self, c0: Tensor, x: Tensor) -> None:
         """Refuse what is no state, in the layout of the caller, beside x (T, B, input_size)."""

@@ -53,13 +53,14 @@ def test_the_transpose_is_torchs(shape):
 
 
 @on_amd
-def test_a_large_gradient_is_transposed_by_our_own_code(monkeypatch):
+def test_the_narrower_of_two_large_matrices_is_transposed_by_our_own_code(monkeypatch):
     sizes, sound = [], cpu.transposed
     monkeypatch.setattr(cpu, "transposed", lambda matrix: sizes.append(tuple(matrix.shape)) or sound(matrix))
-    for rows in (100, 400):
-        x, weight, grad = inputs((rows, 8), 200)
+    for rows, columns, out in ((100, 8, 200), (400, 300, 200), (400, 200, 300)):
+        x, weight, grad = inputs((rows, columns), out)
         torch.autograd.grad(linear(x, weight), weight, grad)
-    assert sizes == [(400, 200)]
+    # Where it is x, what comes of it is transposed too, here a small one by torch.
+    assert sizes == [(400, 200), (400, 200)]
 
 
 def test_views_are_read_as_they_are():

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from sru.kernels import ops, portable, reference
 
@@ -93,8 +92,8 @@ def recurrence(
         return portable.recurrence(u, x, v, b, c0, **options)
     transforms, compiling = ops.transforms_are_active(), torch.compiler.is_compiling()
     # What no operator of ours has: forward derivatives, and transforms within compiled code.
-    forward_mode = getattr(forward_ad, "_current_level", -1) >= 0
-    if torch.jit.is_tracing() or forward_mode or (transforms and compiling) or not has_kernel(u):
+    without_operator = ops.forward_mode_is_active() or (transforms and compiling)
+    if torch.jit.is_tracing() or without_operator or not has_kernel(u):
         return reference.recurrence(u, x, v, b, c0, **options)
     from sru.kernels import autograd
 

@@ -130,7 +130,7 @@ class Inputs:
     def __init__(self, u, x, v, b, c0, mask, pad, scale, halves):
         steps, batch, matrices, size = u.shape
         u, v, b, c0 = map(with_rows, (u, v, b, c0))
-        self.scale = 1.0 if scale is None else scale.item()
+        self.scale = 1.0 if scale is None else float(scale)
         # What is not given is one row for all steps and sequences.
         mask = u.new_ones(size).expand(batch, size) if mask is None else with_rows(mask)
         if matrices == 4:
@@ -140,7 +140,8 @@ class Inputs:
         pad = None if pad is None else pad.contiguous()
         tile_batch = max(TILE_BATCH, -(-batch // 64))
         self.chunks = -(-batch // tile_batch)
-        columns = TILE_COLUMNS if self.chunks >= 8 else TILE_COLUMNS // 4
+        # Long rows are read fastest; short ones give every thread something to do.
+        columns = TILE_COLUMNS if self.chunks * halves >= 2 * torch.get_num_threads() else TILE_COLUMNS // 4
         self.tiles = self.chunks * halves * -(-(size // halves) // columns)
         self.elements, self.dtype = steps * batch * size, u.dtype
         self.tensors = u, skip, v, b, c0, mask, pad  # the addresses below stay valid with them

@@ -9,6 +9,7 @@ import array
 import ctypes
 import functools
 import math
+import operator
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +17,18 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import carray, types
-from numba.extending import overload, register_jitable
+from llvmlite import ir
+from numba import types
+from numba.extending import models, overload, register_jitable, register_model
 
 # An intrinsic's first argument comes from numba, which the decorator's own type does not say.
 intrinsic: Any = numba.extending.intrinsic
 
+# The arrays of a kernel: those that are only read, and each that is written (see Row).
+INPUT, H, C, C_LAST = range(4)
+GU0, GU1, GU2, GX, GC, SVF, SVR, SBF, SBR = range(1, 10)
+U = 4
+ARRAYS = 10
 LOG2E = np.float32(math.log2(math.e))
 MAGIC = np.float32(1.5 * 2**23)  # adding it rounds to an integer, which the low bits then hold
 LIMIT = np.float32(126)
@@ -80,12 +87,71 @@ def next_tile(typingctx, counter):
     return types.int64(counter), codegen
 
 
+class Row(types.Type):
+    """Numbers that lie together from an address on, in an array that overlaps with no array of another name.
+
+    The compiler takes that for granted: loops over many arrays become vector instructions, with no check before them.
+    """
+
+    def __init__(self, dtype, name):
+        super().__init__(f"Row({dtype}, {name})")
+        self.dtype, self.array = dtype, name
+
+
+@register_model(Row)
+class RowModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, manager.lookup(kind.dtype).get_value_type().as_pointer())
+
+
+@intrinsic(prefer_literal=True)
+def row(typingctx, like, address, name):
+    """The row of an array at an address; `name` tells arrays apart, all that are only read have that of INPUT."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[1], context.get_value_type(signature.return_type))
+
+    kind = Row(like.dtype, name.literal_value)
+    return kind(like, types.intp, name), codegen
+
+
+def place(context, builder, kind, row, k, access):
+    """Read or write element k of a row, and say which array it is of."""
+    instruction = access(builder.gep(row, [k]))
+    instruction.align = kind.dtype.bitwidth // 8
+    module = builder.module
+    domain = module.add_metadata([ir.MetaDataString(module, "sru")])
+    names = {n: module.add_metadata([ir.MetaDataString(module, f"sru {n}"), domain]) for n in range(ARRAYS)}
+    instruction.set_metadata("alias.scope", module.add_metadata([names[kind.array]]))
+    instruction.set_metadata("noalias", module.add_metadata([names[n] for n in names if n != kind.array]))
+    return instruction
+
+
 @intrinsic
-def pointer(typingctx, like, address):
-    """The address as a pointer of the type of `like`."""
-    return like(like, types.intp), lambda context, builder, signature, args: builder.inttoptr(
-        args[1], context.get_value_type(signature.return_type)
-    )
+def read(typingctx, kind, k):
+    def codegen(context, builder, signature, args):
+        return place(context, builder, kind, args[0], args[1], builder.load)
+
+    return kind.dtype(kind, types.intp), codegen
+
+
+@intrinsic
+def write(typingctx, kind, k, value):
+    def codegen(context, builder, signature, args):
+        place(context, builder, kind, args[0], args[1], lambda at: builder.store(args[2], at))
+        return context.get_dummy_value()
+
+    return types.none(kind, types.intp, kind.dtype), codegen
+
+
+@overload(operator.getitem)
+def row_getitem(row, k):
+    return (lambda row, k: read(row, k)) if isinstance(row, Row) else None
+
+
+@overload(operator.setitem)
+def row_setitem(row, k, value):
+    return (lambda row, k, value: write(row, k, value)) if isinstance(row, Row) else None
 
 
 @intrinsic
@@ -149,27 +215,55 @@ def slope(c, y, one, activation):
     return one
 
 
-@register_jitable
-def row(like, address, n):
-    """n contiguous numbers at an address, as an array."""
-    return carray(pointer(like, address), (n,))
-
-
 # A kernel has one argument, the address of what `packed` makes: a few numbers of its dtype, then integers: the counter
 # of tiles and how many there are, sizes, strides (in elements) and addresses, in the order of the kernels' first lines.
 # Every thread that calls it takes tiles until there is none left.
 NUMBERS = 4  # slots of eight bytes for the numbers: 1, scale, zoneout
 
 
+@intrinsic
+def add_product(typingctx, total, a, b):
+    """total + a * b, in an order that the compiler chooses: a loop of it becomes vector instructions."""
+
+    def codegen(context, builder, signature, args):
+        flags = "reassoc", "contract", "nsz"
+        return builder.fadd(args[0], builder.fmul(args[1], args[2], flags=flags), flags=flags)
+
+    return total(total, a, b), codegen
+
+
+@register_jitable(inline="always")
+def step(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, activation):
+    """A step of a sequence: from the state cp to cn and h."""
+    if activation == 0:  # a loop for each, without a branch in it
+        step_by(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, 0)
+    elif activation == 1:
+        step_by(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, 1)
+    else:
+        step_by(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, 2)
+
+
+@register_jitable(inline="always")
+def step_by(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, activation):
+    one, scale, zoneout = numbers
+    for k in range(n):
+        f = zoneout + (one - zoneout) * sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
+        r = sigmoid(u2[k] + vr[k] * cp[k] + br[k])
+        state = u0[k] + (cp[k] - u0[k]) * f
+        carried = scale * x[k]
+        cn[k] = state
+        hn[k] = carried + m[k] * r * (activate(state, one, activation) - carried)
+
+
 def forward(like):
     """The forward pass."""
-    one, scale, zoneout, a = like[0], like[1], like[2], integers(like)
+    one, a = like[0], integers(like)
+    numbers = one, like[1], like[2]
     T, B, D, tile_batch, tile_columns, halves, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
     u, u_t, u_b, u_k, skip, skip_t, skip_b = a[9], a[10], a[11], a[12], a[13], a[14], a[15]
     v, b, c0, c0_b, mask, mask_b, pad = a[16], a[17], a[18], a[19], a[20], a[21], a[22]
     activation, h, c, keep, c_last = a[23], a[24], a[25], a[26], a[27]
     half = D // halves
-    rest = one - zoneout
     blocks = (half + tile_columns - 1) // tile_columns
     while True:
         tile = next_tile(a)
@@ -180,66 +274,79 @@ def forward(like):
         n = min(tile_columns, (side + 1) * half - start)
         b_first = tile // (blocks * halves) * tile_batch
         b_last = min(B, b_first + tile_batch)
-        vf, vr = row(like, v + size * start, n), row(like, v + size * (D + start), n)
-        bf, br = row(like, b + size * start, n), row(like, b + size * (D + start), n)
+        vf, vr = row(like, v + size * start, INPUT), row(like, v + size * (D + start), INPUT)
+        bf, br = row(like, b + size * start, INPUT), row(like, b + size * (D + start), INPUT)
         for i in range(T):
             t = T - 1 - i if side else i
             # Where no gradient needs c, two rows take turns.
             now, before = (t, t + 1 if side else t - 1) if keep else (i & 1, 1 - (i & 1))
             for j in range(b_first, b_last):
-                place = size * (j * D + start)
-                cp = row(like, c0 + size * (j * c0_b + start) if i == 0 else c + size * before * B * D + place, n)
-                cn = row(like, c + size * now * B * D + place, n)
-                hn = row(like, h + size * t * B * D + place, n)
+                at = size * (j * D + start)
+                cp = row(like, c0 + size * (j * c0_b + start) if i == 0 else c + size * before * B * D + at, C)
+                cn = row(like, c + size * now * B * D + at, C)
+                hn = row(like, h + size * t * B * D + at, H)
                 if pad and is_set(pad + t * B + j):
                     for k in range(n):
                         cn[k] = cp[k]
                         hn[k] = one - one
                     continue
                 at = u + size * (t * u_t + j * u_b + start)
-                u0, u1, u2 = row(like, at, n), row(like, at + size * u_k, n), row(like, at + size * 2 * u_k, n)
-                x = row(like, skip + size * (t * skip_t + j * skip_b + start), n)
-                m = row(like, mask + size * (j * mask_b + start), n)
-                if activation == 0:
-                    for k in range(n):
-                        f = zoneout + rest * sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
-                        r = sigmoid(u2[k] + vr[k] * cp[k] + br[k])
-                        state = u0[k] + (cp[k] - u0[k]) * f
-                        carried = scale * x[k]
-                        cn[k] = state
-                        hn[k] = carried + m[k] * r * (state - carried)
-                else:
-                    for k in range(n):
-                        f = zoneout + rest * sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
-                        cn[k] = u0[k] + (cp[k] - u0[k]) * f
-                        hn[k] = sigmoid(u2[k] + vr[k] * cp[k] + br[k])
-                    for k in range(n):
-                        carried = scale * x[k]
-                        hn[k] = carried + m[k] * hn[k] * (activate(cn[k], one, activation) - carried)
+                u0, u1 = row(like, at, INPUT), row(like, at + size * u_k, INPUT)
+                u2 = row(like, at + size * 2 * u_k, INPUT)
+                x = row(like, skip + size * (t * skip_t + j * skip_b + start), INPUT)
+                m = row(like, mask + size * (j * mask_b + start), INPUT)
+                step(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, activation)
         for j in range(b_first, b_last):
             end = 0 if side else T - 1
-            place = size * (j * D + start)
-            source = c + size * (end if keep else (T - 1) & 1) * B * D + place
-            cn = row(like, source if T else c0 + size * (j * c0_b + start), n)
-            to = row(like, c_last + place, n)
+            at = size * (j * D + start)
+            source = c + size * (end if keep else (T - 1) & 1) * B * D + at
+            cn = row(like, source if T else c0 + size * (j * c0_b + start), C)
+            to = row(like, c_last + at, C_LAST)
             for k in range(n):
                 to[k] = cn[k]
+
+
+@register_jitable(inline="always")
+def step_back(n, numbers, rows, results, activation):
+    """The gradients of a step of a sequence."""
+    one, scale, zoneout = numbers
+    u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, g = rows
+    gu0, gu1, gu2, gx, lam, svf, svr, sbf, sbr = results
+    rest = one - zoneout
+    for k in range(n):
+        f = sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
+        r = sigmoid(u2[k] + vr[k] * cp[k] + br[k])
+        carried = scale * x[k]
+        y = activate(cn[k], one, activation)
+        kept = g[k] * m[k] * r
+        total = kept * slope(cn[k], y, one, activation) + lam[k]
+        gated = total * (zoneout + rest * f)
+        g1 = total * rest * f * (one - f) * (cp[k] - u0[k])
+        g2 = kept * (y - carried) * (one - r)
+        gu0[k] = total - gated
+        gu1[k] = g1
+        gu2[k] = g2
+        gx[k] = scale * (g[k] - kept)
+        lam[k] = gated + g1 * vf[k] + g2 * vr[k]
+        svf[k] += g1 * cp[k]
+        svr[k] += g2 * cp[k]
+        sbf[k] += g1
+        sbr[k] += g2
 
 
 def backward(like):
     """The backward pass, with the gates computed again from c.
 
-    The gradient of c_t is the sum of what h_t and c_{t+1} hand down; all else is linear in it or apart from it, so that
-    a step is a few loops without branches.
+    The gradient of c_t is the sum of what h_t and c_{t+1} hand down; all else is linear in it or apart from it.
     """
-    one, scale, zoneout, a = like[0], like[1], like[2], integers(like)
+    one, a = like[0], integers(like)
+    numbers = one, like[1], like[2]
     T, B, D, tile_batch, tile_columns, halves, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
     u, u_t, u_b, u_k, skip, skip_t, skip_b = a[9], a[10], a[11], a[12], a[13], a[14], a[15]
     v, b, c0, c0_b, mask, mask_b, pad = a[16], a[17], a[18], a[19], a[20], a[21], a[22]
     activation, c, gh, gh_t, gh_b, gu, gu_k = a[23], a[24], a[25], a[26], a[27], a[28], a[29]
     gskip, gskip_t, gskip_b, gc, sums, matrices = a[30], a[31], a[32], a[33], a[34], a[35]
     half = D // halves
-    rest = one - zoneout
     blocks = (half + tile_columns - 1) // tile_columns
     while True:
         tile = next_tile(a)
@@ -251,56 +358,49 @@ def backward(like):
         chunk = tile // (blocks * halves)
         b_first = chunk * tile_batch
         b_last = min(B, b_first + tile_batch)
-        vf, vr = row(like, v + size * start, n), row(like, v + size * (D + start), n)
-        bf, br = row(like, b + size * start, n), row(like, b + size * (D + start), n)
+        vf, vr = row(like, v + size * start, INPUT), row(like, v + size * (D + start), INPUT)
+        bf, br = row(like, b + size * start, INPUT), row(like, b + size * (D + start), INPUT)
         at = sums + size * (chunk * 4 * D + start)
-        svf, svr = row(like, at, n), row(like, at + size * D, n)
-        sbf, sbr = row(like, at + size * 2 * D, n), row(like, at + size * 3 * D, n)
+        svf, svr = row(like, at, SVF), row(like, at + size * D, SVR)
+        sbf, sbr = row(like, at + size * 2 * D, SBF), row(like, at + size * 3 * D, SBR)
         for k in range(n):
-            svf[k] = svr[k] = sbf[k] = sbr[k] = one - one
+            svf[k] = one - one
+            svr[k] = one - one
+            sbf[k] = one - one
+            sbr[k] = one - one
         for i in range(T):
             t = i if side else T - 1 - i
             before = t + 1 if side else t - 1
             for j in range(b_first, b_last):
-                place = size * (j * D + start)
                 at = gu + size * ((t * B + j) * matrices * D + start)
-                gu0, gu1, gu2 = row(like, at, n), row(like, at + size * gu_k, n), row(like, at + size * 2 * gu_k, n)
-                gx = row(like, gskip + size * (t * gskip_t + j * gskip_b + start), n)
+                gu0, gu1 = row(like, at, GU0), row(like, at + size * gu_k, GU1)
+                gu2 = row(like, at + size * 2 * gu_k, GU2)
+                gx = row(like, gskip + size * (t * gskip_t + j * gskip_b + start), GX)
                 if pad and is_set(pad + t * B + j):
                     for k in range(n):
-                        gu0[k] = gu1[k] = gu2[k] = gx[k] = one - one
+                        gu0[k] = one - one
+                        gu1[k] = one - one
+                        gu2[k] = one - one
+                        gx[k] = one - one
                     continue
-                cp = row(like, c0 + size * (j * c0_b + start) if i == T - 1 else c + size * before * B * D + place, n)
-                cn = row(like, c + size * t * B * D + place, n)
+                at = size * (j * D + start)
+                lam, cn = row(like, gc + at, GC), row(like, c + size * t * B * D + at, INPUT)
+                at = c0 + size * (j * c0_b + start) if i == T - 1 else c + size * before * B * D + at
+                cp = row(like, at, INPUT)
                 at = u + size * (t * u_t + j * u_b + start)
-                u0, u1, u2 = row(like, at, n), row(like, at + size * u_k, n), row(like, at + size * 2 * u_k, n)
-                x = row(like, skip + size * (t * skip_t + j * skip_b + start), n)
-                m = row(like, mask + size * (j * mask_b + start), n)
-                g = row(like, gh + size * (t * gh_t + j * gh_b + start), n)
-                lam = row(like, gc + place, n)
-                # Fewer arrays a loop keep the compiler's overlap checks, and so the vectors, affordable.
-                for k in range(n):
-                    r = sigmoid(u2[k] + vr[k] * cp[k] + br[k])
-                    carried = scale * x[k]
-                    y = activate(cn[k], one, activation)
-                    kept = g[k] * m[k] * r
-                    gu2[k] = kept * (y - carried) * (one - r)
-                    gx[k] = scale * (g[k] - kept)
-                    # gu0 holds the gradient of c_t until the next loop.
-                    gu0[k] = kept * slope(cn[k], y, one, activation)
-                for k in range(n):
-                    s = sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
-                    total = gu0[k] + lam[k]
-                    gated = total * (zoneout + rest * s)
-                    g1 = total * rest * s * (one - s) * (cp[k] - u0[k])
-                    gu0[k] = total - gated
-                    gu1[k] = g1
-                    lam[k] = gated + g1 * vf[k] + gu2[k] * vr[k]
-                for k in range(n):
-                    svf[k] += gu1[k] * cp[k]
-                    svr[k] += gu2[k] * cp[k]
-                    sbf[k] += gu1[k]
-                    sbr[k] += gu2[k]
+                u0, u1 = row(like, at, INPUT), row(like, at + size * u_k, INPUT)
+                u2 = row(like, at + size * 2 * u_k, INPUT)
+                x = row(like, skip + size * (t * skip_t + j * skip_b + start), INPUT)
+                m = row(like, mask + size * (j * mask_b + start), INPUT)
+                g = row(like, gh + size * (t * gh_t + j * gh_b + start), INPUT)
+                rows = u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, g
+                results = gu0, gu1, gu2, gx, lam, svf, svr, sbf, sbr
+                if activation == 0:
+                    step_back(n, numbers, rows, results, 0)
+                elif activation == 1:
+                    step_back(n, numbers, rows, results, 1)
+                else:
+                    step_back(n, numbers, rows, results, 2)
 
 
 BLOCK = 64  # rows and columns of a tile of `transpose`
@@ -319,11 +419,11 @@ def transpose(like):
         r, c = tile % down * BLOCK, tile // down * BLOCK
         m, n = min(BLOCK, rows - r), min(BLOCK, columns - c)
         for i in range(m):
-            x = row(like, source + size * ((r + i) * source_row + c), n)
+            x = row(like, source + size * ((r + i) * source_row + c), INPUT)
             for j in range(n):
                 block[i, j] = x[j]
         for j in range(n):
-            y = row(like, target + size * ((c + j) * rows + r), m)
+            y = row(like, target + size * ((c + j) * rows + r), H)
             for i in range(m):
                 y[i] = block[i, j]
 

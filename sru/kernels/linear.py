@@ -7,13 +7,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from sru.kernels import HAS_NUMBA
 from sru.kernels.autograd import is_batched
-from sru.kernels.ops import have_memory, modes_are_active, transforms_are_active
+from sru.kernels.ops import forward_mode_is_active, have_memory, modes_are_active, transforms_are_active
 
 # Below this many rows oneDNN's reordering of the weight costs more than it saves.
 MIN_ROWS = 32
@@ -66,18 +65,32 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active():
         return False
     return (
-        x.dtype == weight.dtype == torch.float32
+        suits_onednn(x, weight)
         and x.device.type == weight.device.type == "cpu"
-        and weight.numel() > 0
-        and x.numel() >= MIN_ROWS * x.shape[-1]
-        and prefers_onednn()
-        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
-        and getattr(forward_ad, "_current_level", -1) < 0  # of which torch's product alone has a derivative
+        and not forward_mode_is_active()  # torch's product alone has that derivative
         and not modes_are_active()  # a counter of operations knows torch's own product
         and have_memory(x, weight)
         and not (is_batched(x) or is_batched(weight))
     )
+
+
+def suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is faster at a product of numbers in a CPU's memory."""
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.numel() >= MIN_ROWS * x.shape[-1]
+        and weight.numel() > 0
+        and prefers_onednn()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (R, n) times the transpose of weight (m, n), of numbers in a CPU's memory, without a gradient."""
+    if not suits_onednn(x, weight):
+        return torch.mm(x, weight.t())
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 @functools.cache
@@ -108,16 +121,23 @@ class _Linear(torch.autograd.Function):
         # By `linear` again, so that the gradient has a gradient.
         return (
             linear(grad, weight.t()) if ctx.needs_input_grad[0] else None,
-            linear(transposed(grad), x.t()) if ctx.needs_input_grad[1] else None,
+            gradient_of_weight(grad, x) if ctx.needs_input_grad[1] else None,
             grad.sum(0) if ctx.needs_input_grad[2] else None,
         )
 
 
-def transposed(grad: Tensor) -> Tensor:
-    """The transpose of grad, contiguous where that helps: oneDNN would have torch copy it, which takes longer."""
-    large = grad.dim() == 2 and grad.numel() >= MIN_TRANSPOSED and grad.stride(1) == 1
-    if not large or torch.is_grad_enabled() or not HAS_NUMBA or not is_faster(grad.t(), grad):
-        return grad.t()
+def gradient_of_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """The transpose of grad (R, m) times x (R, n). Of the two the narrower is transposed: it is copied for that."""
+    if x.shape[1] < grad.shape[1]:
+        return transposed(linear(transposed(x), grad.t()))
+    return linear(transposed(grad), x.t())
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """The transpose, contiguous where that helps: oneDNN would have torch copy it, which takes longer."""
+    large = matrix.dim() == 2 and matrix.numel() >= MIN_TRANSPOSED and matrix.stride(1) == 1
+    if not large or torch.is_grad_enabled() or not HAS_NUMBA or not is_faster(matrix.t(), matrix):
+        return matrix.t()
     from sru.kernels import cpu
 
-    return cpu.transposed(grad)
+    return cpu.transposed(matrix)

@@ -5,6 +5,7 @@ Eager code goes past them, for speed: sru/kernels/autograd.py.
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 PLAIN = (Tensor, torch.nn.Parameter)
 INPUTS = "Tensor u, Tensor? x, Tensor v, Tensor b, Tensor c0, Tensor? mask, Tensor? pad, Tensor? scale"
@@ -26,6 +27,11 @@ def transforms_are_active() -> bool:
 def modes_are_active() -> bool:
     """Whether something watches torch's operators, such as FakeTensorMode or a counter of operations."""
     return getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)() > 0
+
+
+def forward_mode_is_active() -> bool:
+    """Whether forward derivatives are taken, which no operator of ours has."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def have_memory(*tensors: Tensor | None) -> bool:

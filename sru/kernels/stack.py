@@ -1,0 +1,158 @@
+"""A stack of plain layers on a CPU as one function of autograd, so that small steps pay for calls and checks once."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sru.kernels import HAS_NUMBA, recurrence
+from sru.kernels.autograd import ACTIVATIONS, is_batched
+from sru.kernels.linear import gradient_of_weight, linear, product
+from sru.kernels.ops import forward_mode_is_active, have_memory, modes_are_active, transforms_are_active
+
+
+class Layer(NamedTuple):
+    """What a layer computes with: weight (K * D, n), v and bias (2 * D,), alpha (1,), and a mask (B, D) of dropout.
+
+    alpha is None where the highway's weight is 1; has_highway: the layer's input is carried past the gates.
+    """
+
+    weight: Tensor
+    v: Tensor
+    bias: Tensor
+    alpha: Tensor | None
+    has_highway: bool
+    mask: Tensor | None
+
+
+def takes(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether this file runs a stack over x: eager code, on numbers in a CPU's memory, all in one full precision."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active():
+        return False
+    return (
+        HAS_NUMBA
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+        and not forward_mode_is_active()
+        and not modes_are_active()
+        and have_memory(x, *others)
+        and all(a is None or (a.dtype == x.dtype and a.device == x.device) for a in others)
+        and not is_batched(x)
+    )
+
+
+def run(
+    x: Tensor,
+    c0: Tensor,
+    pad: Tensor | None,
+    layers: Sequence[Layer],
+    activation: str,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor]:
+    """h (T, B, D) of the last layer and the last states (L, B, D), of x (T, B, n) and c0 (L, B, D)."""
+    options = ACTIVATIONS.index(activation), 2 if bidirectional else 1
+    parameters = [parameter for layer in layers for parameter in layer[:3]]
+    if torch.is_grad_enabled() and any(a.requires_grad for a in (x, c0, *parameters)):
+        rest = [(1.0 if a.alpha is None else a.alpha.item(), a.has_highway, a.mask) for a in layers]
+        return _Stack.apply(x, c0, pad, rest, options, *parameters)
+    from sru.kernels import cpu, cpu_step
+
+    if len(x) == 1 and pad is None and all(layer.mask is None for layer in layers):
+        found = cpu_step.run(x, c0, [layer[:4] for layer in layers], options[0])
+        if found is not None:
+            return found
+    last = []
+    for layer, c in zip(layers, c0, strict=True):
+        skip = x if layer.has_highway else None
+        u = project(x, layer.weight, c)
+        x, _, c = cpu.run_forward(
+            u, skip, layer.v, layer.bias, c, layer.mask, pad, layer.alpha, 0.0, *options, keep=False
+        )
+        last.append(c)
+    return x, torch.stack(last)
+
+
+class _Stack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, c0, pad, rest, options, *parameters):
+        from sru.kernels import cpu
+
+        saved, last, inner = [], [], x
+        for i, (alpha, has_highway, mask) in enumerate(rest):
+            weight, v, bias = parameters[3 * i : 3 * i + 3]
+            u = project(inner, weight, c0[i])
+            skip = inner if has_highway else None
+            h, c, c_last = cpu.run_forward(u, skip, v, bias, c0[i], mask, pad, alpha, 0.0, *options, keep=True)
+            saved += [inner, u, c, mask]
+            last.append(c_last)
+            inner = h
+        ctx.save_for_backward(x, c0, pad, *parameters, *saved)
+        ctx.rest, ctx.options = [entry[:2] for entry in rest], options
+        return inner, torch.stack(last)
+
+    @staticmethod
+    def backward(ctx, gh, gc_last):
+        x, c0, pad, *tensors = ctx.saved_tensors
+        count = 3 * len(ctx.rest)
+        parameters, saved = tensors[:count], tensors[count:]
+        if torch.is_grad_enabled() or is_batched(gh) or is_batched(gc_last):
+            return differentiate(ctx, gh, gc_last, x, c0, pad, parameters, saved[3::4])
+        from sru.kernels import cpu
+
+        needs = ctx.needs_input_grad
+        grads: list[Any] = [None] * count
+        gc0 = []
+        for i in reversed(range(len(ctx.rest))):
+            alpha, has_highway = ctx.rest[i]
+            weight, v, bias = parameters[3 * i : 3 * i + 3]
+            inner, u, c, mask = saved[4 * i : 4 * i + 4]
+            needs_inner = i > 0 or needs[0]
+            gu, gskip, gv, gb, gc = cpu.run_backward(
+                *(gh, gc_last[i], u, inner if has_highway else None, v, bias, c0[i], mask, pad, alpha, c),
+                *(0.0, *ctx.options),
+                needs_x=needs_inner and has_highway,
+            )
+            gu = gu.view(-1, weight.shape[0])
+            if needs[5 + 3 * i]:
+                grads[3 * i] = gradient_of_weight(gu, inner.reshape(-1, weight.shape[1]))
+            grads[3 * i + 1 : 3 * i + 3] = gv, gb
+            gc0.append(gc)
+            if needs_inner:
+                gh = product(gu, weight.t()).view(inner.shape)
+                gh = gh if gskip is None else gh.add_(gskip)
+        return gh if needs[0] else None, torch.stack(gc0[::-1]) if needs[1] else None, None, None, None, *grads
+
+
+def project(x: Tensor, weight: Tensor, c: Tensor) -> Tensor:
+    """u (T, B, K, D) of x (T, B, n), for a state c (B, D)."""
+    u = product(x.reshape(-1, x.shape[2]), weight)
+    return u.view(*x.shape[:2], weight.shape[0] // c.shape[1], c.shape[1])
+
+
+def differentiate(ctx, gh, gc_last, x, c0, pad, parameters, masks):
+    """The gradients as functions that have gradients themselves, of the layers one by one."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that a gradient of each alone is wanted.
+        inputs = [a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in (x, c0, *parameters)]
+        h, states = inputs[0], []
+        for i, ((alpha, has_highway), mask) in enumerate(zip(ctx.rest, masks, strict=True)):
+            weight, v, bias = inputs[2 + 3 * i : 5 + 3 * i]
+            u = linear(h, weight).unflatten(2, (-1, c0.shape[2]))
+            h, c = recurrence(
+                *(u, h if has_highway else None, v, bias, inputs[1][i]),
+                mask=mask,
+                pad=pad,
+                scale=alpha if has_highway or u.shape[2] == 4 else 0.0,
+                activation=ACTIVATIONS[ctx.options[0]],
+                bidirectional=ctx.options[1] == 2,
+            )
+            states.append(c)
+        found = torch.autograd.grad(
+            *((h, torch.stack(states)), inputs, (gh, gc_last)),
+            create_graph=create_graph,
+            materialize_grads=True,
+        )
+    return *found[:2], None, None, None, *found[2:]

@@ -1,0 +1,209 @@
+"""A stack that runs at once gives what its layers give one by one."""
+
+import pytest
+import torch
+
+import sru.layer
+from sru import SRU
+from sru.kernels import cpu_step, stack
+
+OPTIONS = {
+    "plain": {},
+    "as wide as its input": {"input_size": 12},
+    "tanh": {"activation": "tanh", "highway_bias": -2.0},
+    "relu, no highway": {"activation": "relu", "has_skip_term": False},
+    "no v": {"has_vc_term": False, "project_skip": True},
+    "both ways": {"bidirectional": True, "dropout": 0.3},
+    "one layer": {"num_layers": 1, "rescale": False},
+}
+
+
+def network(options: dict, dtype: torch.dtype = torch.float64) -> SRU:
+    torch.manual_seed(0)
+    sizes = {"input_size": 7, "hidden_size": 12, "num_layers": 3} | options
+    return SRU(**sizes, dtype=dtype)
+
+
+def inputs(net: SRU, steps: int = 5, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = net[0].bias.dtype
+    x = torch.randn(steps, batch, net.input_size, dtype=dtype, requires_grad=True)
+    return x, torch.randn(net.num_layers, batch, net.output_size, dtype=dtype, requires_grad=True)
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """A function that has the layers of stacks called, or not."""
+    sound = SRU.is_plain
+
+    def switch(to: bool) -> None:
+        monkeypatch.setattr(SRU, "is_plain", (lambda *_: False) if to else sound)
+
+    return switch
+
+
+def results(net, x, c0, pad=None, seed=1):
+    torch.manual_seed(seed)
+    h, c = net(x, c0, pad)
+    weight = torch.linspace(-1, 1, h.numel(), dtype=h.dtype).view_as(h)
+    tensors = [a for a in (x, c0, *net.parameters()) if a is not None and a.requires_grad]
+    return [h, c, *torch.autograd.grad((h * weight).sum() + (c**2).sum(), tensors)]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_values_and_gradients_are_those_of_the_layers(name, padded, one_by_one):
+    net = network(OPTIONS[name])
+    x, c0 = inputs(net)
+    pad = torch.arange(5)[:, None] >= torch.tensor([5, 2, 0]) if padded else None
+    found = results(net, x, c0, pad)
+    assert stack_made(net(x)[0])
+    one_by_one(True)
+    assert not stack_made(net(x)[0])
+    for got, expected in zip(found, results(net, x, c0, pad), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def stack_made(h: torch.Tensor) -> bool:
+    return h.grad_fn.name() == "_StackBackward"
+
+
+def test_gradients_are_those_of_small_differences():
+    net = network({})
+    x, c0 = inputs(net)
+    torch.autograd.gradcheck(lambda x, c0, *_: net(x, c0), (x, c0, *net.parameters()))
+    torch.autograd.gradgradcheck(lambda x, c0, *_: net(x, c0), (x, c0, *net.parameters()))
+
+
+def test_many_gradients_at_once_are_one_after_another():
+    net = network({})
+    x, c0 = inputs(net)
+    h, _ = net(x, c0)
+    assert stack_made(h)
+    tensors, grads = [x, c0, *net.parameters()], torch.randn(2, *h.shape, dtype=h.dtype)
+    together = torch.autograd.grad(h, tensors, grads, is_grads_batched=True, retain_graph=True)
+    for i in range(2):
+        for a, b in zip(together, torch.autograd.grad(h, tensors, grads[i], retain_graph=True), strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+@pytest.mark.parametrize("frozen", ["layers.0.weight", "layers.1.weight", "layers.2.bias", "layers.0"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_does(frozen, one_by_one):
+    net = network({})
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    x, c0 = (a.detach() for a in inputs(net))
+    found = results(net, x, c0)
+    one_by_one(True)
+    for got, expected in zip(found, results(net, x, c0), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(0, 3), (5, 0), (1, 1), (1, 9)])
+def test_no_step_and_no_sequence(steps, batch, one_by_one):
+    net = network({})
+    found = results(net, *inputs(net, steps, batch))
+    one_by_one(True)
+    torch.manual_seed(0)
+    net = network({})
+    for got, expected in zip(found, results(net, *inputs(net, steps, batch)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_waits_for_a_call_of_a_layer_gets_it():
+    net = network({})
+    seen = []
+    handle = net[1].register_forward_hook(lambda *_: seen.append(1))
+    net(inputs(net)[0])
+    handle.remove()
+    net(inputs(net)[0])
+    assert seen == [1]
+
+    class Loud(sru.SRUCell):
+        def forward(self, *args, **options):
+            seen.append(2)
+            return super().forward(*args, **options)
+
+    net.layers[0] = Loud(7, 12, dtype=torch.float64)
+    net(inputs(net)[0])
+    assert seen == [1, 2]
+
+
+def test_a_weight_changed_behind_the_forward_pass_is_refused():
+    net = network({})
+    h, _ = net(inputs(net)[0])
+    with torch.no_grad():
+        net[1].weight.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("batch", [1, 2, cpu_step.MAX_SEQUENCES, cpu_step.MAX_SEQUENCES + 1])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_step_of_few_sequences_is_a_step_of_the_sequence(name, batch, dtype, monkeypatch):
+    net = network(OPTIONS[name], dtype).eval()
+    calls, sound = [], cpu_step.run
+    monkeypatch.setattr(cpu_step, "run", lambda *args: calls.append((found := sound(*args)) is not None) or found)
+    x, c0 = inputs(net, steps=1, batch=batch)
+    with torch.no_grad():
+        found = net(x, c0)
+        assert calls == [batch <= cpu_step.MAX_SEQUENCES]
+        monkeypatch.setattr(cpu_step, "MAX_SEQUENCES", 0)
+        for got, expected in zip(found, net(x, c0), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_a_step_heeds_new_weights_views_and_the_state_it_is_given():
+    net = network({"input_size": 12}, torch.float32).eval()
+    with torch.no_grad():
+        wide = torch.randn(1, 2, 24)
+        c0 = torch.randn(3, 24, 2).transpose(1, 2)[:, :, ::2]
+        before = c0.clone()
+        h, c = net(wide[:, :, ::2], c0)
+        assert torch.equal(c0, before)
+        for p in net.parameters():
+            p.mul_(0.5)
+        other, _ = net(wide[:, :, ::2], c0)
+        assert not torch.allclose(h, other)
+        long, last = net(torch.cat([wide[:, :, ::2]] * 2), c0)
+        _, c = net(wide[:, :, ::2], c0)
+        h, c = net(wide[:, :, ::2], c)
+    torch.testing.assert_close(h[0], long[1])
+    torch.testing.assert_close(c, last)
+
+
+def test_steps_of_many_threads_do_not_meet():
+    from concurrent.futures import ThreadPoolExecutor
+
+    net = network({"input_size": 12}, torch.float32).eval()
+    xs = torch.randn(64, 1, 1, 12)
+
+    def run(x):
+        with torch.no_grad():
+            return net(x)[0]
+
+    expected = [run(x) for x in xs]
+    with ThreadPoolExecutor(8) as pool:
+        for got, wanted in zip(pool.map(run, xs), expected, strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_a_mask_of_dropout_is_drawn_as_by_the_layers(one_by_one):
+    net = network({"dropout": 0.5})
+    x, c0 = inputs(net)
+    found = results(net, x, c0, seed=3)
+    one_by_one(True)
+    for got, expected in zip(found, results(net, x, c0, seed=3), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_autocast_and_others_that_watch_go_by_the_layers():
+    net = network({}, torch.float32)
+    x = torch.randn(4, 2, 7)
+    parameters = [p for layer in net.layers for p in (layer.weight, layer.v, layer.bias)]
+    assert stack.takes(x, *parameters)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not stack.takes(x, *parameters)
+    assert not stack.takes(x.double(), *parameters)
+    assert not stack.takes(x.half(), *parameters)
+    assert not stack.takes(x.to("meta"), *parameters)
