@@ -216,7 +216,8 @@ class SRU(nn.Module):
     def run_at_once(self, x: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the layers give one after the other, by sru/kernels/stack.py."""
         if c0 is None:
-            c0 = x.new_zeros(self.num_layers, x.shape[1], self.output_size)
+            c0 = x.new_zeros(self.num_layers, x.shape[1], self.output_size, dtype=state_dtype(x))
+        c0 = c0.to(state_dtype(x))
         pad = None if mask_pad is None else mask_pad != 0
         layers = []
         for i in range(self.num_layers):

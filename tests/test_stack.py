@@ -197,13 +197,51 @@ def test_a_mask_of_dropout_is_drawn_as_by_the_layers(one_by_one):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_autocast_and_others_that_watch_go_by_the_layers():
+@pytest.mark.parametrize("name", OPTIONS)
+def test_under_autocast_products_are_in_bfloat16_and_the_rest_is_float32(name, one_by_one):
+    net = network(OPTIONS[name] | {"dropout": 0.0}, torch.float32)
+    x, c0 = inputs(net)
+    found, exact = [], results(net.double(), x.double(), c0.double())
+    net.float()
+    for switch in (False, True):
+        one_by_one(switch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(results(net, x, c0))
+            assert ("_Stack" in net(x)[0].grad_fn.next_functions[0][0].name()) is not switch
+    assert [a.dtype for a in found[0]] == [a.dtype for a in found[1]]
+
+    def error(results):
+        return sum(((a.double() - b).norm() / b.norm()) ** 2 for a, b in zip(results, exact, strict=True))
+
+    assert error(found[0]) < 1e-3 * len(exact)
+    assert error(found[0]) < 1.5 * error(found[1])
+
+
+def test_under_autocast_halves_come_in_and_a_gradient_has_a_gradient():
+    net = network({}, torch.float32)
+    x, c0 = inputs(net)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h, c = net(x.bfloat16(), c0)
+        (first,) = torch.autograd.grad(h.float().sum() + c.sum(), x, create_graph=True)
+    assert h.dtype == torch.bfloat16
+    assert first.dtype == c.dtype == torch.float32
+    (second,) = torch.autograd.grad(first.square().sum(), net[0].weight)
+    net.double()
+    x, c0 = x.detach().double().requires_grad_(), c0.double()
+    h, c = net(x, c0)
+    (exact,) = torch.autograd.grad(h.sum() + c.sum(), x, create_graph=True)
+    (right,) = torch.autograd.grad(exact.square().sum(), net[0].weight)
+    assert (second.double() - right).abs().max() < 0.1 * right.abs().max()
+
+
+def test_what_is_not_numbers_in_one_precision_goes_by_the_layers():
     net = network({}, torch.float32)
     x = torch.randn(4, 2, 7)
     parameters = [p for layer in net.layers for p in (layer.weight, layer.v, layer.bias)]
     assert stack.takes(x, *parameters)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not stack.takes(x, *parameters)
-    assert not stack.takes(x.double(), *parameters)
-    assert not stack.takes(x.half(), *parameters)
-    assert not stack.takes(x.to("meta"), *parameters)
+    for dtype, is_taken in ((torch.bfloat16, True), (torch.float16, False)):
+        with torch.autocast("cpu", dtype=dtype):
+            assert stack.takes(x, *parameters) is is_taken
+            assert stack.takes(x.to(dtype), *parameters) is is_taken
+    for other in (x.double(), x.half(), x.bfloat16(), x.to("meta")):
+        assert not stack.takes(other, *parameters)

@@ -27,20 +27,32 @@ class Layer(NamedTuple):
 
 
 def takes(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether this file runs a stack over x: eager code, on numbers in a CPU's memory, all in one full precision."""
+    """Whether this file runs a stack over x: eager code, on numbers in a CPU's memory, all in one full precision.
+
+    Under autocast to bfloat16 x may be in that already.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active():
         return False
     return (
         HAS_NUMBA
         and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled("cpu")
+        and (x.dtype in (torch.float32, torch.float64) or (is_cast() and x.dtype == torch.bfloat16))
+        and (is_cast() or not torch.is_autocast_enabled("cpu"))
         and not forward_mode_is_active()
         and not modes_are_active()
         and have_memory(x, *others)
-        and all(a is None or (a.dtype == x.dtype and a.device == x.device) for a in others)
+        and all(a is None or (a.dtype == wide(x) and a.device == x.device) for a in others)
         and not is_batched(x)
     )
+
+
+def is_cast() -> bool:
+    """Whether autocast has products made in bfloat16."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype == torch.bfloat16 else x.dtype
 
 
 def run(
@@ -52,11 +64,20 @@ def run(
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor]:
     """h (T, B, D) of the last layer and the last states (L, B, D), of x (T, B, n) and c0 (L, B, D)."""
+    if is_cast() and x.dtype != torch.float64:
+        with torch.autocast("cpu", enabled=False):
+            h, c = run_in(torch.bfloat16, x.float(), c0, pad, layers, activation, bidirectional)
+            return h.bfloat16(), c
+    return run_in(x.dtype, x, c0, pad, layers, activation, bidirectional)
+
+
+def run_in(dtype, x, c0, pad, layers, activation, bidirectional):
+    """`run` with products in this dtype, and all else in that of x."""
     options = ACTIVATIONS.index(activation), 2 if bidirectional else 1
     parameters = [parameter for layer in layers for parameter in layer[:3]]
     if torch.is_grad_enabled() and any(a.requires_grad for a in (x, c0, *parameters)):
         rest = [(1.0 if a.alpha is None else a.alpha.item(), a.has_highway, a.mask) for a in layers]
-        return _Stack.apply(x, c0, pad, rest, options, *parameters)
+        return _Stack.apply(x, c0, pad, rest, options, dtype, *parameters)
     from sru.kernels import cpu, cpu_step
 
     if len(x) == 1 and pad is None and all(layer.mask is None for layer in layers):
@@ -66,9 +87,9 @@ def run(
     last = []
     for layer, c in zip(layers, c0, strict=True):
         skip = x if layer.has_highway else None
-        u = project(x, layer.weight, c)
+        u = project(x, layer.weight, c, dtype)
         x, _, c = cpu.run_forward(
-            u, skip, layer.v, layer.bias, c, layer.mask, pad, layer.alpha, 0.0, *options, keep=False
+            u.to(x.dtype), skip, layer.v, layer.bias, c, layer.mask, pad, layer.alpha, 0.0, *options, keep=False
         )
         last.append(c)
     return x, torch.stack(last)
@@ -76,20 +97,20 @@ def run(
 
 class _Stack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, c0, pad, rest, options, *parameters):
+    def forward(ctx, x, c0, pad, rest, options, dtype, *parameters):
         from sru.kernels import cpu
 
         saved, last, inner = [], [], x
         for i, (alpha, has_highway, mask) in enumerate(rest):
             weight, v, bias = parameters[3 * i : 3 * i + 3]
-            u = project(inner, weight, c0[i])
-            skip = inner if has_highway else None
-            h, c, c_last = cpu.run_forward(u, skip, v, bias, c0[i], mask, pad, alpha, 0.0, *options, keep=True)
+            u = project(inner, weight, c0[i], dtype)
+            skip, wide = inner if has_highway else None, u.to(x.dtype)
+            h, c, c_last = cpu.run_forward(wide, skip, v, bias, c0[i], mask, pad, alpha, 0.0, *options, keep=True)
             saved += [inner, u, c, mask]
             last.append(c_last)
             inner = h
         ctx.save_for_backward(x, c0, pad, *parameters, *saved)
-        ctx.rest, ctx.options = [entry[:2] for entry in rest], options
+        ctx.rest, ctx.options, ctx.dtype = [entry[:2] for entry in rest], options, dtype
         return inner, torch.stack(last)
 
     @staticmethod
@@ -110,31 +131,33 @@ class _Stack(torch.autograd.Function):
             inner, u, c, mask = saved[4 * i : 4 * i + 4]
             needs_inner = i > 0 or needs[0]
             gu, gskip, gv, gb, gc = cpu.run_backward(
-                *(gh, gc_last[i], u, inner if has_highway else None, v, bias, c0[i], mask, pad, alpha, c),
+                *(gh, gc_last[i], u.to(x.dtype), inner if has_highway else None, v, bias, c0[i], mask, pad, alpha, c),
                 *(0.0, *ctx.options),
                 needs_x=needs_inner and has_highway,
             )
-            gu = gu.view(-1, weight.shape[0])
-            if needs[5 + 3 * i]:
-                grads[3 * i] = gradient_of_weight(gu, inner.reshape(-1, weight.shape[1]))
+            gu = gu.view(-1, weight.shape[0]).to(ctx.dtype)
+            if needs[6 + 3 * i]:
+                rows = inner.reshape(-1, weight.shape[1]).to(ctx.dtype)
+                grads[3 * i] = gradient_of_weight(gu, rows).to(weight.dtype)
             grads[3 * i + 1 : 3 * i + 3] = gv, gb
             gc0.append(gc)
             if needs_inner:
-                gh = product(gu, weight.t()).view(inner.shape)
+                gh = product(gu, weight.to(ctx.dtype).t()).view(inner.shape).to(x.dtype)
                 gh = gh if gskip is None else gh.add_(gskip)
-        return gh if needs[0] else None, torch.stack(gc0[::-1]) if needs[1] else None, None, None, None, *grads
+        return gh if needs[0] else None, torch.stack(gc0[::-1]) if needs[1] else None, *[None] * 4, *grads
 
 
-def project(x: Tensor, weight: Tensor, c: Tensor) -> Tensor:
-    """u (T, B, K, D) of x (T, B, n), for a state c (B, D)."""
-    u = product(x.reshape(-1, x.shape[2]), weight)
+def project(x: Tensor, weight: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+    """u (T, B, K, D) of x (T, B, n), for a state c (B, D), by a product in this dtype."""
+    u = product(x.reshape(-1, x.shape[2]).to(dtype), weight.to(dtype))
     return u.view(*x.shape[:2], weight.shape[0] // c.shape[1], c.shape[1])
 
 
 def differentiate(ctx, gh, gc_last, x, c0, pad, parameters, masks):
     """The gradients as functions that have gradients themselves, of the layers one by one."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=ctx.dtype == torch.bfloat16)
+    with torch.enable_grad(), cast:
         # Views, so that a gradient of each alone is wanted.
         inputs = [a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in (x, c0, *parameters)]
         h, states = inputs[0], []
@@ -151,8 +174,8 @@ def differentiate(ctx, gh, gc_last, x, c0, pad, parameters, masks):
             )
             states.append(c)
         found = torch.autograd.grad(
-            *((h, torch.stack(states)), inputs, (gh, gc_last)),
+            *((h.to(gh.dtype), torch.stack(states)), inputs, (gh, gc_last)),
             create_graph=create_graph,
             materialize_grads=True,
         )
-    return *found[:2], None, None, None, *found[2:]
+    return *found[:2], *[None] * 4, *found[2:]
