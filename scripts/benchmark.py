@@ -275,8 +275,9 @@ def epoch(options: argparse.Namespace) -> None:
     )
 
 
-def imports(_: argparse.Namespace) -> None:
-    """What `import sru` adds to torch's own import, and the first call with and without compiled code on disk."""
+def imports(options: argparse.Namespace) -> None:
+    """What `import sru` adds to torch's own import, the first call with and without compiled code on disk, and the
+    time before train.py answers, or takes its first step."""
 
     def seconds(code: str, **environment: str) -> float:
         code = f"import time, torch\n{code}"
@@ -304,6 +305,41 @@ def imports(_: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as cache:
         rows.append(["first forward and backward, compiling", f"{seconds(first, NUMBA_CACHE_DIR=cache):.2f}"])
         rows.append(["the same in the next process", f"{seconds(first, NUMBA_CACHE_DIR=cache):.2f}"])
+
+    def answered(*words: str) -> float:
+        """Seconds of the processor until `train.py` ends."""
+        before = os.times()
+        subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, check=False)
+        after = os.times()
+        return after.children_user - before.children_user + after.children_system - before.children_system
+
+    # Ends after the first step, of which nothing is kept.
+    first_step = """
+import os, train
+from tasks import processes
+settle = processes.settle
+def settle_and_watch(cfg):
+    from tasks.clock import Clock
+    Clock.on_train_batch_end = lambda *_: os._exit(0)
+    return settle(cfg)
+processes.settle = settle_and_watch
+train.command()
+"""
+
+    def started() -> float:
+        words = [f"data={options.data}", "logger=csv", *([f"data.root={options.root}"] if options.root else [])]
+        with tempfile.TemporaryDirectory() as folder:
+            words += [f"run_dir={folder}/run", f"hydra.run.dir={folder}/run"]
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", first_step, *words], cwd=ROOT, capture_output=True, check=True)
+            return time.perf_counter() - start
+
+    for words in (["--help"], ["data=trec", "--cfg", "job"], ["depth=0"], ["task.nonsense=1"]):
+        found = statistics.median(answered(*words) for _ in range(5))
+        rows.append([f"train.py {' '.join(words)}, CPU", f"{found:.2f}"])
+    started()  # prepares the data
+    name = f"train.py data={options.data} until its first step is done"
+    rows.append([name, f"{statistics.median(started() for _ in range(5)):.2f}"])
     table(["what", "seconds"], rows)
 
 
@@ -335,10 +371,18 @@ def speech(options: argparse.Namespace) -> None:
     benchmark_speech.run(options)
 
 
+def framework(options: argparse.Namespace) -> None:
+    """A step of train.py beside a plain loop's, and that beside its matrix products."""
+    import benchmark_framework
+
+    benchmark_framework.run(options)
+
+
 SECTIONS = {
     "recurrence": recurrence,
     "layer": layer,
     "epoch": epoch,
+    "framework": framework,
     "lm": lm,
     "squad": squad,
     "translation": translation,
@@ -352,9 +396,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     sections = [*SECTIONS, "accuracy", "stack", "step", "all"]
     parser.add_argument("section", nargs="?", default="all", choices=sections)
-    parser.add_argument("--data", default="pydoc", choices=corpora, help="the corpus of `epoch` (default: pydoc)")
+    parser.add_argument("--data", default="pydoc", choices=corpora, help="of `epoch`, `framework` (default: pydoc)")
     parser.add_argument("--root", help="where that corpus lies (data.root)")
-    parser.add_argument("--turns", type=int, default=3, help="epochs that `epoch` measures for each model (default: 3)")
+    parser.add_argument(
+        "--turns", type=int, default=3, help="epochs of each model in `epoch`, `framework` (default: 3)"
+    )
     parser.add_argument("--official", help="a Python whose environment holds sru 2.6.0, for `layer` to compare with")
     parser.add_argument(
         "--parameters", type=float, help="of each model of `lm` (default: 1e6), `translation` (6e6), `speech` (2e6)"

@@ -16,8 +16,8 @@ class Clock(pl.Callback):
 
     `epoch`: how many were trained, in parts too; `seconds` of training, without validation; examples (or tokens) a
     second; `step_ms/data`, `/forward`, `/backward` and `/optimizer`, and `/encoder`, which is the encoders' share of
-    forward and backward; `peak_memory_mb` of the process, or on a GPU what torch has allocated there. Time goes on
-    across a resume. Prints a line a validation.
+    forward and backward: means over one step in `SAMPLING`; `peak_memory_mb` of the process, or on a GPU what torch
+    has allocated there. Time goes on across a resume. Prints a line a validation.
 
     Args:
         max_seconds: stop after so much training; None for never.
@@ -25,7 +25,7 @@ class Clock(pl.Callback):
 
     PARTS = ("data", "forward", "backward", "optimizer")
     KEPT = ("seconds", "examples", "epochs", "parts", "sampled")
-    SAMPLING = 16  # on a GPU the parts of one step in so many are timed, for that waits until each is done
+    SAMPLING = 16  # the parts of one step in so many are timed: that costs time, and on a GPU waits until each is done
 
     def __init__(self, max_seconds: float | None = None) -> None:
         if max_seconds is not None and (type(max_seconds) not in (int, float) or not max_seconds > 0):
@@ -42,6 +42,7 @@ class Clock(pl.Callback):
         self._mark: float | None = None  # None while the parts are not timed
         self._interval: Any = None  # batches between validations
         self._hooks: list[Any] = []
+        self._step_hooks: dict[nn.Module, list[Any]] = {}  # on an encoder's parameters, in a step that is timed
 
     def state_dict(self) -> dict[str, Any]:
         # A stop may come long after a validation. That other processes had as many examples is near enough.
@@ -58,10 +59,12 @@ class Clock(pl.Callback):
         return time.perf_counter()
 
     def _begin(self, module: Any) -> None:
-        # Not the first step of a process, which compiles.
-        self._batches += 1
-        every = self.SAMPLING if module.device.type == "cuda" else 1
-        self._mark = self._wait(module) if self._batches > 1 and self._batches % every == 0 else None
+        for hooks in self._step_hooks.values():
+            for hook in hooks:
+                hook.remove()
+        self._step_hooks.clear()
+        # Of a process the second step is the first one: the first compiles.
+        self._mark = self._wait(module) if self._batches % self.SAMPLING == 1 else None
 
     def _lap(self, part: str, module: Any) -> None:
         if self._mark is not None:
@@ -72,6 +75,7 @@ class Clock(pl.Callback):
     def _watch(self, encoder: nn.Module, module: Any) -> None:
         """Time an encoder: its calls, and backward from the gradient of its output to that of its last parameter."""
         since: float | None = None
+        parameters = [p for p in encoder.parameters() if p.requires_grad]
 
         def begin(*_: Any) -> None:
             nonlocal since
@@ -85,12 +89,15 @@ class Clock(pl.Callback):
                 since = now
 
         def called(_encoder: nn.Module, _inputs: Any, outputs: Any) -> None:
+            if since is None:
+                return
             add()
             if outputs[0].requires_grad:
                 outputs[0].register_hook(begin)
+                if encoder not in self._step_hooks:
+                    self._step_hooks[encoder] = [p.register_post_accumulate_grad_hook(add) for p in parameters]
 
         self._hooks += [encoder.register_forward_pre_hook(begin), encoder.register_forward_hook(called)]
-        self._hooks += [p.register_post_accumulate_grad_hook(add) for p in encoder.parameters() if p.requires_grad]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         for encoder in pl_module.encoders:
@@ -125,6 +132,7 @@ class Clock(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         self._lap("optimizer", pl_module)
         self.sampled += self._mark is not None
+        self._batches += 1
         self._more += pl_module.batch_size
         self.epochs += 1 / trainer.num_training_batches
         self._begin(pl_module)

@@ -79,7 +79,8 @@ class Interruption(pl.Callback):
         self._listen()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        is_told = self._is_told(trainer)
+        if not self._is_told(trainer):
+            return
         # What was accumulated towards a step of the optimiser is in no checkpoint. What follows the last batch, and
         # a batch with a validation behind it, would be left out by a resume: that stops in the validation, or later.
         is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -87,7 +88,7 @@ class Interruption(pl.Callback):
         is_validated = trainer.enable_validation and (
             trainer.should_stop or (batch_idx + 1) % (trainer.val_check_batch or float("inf")) == 0
         )
-        if is_told and is_step and not is_last and not is_validated:
+        if is_step and not is_last and not is_validated:
             self._stop(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -75,6 +75,12 @@ class Checkpoint(ModelCheckpoint):
     """Lightning's, but for two things: a run folder that was moved keeps the best epoch so far, and a run that stops
     within an epoch goes on there, since what is saved is the state after the validation and not after the epoch."""
 
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        # A hook that never saves: Lightning skips what cannot be called.
+        if not self._every_n_train_steps and self._train_time_interval is None:
+            self.on_train_batch_end = None  # type: ignore[assignment, method-assign]
+
     def _should_save_on_train_epoch_end(self, trainer: pl.Trainer) -> bool:
         return not trainer.enable_validation
 

@@ -219,3 +219,17 @@ def test_the_cells_of_a_layer_are_milliseconds_and_how_many_times_as_long_the_ls
     assert head[:3] == ["(T, B, D)", "inference, ms", "LSTM / SRU"]
     assert rows == [["(2, 3, 4)", "2", "3.0x", "1", "4", "2.5x", "3"]]
     assert [row[:2] for row in callers] == [["SRU", "4"], ["LSTM", "4"]]
+
+
+def test_a_step_of_the_framework_and_its_products(tmp_path, monkeypatch):
+    pytest.importorskip("hydra")
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import benchmark_framework
+
+    words = ("task=image", "data._target_=benchmark_framework.Rows")
+    run = benchmark_framework.Run(benchmark_framework.configuration(tmp_path, *words), steps=2)
+    assert run.plain() > 0
+    assert run.framed()["step"] > 0
+    # The pixels need no gradient; the first layer has four matrices, since its sizes differ, the second one three.
+    layers = 28 * 32 * (2 * 28 * 4 * 128 + 3 * 128 * 3 * 128)
+    assert run.operations() == 2 * (layers + 32 * 3 * 128 * 10)

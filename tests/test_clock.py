@@ -81,12 +81,19 @@ def training(monkeypatch):
 
 
 def test_the_time_of_a_step_is_shared_out(training):
-    own, logged = training(6)
-    # The first step, which compiles, is no part of the shares.
-    assert own.sampled == 5
+    own, logged = training(3 * clock.Clock.SAMPLING)
+    # One step in so many, and not the first one, which compiles.
+    assert own.sampled == 3
     parts = {"data": 1000, "forward": 4000, "backward": 7000, "optimizer": 8000, "encoder": 8000}
     assert {name: logged[f"step_ms/{name}"] for name in parts} == pytest.approx(parts)
     assert own.encoder_share == pytest.approx(8 / 20)
+
+
+def test_the_encoders_parameters_are_watched_in_timed_steps_only(training):
+    for steps, is_timed in ((1, True), (2, False), (clock.Clock.SAMPLING, False), (clock.Clock.SAMPLING + 1, True)):
+        own, _ = training(steps)
+        assert (own._mark is not None) == is_timed  # of the next step
+        assert not own._step_hooks
 
 
 def test_speed_is_examples_by_seconds_of_training(training):

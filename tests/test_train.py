@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from conftest import ROOT, options
 from hydra.utils import instantiate
@@ -48,6 +49,26 @@ def test_every_task_trains_every_model(configure, tmp_path, task, model):
     data = [f"data={name}" for name in ("squad_sample",) if task == "squad"]
     train.run(configure(f"task={task}", *data, f"model={model}", "trainer=debug"))
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+def test_hooks_of_a_step_are_called_where_they_do_something(configure, tmp_path, monkeypatch):
+    from tasks.classification import Classification
+
+    class Own(pl.Callback):
+        def on_before_backward(self, *_):
+            called.append("class")
+
+    called, late = [], pl.Callback()
+    late.on_after_backward = lambda *_: called.append("instance")
+    monkeypatch.setattr(Classification, "on_before_zero_grad", lambda *_: called.append("task"))
+    (tmp_path / "run").mkdir()
+    cfg = configure("trainer=debug", "trainer.max_steps=1")
+    data, trainer = instantiate(cfg.data), instantiate(cfg.trainer)
+    task = instantiate(cfg.task)(encoder=instantiate(cfg.model), **data.dims)
+    trainer.callbacks += [Own(), late]
+    trainer.fit(task, datamodule=data)
+    assert called == ["task", "class", "instance"]
+    assert late.on_train_batch_start is task.on_before_backward is None
 
 
 def test_a_run_leaves_its_record(configure, tmp_path):

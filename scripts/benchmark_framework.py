@@ -1,0 +1,166 @@
+"""What `scripts/benchmark.py framework` measures: a step of train.py beside a plain loop's over the same batches."""
+
+import argparse
+import contextlib
+import copy
+import io
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmark import ROOT, medians, table
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, open_dict
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from data.images import Digits
+from sru.kernels.linear import linear
+from tasks import memory
+
+STEPS = 150  # of a turn, at most; of the large network
+LARGE_STEPS = 10
+VECTOR_SIZE = 100
+
+
+class Rows(Digits):
+    """Noise of MNIST's shape, a row a step."""
+
+    def read(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        noise = np.random.default_rng(0)
+        return {
+            split: (noise.integers(0, 256, (count, 28, 28), np.uint8), np.arange(count) % 10)
+            for split, count in (("train", 32 * STEPS + 64), ("test", 64))
+        }
+
+
+def configuration(folder: Path, *words: str) -> DictConfig:
+    """What train.py makes of these words: one epoch of training, a batch of validation and of test."""
+    limits = [f"trainer.limit_{split}_batches=1" for split in ("val", "test")]
+    run = ["logger=csv", "epochs=1", "trainer.enable_progress_bar=false", f"run_dir={folder}", *limits]
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        cfg = compose("config", overrides=[*run, *words], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def write_vectors(folder: Path, corpus: list[str]) -> Path:
+    """Fixed vectors for the words of a corpus: speed does not depend on what they say."""
+    data = instantiate(configuration(folder / "unused", *corpus).data)
+    data.prepare_data()
+    data.setup()
+    words = {word for split in data.splits.values() for sentence, _ in split for word in sentence}
+    path = folder / "vectors.txt"
+    with path.open("w", encoding="utf-8") as file:
+        for word, vector in zip(sorted(words), torch.randn(len(words), VECTOR_SIZE).tolist(), strict=True):
+            file.write(" ".join([word, *(f"{value:.4f}" for value in vector)]) + "\n")
+    return path
+
+
+class Run:
+    """A configuration, run by a plain loop and by train.py."""
+
+    def __init__(self, cfg: DictConfig, steps: int = STEPS) -> None:
+        self.cfg = copy.deepcopy(cfg)
+        self.data = instantiate(cfg.data)
+        dims = self.data.dims
+        torch.manual_seed(0)
+        self.task = instantiate(cfg.task)(encoder=instantiate(cfg.model), **dims)
+        self.steps = min(steps, len(self.data.train_dataloader()))
+        self.cfg.trainer.limit_train_batches = self.steps
+        self.turns = 0
+
+    def batches(self) -> Any:
+        return itertools.islice(self.data.train_dataloader(), self.steps)
+
+    def plain(self) -> float:
+        """Seconds of a step of what train.py computes, and of nothing else."""
+        task = copy.deepcopy(self.task).train()
+        optimizer: Any = task.configure_optimizers()
+        clip = self.cfg.trainer.gradient_clip_val
+        start = time.perf_counter()
+        for batch in self.batches():
+            loss = task.loss(batch)[0]
+            optimizer.zero_grad()
+            loss.backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(task.parameters(), clip)
+            optimizer.step()
+        return (time.perf_counter() - start) / self.steps
+
+    def framed(self) -> dict[str, float]:
+        """What train.py writes of its run."""
+        cfg = copy.deepcopy(self.cfg)
+        self.turns += 1
+        cfg.run_dir = f"{cfg.run_dir}/{self.turns}"
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.run(cfg)
+        found = json.loads((Path(cfg.run_dir) / "metrics.json").read_text(encoding="utf-8"))
+        return found | {"step": found["seconds"] / self.steps}
+
+    def operations(self) -> float:
+        """Floating-point operations of the matrix products of a step."""
+        counter = FlopCounterMode(display=False)
+        task, batches = copy.deepcopy(self.task).train(), list(itertools.islice(self.batches(), 20))
+        with counter:
+            for batch in batches:
+                task.loss(batch)[0].backward()
+        return counter.get_total_flops() / len(batches)
+
+
+def run(options: argparse.Namespace) -> None:
+    memory.keep_freed_memory()  # as train.py does
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpus = [f"data={options.data}", *([f"data.root={options.root}"] if options.root else [])]
+        words = [*corpus, f"data.vectors={write_vectors(folder, corpus)}", f"data.cache={folder}"]
+        rows = ["task=image", "data._target_=benchmark_framework.Rows"]
+        runs = {
+            f"{options.data}, fixed vectors of {VECTOR_SIZE}": Run(configuration(folder / "words", *words)),
+            "rows of 28 x 28 pixels": Run(configuration(folder / "rows", *rows)),
+            "characters, (128, 32)": Run(configuration(folder / "characters", "task=lm"), LARGE_STEPS),
+        }
+        lstm = Run(configuration(folder / "lstm", *words, "model=lstm"))
+        measure(runs, lstm, options.turns)
+
+
+def measure(runs: dict[str, Run], lstm: Run, turns: int) -> None:
+    a, b = torch.randn(2, 1024, 1024)
+    product = 1 / medians({"product": lambda: linear(a, b)}, seconds=1.0)["product"] * 2 * 1024**3
+    cells, sru = [], next(iter(runs.values()))
+    speeds: list[tuple[float, float]] = []
+    for name, own in runs.items():
+        operations = own.operations()
+        found = []
+        for turn in range(turns + 1):
+            plain, framed = own.plain(), own.framed()
+            other = lstm.framed() if own is sru else framed
+            if turn:  # the first one warms up
+                found.append((plain, framed["step"]))
+                speeds += [(framed["examples_per_second"], other["examples_per_second"])] if own is sru else []
+        plain, framed = (statistics.median(times) for times in zip(*found, strict=True))
+        ratio = statistics.median(step / alone for alone, step in found)
+        floor = operations / product
+        cells.append([name, f"{plain * 1e3:.2f}", f"{framed * 1e3:.2f}", f"{ratio:.2f}x"])
+        cells[-1] += [f"{floor * 1e3:.2f}", f"{plain / floor:.1f}x"]
+    print(
+        f"A training step, SRU of the tasks' own sizes, float32, {torch.get_num_threads()} threads; medians of {turns} "
+        f"turns of at most {STEPS} steps each. Products of 1024 x 1024 x 1024: {product / 1e9:.0f} GFLOP/s.\n"
+    )
+    head = ["data", "plain loop, ms", "train.py, ms", "train.py / plain", "its products, ms", "plain / products"]
+    table(head, cells)
+    ours, theirs = (statistics.median(found) for found in zip(*speeds, strict=True))
+    ratio = statistics.median(own / other for own, other in speeds)
+    print(
+        f"Two layers on {next(iter(runs))}, by train.py: SRU {ours:.0f} examples/s, LSTM {theirs:.0f}: {ratio:.2f}x.\n"
+    )
