@@ -8,16 +8,27 @@ import warnings
 from pathlib import Path
 
 import hydra
-import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from tasks import average, console, dashboard, door, hints, memory, messages, processes, record, sweep
+from tasks import console, door, hints, imports, memory, messages, processes, sweep, wandb_options
 
 
 def run(cfg: DictConfig) -> float | None:
     """Run what the configuration says; returns the monitored metric's best value, which sweepers optimise."""
+    hints.drop_null(cfg)
+    door.check(cfg)
+    hints.check(cfg)
+    wandb_options.keep_place(cfg)
+    with imports.no_garbage():
+        # Not at the top: help, and a command that is refused, would wait seconds for torch.
+        imports.import_lightning()
+        import pytorch_lightning as pl
+
+        from tasks import average, dashboard, record
+
+        hints.import_classes(cfg)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logging.getLogger("pytorch_lightning.profilers").setLevel(logging.INFO)  # their reports
     # A corpus in memory needs no workers, a resumed run finds its checkpoints, how Lightning uses torch is its own.
@@ -27,10 +38,6 @@ def run(cfg: DictConfig) -> float | None:
         # Metrics are summed over the processes before they are logged.
         ".*recommended to use .self.log.*sync_dist=True.",
     )
-    hints.drop_null(cfg)
-    door.check(cfg)
-    hints.check(cfg)
-    dashboard.keep_place(cfg)
     if (count := processes.settle(cfg)) > processes.world_size():
         return processes.launch(cfg, count)
     memory.keep_freed_memory()

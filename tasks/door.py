@@ -13,7 +13,8 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tasks import dashboard, processes, record
+from tasks import imports, processes, wandb_options
+from tasks.outlines import outline
 
 ROOT = Path(__file__).parent.parent
 # Key: lowest and highest value, example. An example with a point takes any number, one without only whole ones.
@@ -134,9 +135,12 @@ def check(cfg: DictConfig) -> None:
         ):
             raise ValueError(f"{key}={value} must be a text{', or null for none' if may_be_null else ''}")
     if "wandb" in cfg.loggers:
-        dashboard.check(cfg.loggers.wandb)
+        wandb_options.check(cfg.loggers.wandb)
     for part in ("data", "model", "task"):
-        target = get_class(cfg[part]._target_)
+        target = outline(str(cfg[part]._target_))
+        if not isinstance(target, type):
+            imports.import_lightning()
+            target = get_class(cfg[part]._target_)
         known, flags = options_of(target), options_of(target, bool)
         for name in cfg[part]:
             if name in known and cfg[part][name] not in (None, False) and (why := unusable(part, name)):
@@ -165,6 +169,8 @@ def opened_folder(cfg: DictConfig) -> Iterator[Path]:
 
     Of several processes the first one sees to that, for all.
     """
+    from tasks import record  # not at the top: it imports torch
+
     folder = Path(cfg.run_dir)
     if processes.rank():
         yield folder
@@ -199,6 +205,8 @@ def opened_folder(cfg: DictConfig) -> Iterator[Path]:
 
 def check_resume(cfg: DictConfig, folder: Path) -> None:
     """Refuse to go on with a damaged run or another experiment; print what else has changed."""
+    from tasks import record
+
     last = folder / "checkpoints/last.ckpt"
     if not last.exists():
         raise FileNotFoundError(
@@ -262,6 +270,8 @@ def check_data(cfg: DictConfig, data: Any, last: Path | None) -> None:
             "(frames_sample, kaldi) for task=hybrid"
         )
     if last is not None:
+        from tasks import record
+
         data.load_state_dict(record.checkpoint(last)[type(data).__qualname__])
 
 

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.callbacks import ProgressBar
 
-from tasks import door, processes
+from tasks import door, imports, outlines, processes
 
 CONF = door.ROOT / "conf"
 NOTHING = ("null", "none", "false", "~", "[]", "{}", "")
@@ -134,6 +132,8 @@ def drop_bars(cfg: DictConfig) -> None:
 
 
 def is_bar(node: DictConfig) -> bool:
+    from pytorch_lightning.callbacks import ProgressBar
+
     kind = class_of(node, "callbacks")
     return isinstance(kind, type) and issubclass(kind, ProgressBar)
 
@@ -197,6 +197,12 @@ def check(cfg: DictConfig) -> None:
                 raise ValueError(f"{node._target_} takes no {name!r}.{meant(wrong, candidates(cfg, without=wrong))}")
 
 
+def import_classes(cfg: DictConfig) -> None:
+    """Refuse a class of which the source is there, and which cannot be imported here."""
+    for path, node in targets(cfg):
+        class_of(node, path)
+
+
 def said_of(value: Any) -> str:
     return "" if OmegaConf.is_dict(value) else f"={value}"
 
@@ -204,7 +210,11 @@ def said_of(value: Any) -> str:
 def with_class(name: str, value: Any = None) -> str:
     """How to give a task an optimiser or a schedule; `value` is perhaps the name of one."""
     if name == "optimizer":
-        known = {each.lower(): each for each in dir(torch.optim) if isinstance(getattr(torch.optim, each), type)}
+        known = {
+            each.lower(): each
+            for each in outlines.names("torch.optim")
+            if isinstance(outlines.outline(f"torch.optim.{each}"), type)
+        }
         return f"type task.optimizer._target_=torch.optim.{known.get(str(value).lower(), 'SGD')}"
     known = {each: each for each in ("noam", "cosine", "decay")}
     found = f"tasks.schedules.{known[str(value)]}" if str(value) in known else "CLASS"
@@ -217,7 +227,7 @@ def needed(node: DictConfig, path: str) -> None:
     if node.get("_partial_") or "_args_" in node:
         return
     try:
-        parameters = inspect.signature(class_of(node, path)).parameters.values()
+        parameters = inspect.signature(outline_of(node, path)).parameters.values()
     except ValueError:
         return
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -243,7 +253,7 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
 
 def arguments(node: DictConfig, path: str) -> tuple[list[str], bool]:
     """What the class of a node takes, and whether it takes anything else besides."""
-    target = class_of(node, path)
+    target = outline_of(node, path)
     try:
         own = next((c for c in getattr(target, "__mro__", ()) if "__init__" in vars(c)), target)
         if own.__module__.split(".")[0] in ("sru", "data", "tasks") and inspect.isclass(target):
@@ -255,9 +265,15 @@ def arguments(node: DictConfig, path: str) -> tuple[list[str], bool]:
     return [p.name for p in parameters if p.kind not in various], any(p.kind is various[0] for p in parameters)
 
 
+def outline_of(node: DictConfig, path: str) -> Any:
+    """What stands for a class here: its outline, or itself where only the import tells what it takes."""
+    return outlines.outline(str(node._target_)) or class_of(node, path)
+
+
 def class_of(node: DictConfig, path: str) -> Any:
     """What `_target_` names; ValueError with names that come near."""
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # which would tell the same
+    imports.import_lightning()
     try:
         return get_object(node._target_)
     except Exception as error:  # of the import of any module
@@ -277,9 +293,9 @@ def given_by_code(cfg: DictConfig, path: str, node: DictConfig) -> list[str]:
     if path == "model":
         return ["input_size", "source_size"]
     if path == "task":
-        dims = getattr(get_object(cfg.data._target_), "DIMS", ())
+        dims = getattr(outlines.outline(str(cfg.data._target_)) or get_object(cfg.data._target_), "DIMS", ())
         return ["encoder", *(dims if isinstance(dims, tuple) else ())]  # or a property, which depends on options
-    parameters = list(inspect.signature(class_of(node, path)).parameters.values())
+    parameters = list(inspect.signature(outline_of(node, path)).parameters.values())
     return [p.name for p in parameters[:1] if p.default is p.empty]
 
 

@@ -16,14 +16,14 @@ import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf, open_dict
-from pytorch_lightning.plugins.environments import SLURMEnvironment
-from torch import Tensor, distributed
+
+if TYPE_CHECKING:  # torch is imported where it is used: a command that is refused does not wait for it
+    from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -66,6 +66,8 @@ def rank() -> int:
 
 
 def on_gpu(cfg: DictConfig) -> bool:
+    import torch
+
     accelerator = cfg.trainer.accelerator
     return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
 
@@ -96,6 +98,8 @@ def settle(cfg: DictConfig) -> int:
 
     Of one process nothing is left that is of several.
     """
+    import torch
+
     is_parted = OmegaConf.is_dict(cfg.trainer.get("strategy"))
     if on_gpu(cfg) and not (is_parted or torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise ValueError(
@@ -252,6 +256,10 @@ def joined(cfg: DictConfig) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
+    import torch
+    from pytorch_lightning.plugins.environments import SLURMEnvironment
+    from torch import distributed
+
     environment = SLURMEnvironment(auto_requeue=False) if by_srun() else None
     if environment is not None:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
@@ -288,6 +296,8 @@ def first_alone() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
+    from torch import distributed
+
     group = distributed.new_group(backend="gloo", timeout=PREPARING)
     if rank():
         distributed.barrier(group)
@@ -298,6 +308,8 @@ def first_alone() -> Iterator[None]:
 
 def gathered(own: Any) -> list[Any]:
     """What each process has, in the order of their numbers; every process must call it."""
+    from torch import distributed
+
     if not (distributed.is_available() and distributed.is_initialized()):
         return [own]
     every: list[Any] = [None] * distributed.get_world_size()
@@ -305,8 +317,10 @@ def gathered(own: Any) -> list[Any]:
     return every
 
 
-def summed(own: Tensor) -> Tensor:
+def summed(own: "Tensor") -> "Tensor":
     """The sum of the processes' tensors, put into `own`; every process must call it."""
+    from torch import distributed
+
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(own)
     return own

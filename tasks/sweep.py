@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
@@ -21,7 +20,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tasks import door, failures, messages
-from tasks.record import write_text
 
 # Words of a resumed sweep that say how it runs and not what; a search may also get longer.
 FREE = ("hydra/launcher", "hydra.launcher.", "hydra.sweeper.n_trials")
@@ -50,6 +48,8 @@ class Watch(Callback):
     heard: ClassVar[int | None] = None  # the signal that this process was told to stop by
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        from tasks import record  # not at the top: it imports torch, and Hydra imports this file for every command
+
         # An Exception would become a warning here.
         folder = Path(config.hydra.sweep.dir).absolute()
         Watch.lock = FileLock(folder / ".lock", timeout=0)
@@ -78,7 +78,7 @@ class Watch(Callback):
             words = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
             words = [word for word in words if key(word) not in OWN]
             try:
-                write_text(folder / "sweep.json", json.dumps({"overrides": words}, indent=2) + "\n")
+                record.write_text(folder / "sweep.json", json.dumps({"overrides": words}, indent=2) + "\n")
             except OSError as error:
                 sys.exit(f"error: {failures.told(error)}.")
         Watch.folder = folder
@@ -127,6 +127,10 @@ def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | N
     In a resumed sweep a finished job gives the value that it had, and one with a checkpoint goes on from there; so does
     one that a cluster's scheduler has started again.
     """
+    import torch
+
+    from tasks import record
+
     config = HydraConfig.get()
     folder = Path(config.runtime.output_dir)
     failure = folder / "failed.json"
@@ -170,7 +174,7 @@ def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | N
         print(f"failed: {kept['error']}")
         try:
             folder.mkdir(parents=True, exist_ok=True)  # a run that is refused takes its empty folder away
-            write_text(failure, json.dumps(kept, indent=2) + "\n")
+            record.write_text(failure, json.dumps(kept, indent=2) + "\n")
         except OSError as refused:
             print(f"{failures.told(refused)}; so no list will have this failure, and a resume runs the job again")
         return None

@@ -308,7 +308,7 @@ def test_a_wrong_variable_of_wandbs_is_refused_at_the_door(configure, tmp_path, 
 def test_modes_are_those_of_wandb():
     from typing import get_args
 
-    from tasks.dashboard import MODES
+    from tasks.wandb_options import MODES
 
     assert set(MODES) == set(get_args(wandb.Settings.model_fields["mode"].annotation))
 

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from test_conf import bind
 
 import train
-from tasks import door, messages, sweep
+from tasks import door, messages, record, sweep
 
 TINY = ("logger=csv", "width=16", "data.batch_size=8", "trainer.enable_progress_bar=false")
 TINY += ("trainer.limit_train_batches=4", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2")
@@ -198,7 +198,7 @@ def test_a_disk_that_is_full_is_told_before_a_sweep_begins(command, tmp_path, mo
     def full(path, text):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(sweep, "write_text", full)
+    monkeypatch.setattr(record, "write_text", full)
     told = command("-m", "seed=1,2", "trainer=debug", *TINY, f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert "sweep.json: No space left on device" in told
     assert not list(tmp_path.glob("sweep/*/"))
