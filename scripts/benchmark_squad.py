@@ -8,7 +8,7 @@ from typing import Any
 
 import hydra
 import torch
-from benchmark import medians, table
+from benchmark import in_bfloat16, medians, table
 
 from data.reader import Batch
 from data.squad import Sample
@@ -74,7 +74,9 @@ def run(options: argparse.Namespace) -> None:
     batches = [batch._replace(features=torch.rand(*batch.passage.shape, NUM_FEATURES)) for batch in batches]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(door.ROOT / "conf")):
         readers = {name: reader(experiment, vocab_size) for name, experiment in EXPERIMENTS.items()}
-    trained = medians({name: training(*pair, batches) for name, pair in readers.items()}, seconds=options.seconds * 4)
+    contenders = {name: training(*pair, batches) for name, pair in readers.items()}
+    cast = {f"{name}, bfloat16": in_bfloat16(steps) for name, steps in contenders.items()}
+    trained = medians(contenders | cast, seconds=options.seconds * 4)
     encoded = medians(
         {name: encoding(task, batches) for name, (task, _) in readers.items()}, seconds=options.seconds * 4
     )
@@ -99,6 +101,7 @@ def run(options: argparse.Namespace) -> None:
                 f"{encoded['LSTM, 3 layers'] / encoded[name]:.2f}x",
                 f"{encoded[name] / trained[name]:.0%}",
                 f"{load / step:.2%}",
+                f"{trained[name] / trained[f'{name}, bfloat16']:.2f}x",
             ]
         )
     speeds = [
@@ -108,5 +111,6 @@ def run(options: argparse.Namespace) -> None:
         "LSTM's / this",
         "share of a step",
         "loading, share of a step",
+        "in bfloat16",
     ]
     table(["reader", "parameters", *speeds], rows)

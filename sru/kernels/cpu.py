@@ -124,6 +124,13 @@ def with_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+@functools.lru_cache(maxsize=64)
+def constant_row(value: float, size: int, dtype: torch.dtype) -> Tensor:
+    """A row of one number, which kernels read and nothing writes."""
+    with torch.inference_mode(False):
+        return torch.full((size,), value, dtype=dtype, device="cpu")
+
+
 class Inputs:
     """The inputs of both passes as a kernel wants them: rows that lie together, addresses and strides."""
 
@@ -131,12 +138,13 @@ class Inputs:
         steps, batch, matrices, size = u.shape
         u, v, b, c0 = map(with_rows, (u, v, b, c0))
         self.scale = 1.0 if scale is None else float(scale)
-        # What is not given is one row for all steps and sequences.
-        mask = u.new_ones(size).expand(batch, size) if mask is None else with_rows(mask)
+        # What is not given is one row for all steps and sequences: its strides are 0.
+        mask = constant_row(1.0, size, u.dtype) if mask is None else with_rows(mask)
+        mask_stride = mask.stride(0) if mask.dim() == 2 else 0
+        skip = constant_row(0.0, size, u.dtype) if x is None else with_rows(x)
+        skip_place = skip.data_ptr(), *(skip.stride()[:2] if skip.dim() == 3 else (0, 0))
         if matrices == 4:
-            skip = u[:, :, 3]
-        else:
-            skip = u.new_zeros(size).expand(steps, batch, size) if x is None else with_rows(x)
+            skip_place = u.data_ptr() + 3 * u.stride(2) * u.element_size(), *u.stride()[:2]
         pad = None if pad is None else pad.contiguous()
         tile_batch = max(TILE_BATCH, -(-batch // 64))
         self.chunks = -(-batch // tile_batch)
@@ -147,9 +155,9 @@ class Inputs:
         self.tensors = u, skip, v, b, c0, mask, pad  # the addresses below stay valid with them
         self.arguments = [
             *(steps, batch, size, tile_batch, columns, halves, u.element_size()),
-            *(u.data_ptr(), *u.stride()[:3], skip.data_ptr(), *skip.stride()[:2]),
+            *(u.data_ptr(), *u.stride()[:3], *skip_place),
             *(v.data_ptr(), b.data_ptr(), c0.data_ptr(), c0.stride(0)),
-            *(mask.data_ptr(), mask.stride(0), 0 if pad is None else pad.data_ptr()),
+            *(mask.data_ptr(), mask_stride, 0 if pad is None else pad.data_ptr()),
         ]
 
 
