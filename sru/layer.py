@@ -208,8 +208,8 @@ class SRU(nn.Module):
             and layer.weight_proj is None
             and layer.layer_norm is None
             and not layer.zoneout
-            and not (layer.rnn_dropout and layer.training)
             and layer.backend in ("auto", "cpu")
+            and layer.activation == layers[0].activation
             for layer in layers
         ) and stack.takes(x, c0, *(p for layer in layers for p in (layer.weight, layer.v, layer.bias)))
 
@@ -217,22 +217,17 @@ class SRU(nn.Module):
         """What the layers give one after the other, by sru/kernels/stack.py."""
         if c0 is None:
             c0 = x.new_zeros(self.num_layers, x.shape[1], self.output_size, dtype=state_dtype(x))
-        c0 = c0.to(state_dtype(x))
-        pad = None if mask_pad is None else mask_pad != 0
+        pad = mask_pad if mask_pad is None or mask_pad.dtype == torch.bool else mask_pad != 0
         layers = []
         for i in range(self.num_layers):
             layer = self[i]
             has_highway = layer.has_skip_term and not layer.has_projected_skip
-            layers.append(
-                stack.Layer(
-                    cast(Tensor, layer.weight),
-                    layer.v,
-                    layer.bias,
-                    layer.scale_x if has_highway else None,
-                    has_highway,
-                    sequence_mask(layer.dropout, c0[i]) if layer.training else None,
-                )
-            )
+            masks: tuple[Tensor | None, Tensor | None] = None, None
+            if layer.training:
+                inputs = c0.new_empty(x.shape[1], layer.input_size)
+                masks = sequence_mask(layer.rnn_dropout, inputs), sequence_mask(layer.dropout, c0[i])
+            alpha = layer.scale_x if has_highway else None
+            layers.append(stack.Layer(cast(Tensor, layer.weight), layer.v, layer.bias, alpha, has_highway, *masks))
         return stack.run(x, c0, pad, layers, self[0].activation, self.bidirectional)
 
     def check_state(self, c0: Tensor, x: Tensor) -> None:

@@ -13,9 +13,10 @@ from sru.kernels.ops import forward_mode_is_active, have_memory, modes_are_activ
 
 
 class Layer(NamedTuple):
-    """What a layer computes with: weight (K * D, n), v and bias (2 * D,), alpha (1,), and a mask (B, D) of dropout.
+    """What a layer computes with: weight (K * D, n), v and bias (2 * D,), alpha (1,), and masks of dropout.
 
-    alpha is None where the highway's weight is 1; has_highway: the layer's input is carried past the gates.
+    alpha is None where the highway's weight is 1; has_highway: the layer's input is carried past the gates; mask (B, D)
+    is that of the recurrence, input_mask (B, n) that of what the weight gets.
     """
 
     weight: Tensor
@@ -23,6 +24,7 @@ class Layer(NamedTuple):
     bias: Tensor
     alpha: Tensor | None
     has_highway: bool
+    input_mask: Tensor | None
     mask: Tensor | None
 
 
@@ -76,18 +78,18 @@ def run_in(dtype, x, c0, pad, layers, activation, bidirectional):
     options = ACTIVATIONS.index(activation), 2 if bidirectional else 1
     parameters = [parameter for layer in layers for parameter in layer[:3]]
     if torch.is_grad_enabled() and any(a.requires_grad for a in (x, c0, *parameters)):
-        rest = [(1.0 if a.alpha is None else a.alpha.item(), a.has_highway, a.mask) for a in layers]
+        rest = [(1.0 if a.alpha is None else a.alpha.item(), a.has_highway, a.input_mask, a.mask) for a in layers]
         return _Stack.apply(x, c0, pad, rest, options, dtype, *parameters)
     from sru.kernels import cpu, cpu_step
 
-    if len(x) == 1 and pad is None and all(layer.mask is None for layer in layers):
+    if len(x) == 1 and pad is None and all(a.mask is None and a.input_mask is None for a in layers):
         found = cpu_step.run(x, c0, [layer[:4] for layer in layers], options[0])
         if found is not None:
             return found
     last = []
     for layer, c in zip(layers, c0, strict=True):
         skip = x if layer.has_highway else None
-        u = project(x, layer.weight, c, dtype)
+        u = project(x, layer.weight, c, dtype, layer.input_mask)
         x, _, c = cpu.run_forward(
             u.to(x.dtype), skip, layer.v, layer.bias, c, layer.mask, pad, layer.alpha, 0.0, *options, keep=False
         )
@@ -101,12 +103,12 @@ class _Stack(torch.autograd.Function):
         from sru.kernels import cpu
 
         saved, last, inner = [], [], x
-        for i, (alpha, has_highway, mask) in enumerate(rest):
+        for i, (alpha, has_highway, input_mask, mask) in enumerate(rest):
             weight, v, bias = parameters[3 * i : 3 * i + 3]
-            u = project(inner, weight, c0[i], dtype)
+            u = project(inner, weight, c0[i], dtype, input_mask)
             skip, wide = inner if has_highway else None, u.to(x.dtype)
             h, c, c_last = cpu.run_forward(wide, skip, v, bias, c0[i], mask, pad, alpha, 0.0, *options, keep=True)
-            saved += [inner, u, c, mask]
+            saved += [inner, u, c, input_mask, mask]
             last.append(c_last)
             inner = h
         ctx.save_for_backward(x, c0, pad, *parameters, *saved)
@@ -119,7 +121,7 @@ class _Stack(torch.autograd.Function):
         count = 3 * len(ctx.rest)
         parameters, saved = tensors[:count], tensors[count:]
         if torch.is_grad_enabled() or is_batched(gh) or is_batched(gc_last):
-            return differentiate(ctx, gh, gc_last, x, c0, pad, parameters, saved[3::4])
+            return differentiate(ctx, gh, gc_last, x, c0, pad, parameters, saved)
         from sru.kernels import cpu
 
         needs = ctx.needs_input_grad
@@ -128,7 +130,7 @@ class _Stack(torch.autograd.Function):
         for i in reversed(range(len(ctx.rest))):
             alpha, has_highway = ctx.rest[i]
             weight, v, bias = parameters[3 * i : 3 * i + 3]
-            inner, u, c, mask = saved[4 * i : 4 * i + 4]
+            inner, u, c, input_mask, mask = saved[5 * i : 5 * i + 5]
             needs_inner = i > 0 or needs[0]
             gu, gskip, gv, gb, gc = cpu.run_backward(
                 *(gh, gc_last[i], u.to(x.dtype), inner if has_highway else None, v, bias, c0[i], mask, pad, alpha, c),
@@ -137,23 +139,25 @@ class _Stack(torch.autograd.Function):
             )
             gu = gu.view(-1, weight.shape[0]).to(ctx.dtype)
             if needs[6 + 3 * i]:
-                rows = inner.reshape(-1, weight.shape[1]).to(ctx.dtype)
-                grads[3 * i] = gradient_of_weight(gu, rows).to(weight.dtype)
+                rows = inner if input_mask is None else inner * input_mask
+                grads[3 * i] = gradient_of_weight(gu, rows.reshape(-1, weight.shape[1]).to(ctx.dtype)).to(weight.dtype)
             grads[3 * i + 1 : 3 * i + 3] = gv, gb
             gc0.append(gc)
             if needs_inner:
                 gh = product(gu, weight.to(ctx.dtype).t()).view(inner.shape).to(x.dtype)
+                gh = gh if input_mask is None else gh.mul_(input_mask)
                 gh = gh if gskip is None else gh.add_(gskip)
         return gh if needs[0] else None, torch.stack(gc0[::-1]) if needs[1] else None, *[None] * 4, *grads
 
 
-def project(x: Tensor, weight: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+def project(x: Tensor, weight: Tensor, c: Tensor, dtype: torch.dtype, mask: Tensor | None) -> Tensor:
     """u (T, B, K, D) of x (T, B, n), for a state c (B, D), by a product in this dtype."""
+    x = x if mask is None else x * mask
     u = product(x.reshape(-1, x.shape[2]).to(dtype), weight.to(dtype))
     return u.view(*x.shape[:2], weight.shape[0] // c.shape[1], c.shape[1])
 
 
-def differentiate(ctx, gh, gc_last, x, c0, pad, parameters, masks):
+def differentiate(ctx, gh, gc_last, x, c0, pad, parameters, saved):
     """The gradients as functions that have gradients themselves, of the layers one by one."""
     create_graph = torch.is_grad_enabled()
     cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=ctx.dtype == torch.bfloat16)
@@ -161,9 +165,10 @@ def differentiate(ctx, gh, gc_last, x, c0, pad, parameters, masks):
         # Views, so that a gradient of each alone is wanted.
         inputs = [a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in (x, c0, *parameters)]
         h, states = inputs[0], []
-        for i, ((alpha, has_highway), mask) in enumerate(zip(ctx.rest, masks, strict=True)):
+        for i, (alpha, has_highway) in enumerate(ctx.rest):
             weight, v, bias = inputs[2 + 3 * i : 5 + 3 * i]
-            u = linear(h, weight).unflatten(2, (-1, c0.shape[2]))
+            input_mask, mask = saved[5 * i + 3 : 5 * i + 5]
+            u = linear(h if input_mask is None else h * input_mask, weight).unflatten(2, (-1, c0.shape[2]))
             h, c = recurrence(
                 *(u, h if has_highway else None, v, bias, inputs[1][i]),
                 mask=mask,
