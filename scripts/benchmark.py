@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-SHAPES = [(1, 1, 512), (1, 32, 128), (32, 32, 128), (40, 32, 128), (128, 32, 512), (256, 16, 1024)]
+SHAPES = [(1, 1, 512), (1, 32, 128), (32, 32, 128), (40, 32, 128), (333, 16, 416), (128, 32, 512), (256, 16, 1024)]
 
 
 def medians(contenders: dict[Any, Callable[[], object]], seconds: float = 2.0) -> dict[Any, float]:

@@ -127,8 +127,8 @@ class _Linear(torch.autograd.Function):
 
 
 def gradient_of_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """The transpose of grad (R, m) times x (R, n). Of the two the narrower is transposed: it is copied for that."""
-    if x.shape[1] < grad.shape[1]:
+    """The transpose of grad (R, m) times x (R, n), with the fewest numbers copied to transpose them."""
+    if x.numel() + x.shape[1] * grad.shape[1] < grad.numel():
         return transposed(linear(transposed(x), grad.t()))
     return linear(transposed(grad), x.t())
 
