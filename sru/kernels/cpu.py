@@ -168,8 +168,8 @@ def run_forward(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, *
     h = new_empty(u, steps, batch, size)
     c = new_empty(u, steps if keep else 2, batch, size)
     c_last = u.new_empty(batch, size)
-    outputs = [activation, h.data_ptr(), c.data_ptr(), int(keep), c_last.data_ptr()]
-    launch(forward, inputs, zoneout, outputs, [h, c, c_last])
+    outputs = [h.data_ptr(), c.data_ptr(), int(keep), c_last.data_ptr()]
+    launch(forward(activation), inputs, zoneout, outputs, [h, c, c_last])
     return h, c, c_last
 
 
@@ -188,10 +188,10 @@ def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, scale, c, zoneout, acti
     gc = gc_last.clone(memory_format=torch.contiguous_format)
     sums = u.new_empty(inputs.chunks, 4, size)
     outputs = [
-        *(activation, c.data_ptr(), gh.data_ptr(), gh.stride(0), gh.stride(1), gu.data_ptr(), gu.stride(2)),
+        *(c.data_ptr(), gh.data_ptr(), gh.stride(0), gh.stride(1), gu.data_ptr(), gu.stride(2)),
         *(gskip.data_ptr(), gskip.stride(0), gskip.stride(1), gc.data_ptr(), sums.data_ptr(), matrices),
     ]
-    launch(backward, inputs, zoneout, outputs, [c, gh, gu, gskip, gc, sums])
+    launch(backward(activation), inputs, zoneout, outputs, [c, gh, gu, gskip, gc, sums])
     total = sums.sum(0)
     gv, gb = total.view(2, -1)
     return gu, gskip if needs_x else None, gv, gb, gc

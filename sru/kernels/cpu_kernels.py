@@ -235,16 +235,6 @@ def add_product(typingctx, total, a, b):
 @register_jitable(inline="always")
 def step(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, activation):
     """A step of a sequence: from the state cp to cn and h."""
-    if activation == 0:  # a loop for each, without a branch in it
-        step_by(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, 0)
-    elif activation == 1:
-        step_by(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, 1)
-    else:
-        step_by(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, 2)
-
-
-@register_jitable(inline="always")
-def step_by(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, activation):
     one, scale, zoneout = numbers
     for k in range(n):
         f = zoneout + (one - zoneout) * sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
@@ -255,55 +245,60 @@ def step_by(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, activation
         hn[k] = carried + m[k] * r * (activate(state, one, activation) - carried)
 
 
-def forward(like):
-    """The forward pass."""
-    one, a = like[0], integers(like)
-    numbers = one, like[1], like[2]
-    T, B, D, tile_batch, tile_columns, halves, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
-    u, u_t, u_b, u_k, skip, skip_t, skip_b = a[9], a[10], a[11], a[12], a[13], a[14], a[15]
-    v, b, c0, c0_b, mask, mask_b, pad = a[16], a[17], a[18], a[19], a[20], a[21], a[22]
-    activation, h, c, keep, c_last = a[23], a[24], a[25], a[26], a[27]
-    half = D // halves
-    blocks = (half + tile_columns - 1) // tile_columns
-    while True:
-        tile = next_tile(a)
-        if tile >= a[1]:
-            break
-        side = tile // blocks % halves
-        start = side * half + tile % blocks * tile_columns
-        n = min(tile_columns, (side + 1) * half - start)
-        b_first = tile // (blocks * halves) * tile_batch
-        b_last = min(B, b_first + tile_batch)
-        vf, vr = row(like, v + size * start, INPUT), row(like, v + size * (D + start), INPUT)
-        bf, br = row(like, b + size * start, INPUT), row(like, b + size * (D + start), INPUT)
-        for i in range(T):
-            t = T - 1 - i if side else i
-            # Where no gradient needs c, two rows take turns.
-            now, before = (t, t + 1 if side else t - 1) if keep else (i & 1, 1 - (i & 1))
+@functools.cache
+def forward(activation):
+    """The forward pass with one of the activations: a kernel each, without a branch in its loops."""
+
+    def kernel(like):
+        one, a = like[0], integers(like)
+        numbers = one, like[1], like[2]
+        T, B, D, tile_batch, tile_columns, halves, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
+        u, u_t, u_b, u_k, skip, skip_t, skip_b = a[9], a[10], a[11], a[12], a[13], a[14], a[15]
+        v, b, c0, c0_b, mask, mask_b, pad = a[16], a[17], a[18], a[19], a[20], a[21], a[22]
+        h, c, keep, c_last = a[23], a[24], a[25], a[26]
+        half = D // halves
+        blocks = (half + tile_columns - 1) // tile_columns
+        while True:
+            tile = next_tile(a)
+            if tile >= a[1]:
+                break
+            side = tile // blocks % halves
+            start = side * half + tile % blocks * tile_columns
+            n = min(tile_columns, (side + 1) * half - start)
+            b_first = tile // (blocks * halves) * tile_batch
+            b_last = min(B, b_first + tile_batch)
+            vf, vr = row(like, v + size * start, INPUT), row(like, v + size * (D + start), INPUT)
+            bf, br = row(like, b + size * start, INPUT), row(like, b + size * (D + start), INPUT)
+            for i in range(T):
+                t = T - 1 - i if side else i
+                # Where no gradient needs c, two rows take turns.
+                now, before = (t, t + 1 if side else t - 1) if keep else (i & 1, 1 - (i & 1))
+                for j in range(b_first, b_last):
+                    at = size * (j * D + start)
+                    cp = row(like, c0 + size * (j * c0_b + start) if i == 0 else c + size * before * B * D + at, C)
+                    cn = row(like, c + size * now * B * D + at, C)
+                    hn = row(like, h + size * t * B * D + at, H)
+                    if pad and is_set(pad + t * B + j):
+                        for k in range(n):
+                            cn[k] = cp[k]
+                            hn[k] = one - one
+                        continue
+                    at = u + size * (t * u_t + j * u_b + start)
+                    u0, u1 = row(like, at, INPUT), row(like, at + size * u_k, INPUT)
+                    u2 = row(like, at + size * 2 * u_k, INPUT)
+                    x = row(like, skip + size * (t * skip_t + j * skip_b + start), INPUT)
+                    m = row(like, mask + size * (j * mask_b + start), INPUT)
+                    step(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, activation)
             for j in range(b_first, b_last):
+                end = 0 if side else T - 1
                 at = size * (j * D + start)
-                cp = row(like, c0 + size * (j * c0_b + start) if i == 0 else c + size * before * B * D + at, C)
-                cn = row(like, c + size * now * B * D + at, C)
-                hn = row(like, h + size * t * B * D + at, H)
-                if pad and is_set(pad + t * B + j):
-                    for k in range(n):
-                        cn[k] = cp[k]
-                        hn[k] = one - one
-                    continue
-                at = u + size * (t * u_t + j * u_b + start)
-                u0, u1 = row(like, at, INPUT), row(like, at + size * u_k, INPUT)
-                u2 = row(like, at + size * 2 * u_k, INPUT)
-                x = row(like, skip + size * (t * skip_t + j * skip_b + start), INPUT)
-                m = row(like, mask + size * (j * mask_b + start), INPUT)
-                step(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, activation)
-        for j in range(b_first, b_last):
-            end = 0 if side else T - 1
-            at = size * (j * D + start)
-            source = c + size * (end if keep else (T - 1) & 1) * B * D + at
-            cn = row(like, source if T else c0 + size * (j * c0_b + start), C)
-            to = row(like, c_last + at, C_LAST)
-            for k in range(n):
-                to[k] = cn[k]
+                source = c + size * (end if keep else (T - 1) & 1) * B * D + at
+                cn = row(like, source if T else c0 + size * (j * c0_b + start), C)
+                to = row(like, c_last + at, C_LAST)
+                for k in range(n):
+                    to[k] = cn[k]
+
+    return kernel
 
 
 @register_jitable(inline="always")
@@ -334,73 +329,73 @@ def step_back(n, numbers, rows, results, activation):
         sbr[k] += g2
 
 
-def backward(like):
+@functools.cache
+def backward(activation):
     """The backward pass, with the gates computed again from c.
 
     The gradient of c_t is the sum of what h_t and c_{t+1} hand down; all else is linear in it or apart from it.
     """
-    one, a = like[0], integers(like)
-    numbers = one, like[1], like[2]
-    T, B, D, tile_batch, tile_columns, halves, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
-    u, u_t, u_b, u_k, skip, skip_t, skip_b = a[9], a[10], a[11], a[12], a[13], a[14], a[15]
-    v, b, c0, c0_b, mask, mask_b, pad = a[16], a[17], a[18], a[19], a[20], a[21], a[22]
-    activation, c, gh, gh_t, gh_b, gu, gu_k = a[23], a[24], a[25], a[26], a[27], a[28], a[29]
-    gskip, gskip_t, gskip_b, gc, sums, matrices = a[30], a[31], a[32], a[33], a[34], a[35]
-    half = D // halves
-    blocks = (half + tile_columns - 1) // tile_columns
-    while True:
-        tile = next_tile(a)
-        if tile >= a[1]:
-            break
-        side = tile // blocks % halves
-        start = side * half + tile % blocks * tile_columns
-        n = min(tile_columns, (side + 1) * half - start)
-        chunk = tile // (blocks * halves)
-        b_first = chunk * tile_batch
-        b_last = min(B, b_first + tile_batch)
-        vf, vr = row(like, v + size * start, INPUT), row(like, v + size * (D + start), INPUT)
-        bf, br = row(like, b + size * start, INPUT), row(like, b + size * (D + start), INPUT)
-        at = sums + size * (chunk * 4 * D + start)
-        svf, svr = row(like, at, SVF), row(like, at + size * D, SVR)
-        sbf, sbr = row(like, at + size * 2 * D, SBF), row(like, at + size * 3 * D, SBR)
-        for k in range(n):
-            svf[k] = one - one
-            svr[k] = one - one
-            sbf[k] = one - one
-            sbr[k] = one - one
-        for i in range(T):
-            t = i if side else T - 1 - i
-            before = t + 1 if side else t - 1
-            for j in range(b_first, b_last):
-                at = gu + size * ((t * B + j) * matrices * D + start)
-                gu0, gu1 = row(like, at, GU0), row(like, at + size * gu_k, GU1)
-                gu2 = row(like, at + size * 2 * gu_k, GU2)
-                gx = row(like, gskip + size * (t * gskip_t + j * gskip_b + start), GX)
-                if pad and is_set(pad + t * B + j):
-                    for k in range(n):
-                        gu0[k] = one - one
-                        gu1[k] = one - one
-                        gu2[k] = one - one
-                        gx[k] = one - one
-                    continue
-                at = size * (j * D + start)
-                lam, cn = row(like, gc + at, GC), row(like, c + size * t * B * D + at, INPUT)
-                at = c0 + size * (j * c0_b + start) if i == T - 1 else c + size * before * B * D + at
-                cp = row(like, at, INPUT)
-                at = u + size * (t * u_t + j * u_b + start)
-                u0, u1 = row(like, at, INPUT), row(like, at + size * u_k, INPUT)
-                u2 = row(like, at + size * 2 * u_k, INPUT)
-                x = row(like, skip + size * (t * skip_t + j * skip_b + start), INPUT)
-                m = row(like, mask + size * (j * mask_b + start), INPUT)
-                g = row(like, gh + size * (t * gh_t + j * gh_b + start), INPUT)
-                rows = u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, g
-                results = gu0, gu1, gu2, gx, lam, svf, svr, sbf, sbr
-                if activation == 0:
-                    step_back(n, numbers, rows, results, 0)
-                elif activation == 1:
-                    step_back(n, numbers, rows, results, 1)
-                else:
-                    step_back(n, numbers, rows, results, 2)
+
+    def kernel(like):
+        one, a = like[0], integers(like)
+        numbers = one, like[1], like[2]
+        T, B, D, tile_batch, tile_columns, halves, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
+        u, u_t, u_b, u_k, skip, skip_t, skip_b = a[9], a[10], a[11], a[12], a[13], a[14], a[15]
+        v, b, c0, c0_b, mask, mask_b, pad = a[16], a[17], a[18], a[19], a[20], a[21], a[22]
+        c, gh, gh_t, gh_b, gu, gu_k = a[23], a[24], a[25], a[26], a[27], a[28]
+        gskip, gskip_t, gskip_b, gc, sums, matrices = a[29], a[30], a[31], a[32], a[33], a[34]
+        half = D // halves
+        blocks = (half + tile_columns - 1) // tile_columns
+        while True:
+            tile = next_tile(a)
+            if tile >= a[1]:
+                break
+            side = tile // blocks % halves
+            start = side * half + tile % blocks * tile_columns
+            n = min(tile_columns, (side + 1) * half - start)
+            chunk = tile // (blocks * halves)
+            b_first = chunk * tile_batch
+            b_last = min(B, b_first + tile_batch)
+            vf, vr = row(like, v + size * start, INPUT), row(like, v + size * (D + start), INPUT)
+            bf, br = row(like, b + size * start, INPUT), row(like, b + size * (D + start), INPUT)
+            at = sums + size * (chunk * 4 * D + start)
+            svf, svr = row(like, at, SVF), row(like, at + size * D, SVR)
+            sbf, sbr = row(like, at + size * 2 * D, SBF), row(like, at + size * 3 * D, SBR)
+            for k in range(n):
+                svf[k] = one - one
+                svr[k] = one - one
+                sbf[k] = one - one
+                sbr[k] = one - one
+            for i in range(T):
+                t = i if side else T - 1 - i
+                before = t + 1 if side else t - 1
+                for j in range(b_first, b_last):
+                    at = gu + size * ((t * B + j) * matrices * D + start)
+                    gu0, gu1 = row(like, at, GU0), row(like, at + size * gu_k, GU1)
+                    gu2 = row(like, at + size * 2 * gu_k, GU2)
+                    gx = row(like, gskip + size * (t * gskip_t + j * gskip_b + start), GX)
+                    if pad and is_set(pad + t * B + j):
+                        for k in range(n):
+                            gu0[k] = one - one
+                            gu1[k] = one - one
+                            gu2[k] = one - one
+                            gx[k] = one - one
+                        continue
+                    at = size * (j * D + start)
+                    lam, cn = row(like, gc + at, GC), row(like, c + size * t * B * D + at, INPUT)
+                    at = c0 + size * (j * c0_b + start) if i == T - 1 else c + size * before * B * D + at
+                    cp = row(like, at, INPUT)
+                    at = u + size * (t * u_t + j * u_b + start)
+                    u0, u1 = row(like, at, INPUT), row(like, at + size * u_k, INPUT)
+                    u2 = row(like, at + size * 2 * u_k, INPUT)
+                    x = row(like, skip + size * (t * skip_t + j * skip_b + start), INPUT)
+                    m = row(like, mask + size * (j * mask_b + start), INPUT)
+                    g = row(like, gh + size * (t * gh_t + j * gh_b + start), INPUT)
+                    rows = u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, g
+                    results = gu0, gu1, gu2, gx, lam, svf, svr, sbf, sbr
+                    step_back(n, numbers, rows, results, activation)
+
+    return kernel
 
 
 BLOCK = 64  # rows and columns of a tile of `transpose`

@@ -3,6 +3,8 @@
 One call walks all layers: each weight is read once, as it lies, and nothing is handed from library to library.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,42 +15,47 @@ MAX_WEIGHT = 2**22  # numbers above which it is too, by its threads
 LAYER = 6  # integers of a layer among the arguments
 
 
-def one_step(like):
+@functools.cache
+def one_step(activation):
     """c_last (L, B, D) and h (B, D) of x (B, n) and c0 (L, B, D)."""
-    one, a = like[0], integers(like)
-    layers, B, D, size, activation, x, c0, c_last = a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]
-    h, inner, u = a[10], a[11], a[12]  # inner (B, D): what a layer hands to the next, in turn with h; u (B, 4, D)
-    numbers = one, one, one - one
-    m = row(like, a[13], H)
-    for k in range(D):
-        m[k] = one
-    for i in range(layers):
-        at = 14 + LAYER * i
-        weight, v, b, n, matrices, alpha = a[at], a[at + 1], a[at + 2], a[at + 3], a[at + 4], a[at + 5]
-        for k in range(matrices * D):
-            w = row(like, weight + size * k * n, INPUT)
+
+    def kernel(like):
+        one, a = like[0], integers(like)
+        layers, B, D, size, x, c0, c_last = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
+        h, inner, u = a[9], a[10], a[11]  # inner (B, D): what a layer hands to the next, in turn with h; u (B, 4, D)
+        numbers = one, one, one - one
+        m = row(like, a[12], H)
+        for k in range(D):
+            m[k] = one
+        for i in range(layers):
+            at = 13 + LAYER * i
+            weight, v, b, n, matrices, alpha = a[at], a[at + 1], a[at + 2], a[at + 3], a[at + 4], a[at + 5]
+            for k in range(matrices * D):
+                w = row(like, weight + size * k * n, INPUT)
+                for j in range(B):
+                    xn, total = row(like, x + size * j * n, H), one - one
+                    for q in range(n):
+                        total = add_product(total, w[q], xn[q])
+                    row(like, u + size * (j * 4 * D + k), U)[0] = total
+            vf, vr = row(like, v, INPUT), row(like, v + size * D, INPUT)
+            bf, br = row(like, b, INPUT), row(like, b + size * D, INPUT)
+            target = inner if (layers - 1 - i) & 1 else h
             for j in range(B):
-                xn, total = row(like, x + size * j * n, H), one - one
-                for q in range(n):
-                    total = add_product(total, w[q], xn[q])
-                row(like, u + size * (j * 4 * D + k), U)[0] = total
-        vf, vr = row(like, v, INPUT), row(like, v + size * D, INPUT)
-        bf, br = row(like, b, INPUT), row(like, b + size * D, INPUT)
-        target = inner if (layers - 1 - i) & 1 else h
-        for j in range(B):
-            at = u + size * j * 4 * D
-            u0, u1 = row(like, at, U), row(like, at + size * D, U)
-            u2, skip = row(like, at + size * 2 * D, U), row(like, at + size * 3 * D, U)
-            if matrices == 3:
-                scale = row(like, alpha, INPUT)[0] if alpha else one - one
-                xn = row(like, x + size * j * n, H)
-                for k in range(D):
-                    skip[k] = scale * xn[k] if alpha else one - one
-            at = size * (i * B + j) * D
-            cp, cn = row(like, c0 + at, INPUT), row(like, c_last + at, C_LAST)
-            hn = row(like, target + size * j * D, H)
-            step(D, numbers, u0, u1, u2, skip, vf, vr, bf, br, m, cp, cn, hn, activation)
-        x = target
+                at = u + size * j * 4 * D
+                u0, u1 = row(like, at, U), row(like, at + size * D, U)
+                u2, skip = row(like, at + size * 2 * D, U), row(like, at + size * 3 * D, U)
+                if matrices == 3:
+                    scale = row(like, alpha, INPUT)[0] if alpha else one - one
+                    xn = row(like, x + size * j * n, H)
+                    for k in range(D):
+                        skip[k] = scale * xn[k] if alpha else one - one
+                at = size * (i * B + j) * D
+                cp, cn = row(like, c0 + at, INPUT), row(like, c_last + at, C_LAST)
+                hn = row(like, target + size * j * D, H)
+                step(D, numbers, u0, u1, u2, skip, vf, vr, bf, br, m, cp, cn, hn, activation)
+            x = target
+
+    return kernel
 
 
 def run(x: Tensor, c0: Tensor, layers: list, activation: int) -> tuple[Tensor, Tensor] | None:
@@ -64,7 +71,7 @@ def run(x: Tensor, c0: Tensor, layers: list, activation: int) -> tuple[Tensor, T
     scratch = x.new_empty(6 * batch + 1, size)
     inner = scratch.data_ptr()
     width = x.element_size() * size
-    arguments = [0, 1, len(layers), batch, size, x.element_size(), activation]
+    arguments = [0, 1, len(layers), batch, size, x.element_size()]
     arguments += [x.data_ptr(), c0.data_ptr(), c_last.data_ptr(), h.data_ptr()]
     arguments += [inner, inner + batch * width, inner + 5 * batch * width]
     for weight, v, bias, alpha in layers:
@@ -73,5 +80,5 @@ def run(x: Tensor, c0: Tensor, layers: list, activation: int) -> tuple[Tensor, T
         arguments += [weight.data_ptr(), v.data_ptr(), bias.data_ptr(), weight.shape[1], weight.shape[0] // size]
         arguments.append(0 if alpha is None else alpha.data_ptr())
     memory = packed(x.dtype, 1.0, 0.0, arguments)
-    compiled(one_step, x.dtype)[0](memory.buffer_info()[0])
+    compiled(one_step(activation), x.dtype)[0](memory.buffer_info()[0])
     return h, c_last
