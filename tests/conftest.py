@@ -1,6 +1,7 @@
 """Shared by the tests: a composed configuration, and no network or account."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,13 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _give_memory_back(monkeypatch):
+    """Training keeps what it frees; a process of thousands of tests would keep what the largest of them took."""
+    if memory := sys.modules.get("tasks.memory"):
+        monkeypatch.setattr(memory, "keep_freed_memory", lambda: None)
 
 
 @pytest.fixture

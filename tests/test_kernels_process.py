@@ -216,7 +216,7 @@ def test_a_process_that_can_keep_nothing_compiles_all_the_same(tmp_path):
 import numba, torch
 from sru.kernels import cpu, recurrence
 try:
-    numba.njit(cache=True)(cpu.forward)
+    numba.njit(cache=True)(cpu.forward(0))
 except RuntimeError as error:
     print("no locator" in str(error))
 u, row = torch.zeros(2, 1, 3, 4), torch.zeros(2, 4)
