@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <vector>
 
 #define ON_CPU
@@ -49,7 +50,6 @@ void narrow(float number, Half& result);
 struct Copy { void* to; const void* from; int size; };
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack;
     std::deque<std::vector<Copy>> groups;  // closed ones, the oldest first
     std::vector<Copy> open;
     bool done;
@@ -122,14 +122,16 @@ extern "C" int run(const Arguments* given, long long blocks, int shared, int rev
     int beyond = misaligned = 0;
     arguments = given;
     if (fibers.empty()) fibers = std::vector<Fiber>(THREADS);
+    // Of this run alone: a process loads dozens of kernels, and would keep megabytes for each.
+    const std::unique_ptr<char[]> stacks(new char[THREADS << 16]);
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
         memset(shared_memory, 0xff, sizeof shared_memory);  // NaN
-        for (Fiber& fiber : fibers) {
-            fiber.stack.resize(1 << 16);
+        for (size_t i = 0; i < fibers.size(); ++i) {
+            Fiber& fiber = fibers[i];
             fiber.groups.clear();
             fiber.done = false;
             getcontext(&fiber.context);
-            fiber.context.uc_stack = {fiber.stack.data(), 0, fiber.stack.size()};
+            fiber.context.uc_stack = {stacks.get() + (i << 16), 0, 1 << 16};
             fiber.context.uc_link = &scheduler;
             makecontext(&fiber.context, fiber_main, 0);
         }
