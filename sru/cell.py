@@ -317,6 +317,34 @@ class SRUCell(nn.Module):
             raise ValueError(f"transform_module must return a tensor {expected} for x {tuple(x.shape)}, not {found}")
         return u.unflatten(2, (self.output_size, self.matrices)).transpose(2, 3)
 
+    def tensors(self, input_size: int, output_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """weight, v, bias and alpha, if the layer is a product and the recurrence and no more, of these sizes."""
+        # Past nn.Module's own lookup, which takes as long as all the rest.
+        own, state = self._parameters, self._buffers
+        weight, bias, alpha = own.get("weight"), own.get("bias"), state.get("scale_x")
+        v = own.get("v", state.get("v"))
+        if weight is None or v is None or bias is None or alpha is None:
+            return None
+        plain = (
+            own.get("weight_proj") is None
+            and self.__dict__.get("layer_norm", self) is None
+            and not self.zoneout
+            and self.backend in ("auto", "cpu")
+            and self.activation in ACTIVATIONS
+            and (self.has_skip_term or not self.has_projected_skip)
+            and self.input_size == input_size
+            # Kernels that read memory by its address trust these.
+            and weight.shape == (self.matrices * output_size, input_size)
+            and v.shape == bias.shape == (2 * output_size,)
+            and alpha.shape == (1,)
+            and not alpha.requires_grad
+            and weight.layout == torch.strided
+            and self._compiled_call_impl is None
+            and "project" not in self.__dict__
+            and SRUCell.project is PROJECT
+        )
+        return (weight, v, bias, alpha) if plain else None
+
     def __setstate__(self, state):
         super().__setstate__(state)
         for tensor in (self.bias, self.v):  # of a pickled layer of earlier versions: a row for each gate
@@ -356,3 +384,6 @@ class SRUCell(nn.Module):
             if parameter.kind is parameter.KEYWORD_ONLY and not isinstance(value, nn.Module | None):
                 parts += [f"{name}={value!r}"] if value != parameter.default else []
         return ", ".join(parts)
+
+
+PROJECT = SRUCell.project

@@ -98,7 +98,7 @@ def cache_folder() -> str:
         from sru.kernels import cpu_kernels
 
         # Asked for a folder, numba tries to write there.
-        return f"{numba.njit(cache=True)(cpu_kernels.forward).stats.cache_path} (writable)"
+        return f"{numba.njit(cache=True)(cpu_kernels.forward(0)).stats.cache_path} (writable)"
     except Exception as error:
         if "no locator" not in str(error):
             return f"nowhere: {in_one_line(error)}"

@@ -186,8 +186,8 @@ class SRU(nn.Module):
             c0 = c0.unflatten(0, (self.num_layers, -1)).transpose(1, 2).flatten(2) if self.is_split() else c0
         if self.input_to_hidden is not None:
             x = affine(x, self.input_to_hidden)
-        if context is None and self.is_plain(x, c0):
-            x, c = self.run_at_once(x, c0, mask_pad)
+        if context is None and (layers := self.plain_layers(x, c0)) is not None:
+            x, c = self.run_at_once(layers, x, c0, mask_pad)
         else:
             states = []
             for i, layer in enumerate(self.layers):
@@ -199,36 +199,37 @@ class SRU(nn.Module):
             c = c.unflatten(2, (self.num_directions, self.hidden_size)).transpose(1, 2).flatten(0, 1)
         return x, c
 
-    def is_plain(self, x: Tensor, c0: Tensor | None) -> bool:
-        """Whether the layers have matrices and masks alone and nothing waits for a call of one of them."""
-        layers = [cast(SRUCell, layer) for layer in self.layers]
-        return all(
-            is_plain(layer, SRUCell)
-            and layer.weight is not None
-            and layer.weight_proj is None
-            and layer.layer_norm is None
-            and not layer.zoneout
-            and layer.backend in ("auto", "cpu")
-            and layer.activation == layers[0].activation
-            for layer in layers
-        ) and stack.takes(x, c0, *(p for layer in layers for p in (layer.weight, layer.v, layer.bias)))
+    def plain_layers(self, x: Tensor, c0: Tensor | None) -> list[tuple[SRUCell, Any]] | None:
+        """The layers with their tensors, if they are products and recurrences alone, alike, and nothing waits for a
+        call of one of them: then they can run at once."""
+        layers, tensors = [], [c0]
+        size = self.input_size
+        for layer in cast(dict[str, SRUCell], self.layers._modules).values():
+            if not is_plain(layer, SRUCell) or (found := layer.tensors(size, self.output_size)) is None:
+                return None
+            layers.append((layer, found))
+            if layer.activation != layers[0][0].activation or layer.bidirectional != self.bidirectional:
+                return None
+            tensors += found
+            size = self.output_size
+        return layers if len(layers) == self.num_layers and stack.takes(x, *tensors) else None
 
-    def run_at_once(self, x: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run_at_once(
+        self, layers: list[tuple[SRUCell, Any]], x: Tensor, c0: Tensor | None, mask_pad: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """What the layers give one after the other, by sru/kernels/stack.py."""
         if c0 is None:
             c0 = x.new_zeros(self.num_layers, x.shape[1], self.output_size, dtype=state_dtype(x))
         pad = mask_pad if mask_pad is None or mask_pad.dtype == torch.bool else mask_pad != 0
-        layers = []
-        for i in range(self.num_layers):
-            layer = self[i]
+        described = []
+        for i, (layer, (weight, v, bias, alpha)) in enumerate(layers):
             has_highway = layer.has_skip_term and not layer.has_projected_skip
             masks: tuple[Tensor | None, Tensor | None] = None, None
-            if layer.training:
+            if layer.training and (layer.rnn_dropout or layer.dropout):
                 inputs = c0.new_empty(x.shape[1], layer.input_size)
                 masks = sequence_mask(layer.rnn_dropout, inputs), sequence_mask(layer.dropout, c0[i])
-            alpha = layer.scale_x if has_highway else None
-            layers.append(stack.Layer(cast(Tensor, layer.weight), layer.v, layer.bias, alpha, has_highway, *masks))
-        return stack.run(x, c0, pad, layers, self[0].activation, self.bidirectional)
+            described.append(stack.Layer(weight, v, bias, alpha if has_highway else None, has_highway, *masks))
+        return stack.run(x, c0, pad, described, layers[0][0].activation, self.bidirectional)
 
     def check_state(self, c0: Tensor, x: Tensor) -> None:
         """Refuse what is no state, in the layout of the caller, beside x (T, B, input_size)."""

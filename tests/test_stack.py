@@ -34,10 +34,10 @@ def inputs(net: SRU, steps: int = 5, batch: int = 3) -> tuple[torch.Tensor, torc
 @pytest.fixture
 def one_by_one(monkeypatch):
     """A function that has the layers of stacks called, or not."""
-    sound = SRU.is_plain
+    sound = SRU.plain_layers
 
     def switch(to: bool) -> None:
-        monkeypatch.setattr(SRU, "is_plain", (lambda *_: False) if to else sound)
+        monkeypatch.setattr(SRU, "plain_layers", (lambda *_: None) if to else sound)
 
     return switch
 
@@ -239,7 +239,7 @@ def test_under_autocast_halves_come_in_and_a_gradient_has_a_gradient():
 def test_what_is_not_numbers_in_one_precision_goes_by_the_layers():
     net = network({}, torch.float32)
     x = torch.randn(4, 2, 7)
-    parameters = [p for layer in net.layers for p in (layer.weight, layer.v, layer.bias)]
+    parameters = [p for layer in net.layers for p in (layer.weight, layer.v, layer.bias, layer.scale_x)]
     assert stack.takes(x, *parameters)
     for dtype, is_taken in ((torch.bfloat16, True), (torch.float16, False)):
         with torch.autocast("cpu", dtype=dtype):
@@ -247,3 +247,68 @@ def test_what_is_not_numbers_in_one_precision_goes_by_the_layers():
             assert stack.takes(x.to(dtype), *parameters) is is_taken
     for other in (x.double(), x.half(), x.bfloat16(), x.to("meta")):
         assert not stack.takes(other, *parameters)
+
+
+def by_the_layers(net: SRU) -> bool:
+    return net.plain_layers(torch.zeros(1, 1, net.input_size, dtype=net[0].bias.dtype), None) is None
+
+
+@torch.no_grad()
+def test_a_stack_that_was_changed_by_hand_goes_by_its_layers():
+    def append(net):
+        net.layers.append(sru.SRUCell(12, 12, dtype=torch.float64))
+
+    def delete(net):
+        del net.layers[2]
+
+    def turn(net):
+        net.layers[1] = sru.SRUCell(24, 24, dtype=torch.float64)
+
+    def replace(name, shape):
+        return lambda net: setattr(net[1], name, torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)))
+
+    changes = [
+        append,
+        delete,
+        replace("weight", (12, 12)),
+        replace("weight", (48, 12)),
+        replace("weight", (36, 16)),
+        replace("v", (1,)),
+        lambda net: setattr(net[0], "has_skip_term", False),
+        lambda net: setattr(net[1], "activation", "tanh"),
+        lambda net: setattr(net[1], "bidirectional", True),
+        lambda net: setattr(net[1], "input_size", 5),
+        lambda net: setattr(net[1], "scale_x", torch.ones(12, dtype=torch.float64)),
+        lambda net: setattr(net[1], "scale_x", torch.ones(1)),
+        lambda net: setattr(net[1], "scale_x", torch.ones(1, device="meta", dtype=torch.float64)),
+        lambda net: setattr(net[1], "project", net[1].project),
+        lambda net: net[1].compile(backend="eager"),
+        lambda net: setattr(
+            net[1], "weight", torch.nn.Parameter(net[1].weight.detach().to_sparse_csr(), requires_grad=False)
+        ),
+    ]
+    for change in changes:
+        net = network({})
+        assert not by_the_layers(net)
+        change(net)
+        assert by_the_layers(net)
+    both = network({"bidirectional": True})
+    turn(both)
+    assert by_the_layers(both)
+
+
+def test_a_weight_without_memory_is_refused():
+    net = network({"input_size": 12}, torch.float32).eval()
+    net[1].weight.untyped_storage().resize_(0)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="storage"):
+        net(torch.randn(1, 1, 12))
+
+
+def test_a_gradient_under_vmap():
+    net = network({})
+    x, _ = inputs(net)
+    h, _ = net(x)
+    grads = torch.randn(4, *h.shape, dtype=h.dtype)
+    together = torch.func.vmap(lambda grad: torch.autograd.grad(h, x, grad, retain_graph=True)[0])(grads)
+    for grad, found in zip(grads, together, strict=True):
+        torch.testing.assert_close(found, torch.autograd.grad(h, x, grad, retain_graph=True)[0])

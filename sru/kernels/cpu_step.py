@@ -77,6 +77,8 @@ def run(x: Tensor, c0: Tensor, layers: list, activation: int) -> tuple[Tensor, T
     for weight, v, bias, alpha in layers:
         if weight.numel() > MAX_WEIGHT or not (weight.is_contiguous() and v.is_contiguous() and bias.is_contiguous()):
             return None
+        if not weight.data_ptr():  # its memory was given back
+            return None
         arguments += [weight.data_ptr(), v.data_ptr(), bias.data_ptr(), weight.shape[1], weight.shape[0] // size]
         arguments.append(0 if alpha is None else alpha.data_ptr())
     memory = packed(x.dtype, 1.0, 0.0, arguments)

@@ -163,7 +163,7 @@ def differentiate(ctx, gh, gc_last, x, c0, pad, parameters, saved):
     cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=ctx.dtype == torch.bfloat16)
     with torch.enable_grad(), cast:
         # Views, so that a gradient of each alone is wanted.
-        inputs = [a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in (x, c0, *parameters)]
+        inputs = [a.view_as(a) if a.requires_grad else a for a in (x, c0, *parameters)]
         h, states = inputs[0], []
         for i, (alpha, has_highway) in enumerate(ctx.rest):
             weight, v, bias = inputs[2 + 3 * i : 5 + 3 * i]
@@ -178,9 +178,12 @@ def differentiate(ctx, gh, gc_last, x, c0, pad, parameters, saved):
                 bidirectional=ctx.options[1] == 2,
             )
             states.append(c)
+        wanted = [a for a in inputs if a.requires_grad]
         found = torch.autograd.grad(
-            *((h.to(gh.dtype), torch.stack(states)), inputs, (gh, gc_last)),
+            *((h.to(gh.dtype), torch.stack(states)), wanted, (gh, gc_last)),
             create_graph=create_graph,
             materialize_grads=True,
         )
-    return *found[:2], *[None] * 4, *found[2:]
+    each = iter(found)
+    grads = [next(each) if a.requires_grad else None for a in inputs]
+    return *grads[:2], *[None] * 4, *grads[2:]
