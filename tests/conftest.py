@@ -1,5 +1,7 @@
 """Shared by the tests: a composed configuration, and no network or account."""
 
+import ctypes
+import gc
 import os
 import sys
 from pathlib import Path
@@ -54,6 +56,18 @@ def _give_memory_back(monkeypatch):
     """Training keeps what it frees; a process of thousands of tests would keep what the largest of them took."""
     if memory := sys.modules.get("tasks.memory"):
         monkeypatch.setattr(memory, "keep_freed_memory", lambda: None)
+    before = resident()
+    yield
+    if resident() > before + 50:
+        gc.collect()  # a trainer, its network and its optimiser refer to one another
+        if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+            library.malloc_trim(0)
+
+
+def resident() -> float:
+    """Megabytes that this process holds, where the system tells."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20 if statm.exists() else 0.0
 
 
 @pytest.fixture
