@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     batches = [batch._replace(features=torch.rand(*batch.passage.shape, NUM_FEATURES)) for batch in batches]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(door.ROOT / "conf")):
         readers = {name: reader(experiment, vocab_size) for name, experiment in EXPERIMENTS.items()}
-    contenders = {name: training(*pair, batches) for name, pair in readers.items()}
+    contenders: dict[str, Callable[[], object]] = {name: training(*pair, batches) for name, pair in readers.items()}
     cast = {f"{name}, bfloat16": in_bfloat16(steps) for name, steps in contenders.items()}
     trained = medians(contenders | cast, seconds=options.seconds * 4)
     encoded = medians(

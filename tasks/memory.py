@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from typing import Any
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's names of its options
 HUGE_PAGE, MADV_HUGEPAGE = 1 << 21, 14
@@ -18,7 +19,7 @@ def keep_freed_memory() -> None:
     """
     if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
         return
-    library = ctypes.CDLL(None) if os.name == "posix" else None
+    library: Any = ctypes.CDLL(None) if os.name == "posix" else None
     mallopt = getattr(library, "mallopt", None)
     # Bytes above which a block is mapped anew each time; an older glibc takes no more than 32 MiB.
     if mallopt is None or not any(mallopt(MMAP_THRESHOLD, size) for size in (1 << 30, 32 << 20)):
