@@ -23,7 +23,7 @@ from sru.door import (
 )
 from sru.kernels import ACTIVATIONS, BACKENDS, recurrence
 from sru.kernels.autograd import HALVES
-from sru.kernels.linear import linear
+from sru.kernels.linear import FORWARD, linear
 from sru.kernels.ops import has_numbers
 
 
@@ -317,8 +317,8 @@ class SRUCell(nn.Module):
             raise ValueError(f"transform_module must return a tensor {expected} for x {tuple(x.shape)}, not {found}")
         return u.unflatten(2, (self.output_size, self.matrices)).transpose(2, 3)
 
-    def tensors(self, input_size: int, output_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """weight, v, bias and alpha, if the layer is a product and the recurrence and no more, of these sizes."""
+    def plain_tensors(self, input_size: int, output_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """weight, v, bias and alpha if the layer is a matrix product and the recurrence alone, of these sizes."""
         # Past nn.Module's own lookup, which takes as long as all the rest.
         own, state = self._parameters, self._buffers
         weight, bias, alpha = own.get("weight"), own.get("bias"), state.get("scale_x")
@@ -327,7 +327,7 @@ class SRUCell(nn.Module):
             return None
         plain = (
             own.get("weight_proj") is None
-            and self.__dict__.get("layer_norm", self) is None
+            and self.__dict__.get("layer_norm", self) is None  # a module would not be among these
             and not self.zoneout
             and self.backend in ("auto", "cpu")
             and self.activation in ACTIVATIONS
@@ -386,4 +386,5 @@ class SRUCell(nn.Module):
         return ", ".join(parts)
 
 
-PROJECT = SRUCell.project
+# As defined here: a layer of which a library replaces one of these is called.
+FORWARD[SRUCell], PROJECT = SRUCell.forward, SRUCell.project

@@ -13,7 +13,7 @@ from sru import convert
 from sru.cell import SRUCell, sequence_mask
 from sru.door import check_flags, check_input, check_mask, check_sizes, check_state, refuse, state_dtype
 from sru.kernels import stack
-from sru.kernels.linear import FORWARD, affine, is_plain
+from sru.kernels.linear import affine, is_plain
 from sru.kernels.ops import has_numbers
 
 # What the papers use in each setting: SRU(n, d, num_layers, **presets["deep"]).
@@ -30,9 +30,6 @@ presets: dict[str, dict[str, Any]] = {
 
 # Of a layer's number, its input and mask_pad: what its transform_module gets besides its input.
 Context = Callable[[int, Tensor, Tensor | None], tuple]
-
-
-FORWARD[SRUCell] = SRUCell.forward
 
 
 class SRU(nn.Module):
@@ -200,12 +197,11 @@ class SRU(nn.Module):
         return x, c
 
     def plain_layers(self, x: Tensor, c0: Tensor | None) -> list[tuple[SRUCell, Any]] | None:
-        """The layers with their tensors, if they are products and recurrences alone, alike, and nothing waits for a
-        call of one of them: then they can run at once."""
+        """The layers and their tensors if the stack can run as one function: plain layers, alike, without hooks."""
         layers, tensors = [], [c0]
-        size = self.input_size
+        size = x.shape[2]  # behind input_to_hidden
         for layer in cast(dict[str, SRUCell], self.layers._modules).values():
-            if not is_plain(layer, SRUCell) or (found := layer.tensors(size, self.output_size)) is None:
+            if not is_plain(layer, SRUCell) or (found := layer.plain_tensors(size, self.output_size)) is None:
                 return None
             layers.append((layer, found))
             if layer.activation != layers[0][0].activation or layer.bidirectional != self.bidirectional:
@@ -228,7 +224,7 @@ class SRU(nn.Module):
             if layer.training and (layer.rnn_dropout or layer.dropout):
                 inputs = c0.new_empty(x.shape[1], layer.input_size)
                 masks = sequence_mask(layer.rnn_dropout, inputs), sequence_mask(layer.dropout, c0[i])
-            described.append(stack.Layer(weight, v, bias, alpha if has_highway else None, has_highway, *masks))
+            described.append(stack.Layer(weight, v, bias, alpha if has_highway else None, *masks))
         return stack.run(x, c0, pad, described, layers[0][0].activation, self.bidirectional)
 
     def check_state(self, c0: Tensor, x: Tensor) -> None:

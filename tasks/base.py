@@ -64,7 +64,7 @@ class NoProfiler(PassThroughProfiler):
 def leave_out_idle_hooks(trainer: Any) -> None:
     """Have Lightning call only the hooks of a step that do something.
 
-    The idle ones of all callbacks take 0.2 ms a step, and a step of a small network takes 5.
+    The idle ones of all callbacks take 0.2 ms a step (bench/NOTES.md, "Small steps").
     """
     for owner, base in [(trainer.lightning_module, pl.LightningModule), *((c, pl.Callback) for c in trainer.callbacks)]:
         for name in STEP_HOOKS:

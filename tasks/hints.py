@@ -198,7 +198,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def import_classes(cfg: DictConfig) -> None:
-    """Refuse a class of which the source is there, and which cannot be imported here."""
+    """Refuse a class whose source was found and whose import fails."""
     for path, node in targets(cfg):
         class_of(node, path)
 
@@ -293,7 +293,7 @@ def given_by_code(cfg: DictConfig, path: str, node: DictConfig) -> list[str]:
     if path == "model":
         return ["input_size", "source_size"]
     if path == "task":
-        dims = getattr(outlines.outline(str(cfg.data._target_)) or get_object(cfg.data._target_), "DIMS", ())
+        dims = getattr(outline_of(cfg.data, "data"), "DIMS", ())
         return ["encoder", *(dims if isinstance(dims, tuple) else ())]  # or a property, which depends on options
     parameters = list(inspect.signature(outline_of(node, path)).parameters.values())
     return [p.name for p in parameters[:1] if p.default is p.empty]

@@ -13,19 +13,19 @@ HUGE_PAGES = 256  # how many are reserved: half a gigabyte of addresses, of whic
 def keep_freed_memory() -> None:
     """Have glibc keep the memory that is freed, for the next step of training, in huge pages.
 
-    Fresh pages cost more than most of what is computed in them, and the tensors of a small step lie on so many small
-    ones that finding them takes a tenth of its time (bench/NOTES.md). What the environment says of malloc stands;
-    other C libraries are left alone.
+    Fresh pages cost more than most of what is computed in them, and huge ones spare the processor's page lookups
+    (bench/NOTES.md, "Small steps"). What the environment says of malloc stands; other C libraries are left alone.
     """
     if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
         return
     library: Any = ctypes.CDLL(None) if os.name == "posix" else None
-    mallopt = getattr(library, "mallopt", None)
+    mallopt: Any = getattr(library, "mallopt", None)
     # Bytes above which a block is mapped anew each time; an older glibc takes no more than 32 MiB.
-    if mallopt is None or not any(mallopt(MMAP_THRESHOLD, size) for size in (1 << 30, 32 << 20)):
+    threshold = next((n for n in (1 << 30, 32 << 20) if mallopt is not None and mallopt(MMAP_THRESHOLD, n)), 0)
+    if not threshold:
         return
     mallopt(TRIM_THRESHOLD, -1)  # never
-    if sys.platform == "linux":
+    if sys.platform == "linux" and threshold > HUGE_PAGES * HUGE_PAGE:
         library.malloc.restype = ctypes.c_void_p
         library.malloc.argtypes = (ctypes.c_size_t,)
         library.free.argtypes = (ctypes.c_void_p,)

@@ -72,8 +72,9 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 class Checkpoint(ModelCheckpoint):
-    """Lightning's, but for two things: a run folder that was moved keeps the best epoch so far, and a run that stops
-    within an epoch goes on there, since what is saved is the state after the validation and not after the epoch."""
+    """Lightning's, but for this: a run folder that was moved keeps the best epoch so far, and a run that stops within
+    an epoch goes on there, since what is saved is the state after the validation and not after the epoch. A hook of
+    the step that never saves is left out."""
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

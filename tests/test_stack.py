@@ -100,7 +100,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_does(frozen, one_by_one):
 
 
 @pytest.mark.parametrize(("steps", "batch"), [(0, 3), (5, 0), (1, 1), (1, 9)])
-def test_no_step_and_no_sequence(steps, batch, one_by_one):
+def test_sizes_at_the_edges_give_what_the_layers_give(steps, batch, one_by_one):
     net = network({})
     found = results(net, *inputs(net, steps, batch))
     one_by_one(True)
@@ -312,3 +312,13 @@ def test_a_gradient_under_vmap():
     together = torch.func.vmap(lambda grad: torch.autograd.grad(h, x, grad, retain_graph=True)[0])(grads)
     for grad, found in zip(grads, together, strict=True):
         torch.testing.assert_close(found, torch.autograd.grad(h, x, grad, retain_graph=True)[0])
+
+
+def test_a_matrix_before_the_layers_decides_what_they_get():
+    net = network({"proj_input_to_hidden_first": True})
+    x = torch.randn(1, 2, 7, dtype=torch.float64)
+    assert stack_made(net(x)[0])
+    net = network({"proj_input_to_hidden_first": True, "input_size": 12}, torch.float32).eval()
+    net.input_to_hidden = torch.nn.Linear(12, 8)
+    with torch.no_grad(), pytest.raises(ValueError, match="x must be"):
+        net(torch.randn(1, 2, 12))

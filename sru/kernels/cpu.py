@@ -1,6 +1,7 @@
 """The launch of the SRU recurrence on CPUs: addresses and threads around the kernels of cpu_kernels.py.
 
-Tiles of the work depend on the shape alone, so results are bitwise the same for any number of threads.
+Sequences are cut into tiles by the shape alone, columns by the number of threads too. Columns do not meet and sums run
+over sequences, so results are bitwise the same for any number of threads.
 """
 
 import contextlib
@@ -141,14 +142,19 @@ class Inputs:
         # What is not given is one row for all steps and sequences: its strides are 0.
         mask = constant_row(1.0, size, u.dtype) if mask is None else with_rows(mask)
         mask_stride = mask.stride(0) if mask.dim() == 2 else 0
-        skip = constant_row(0.0, size, u.dtype) if x is None else with_rows(x)
-        skip_place = skip.data_ptr(), *(skip.stride()[:2] if skip.dim() == 3 else (0, 0))
         if matrices == 4:
+            skip = u
             skip_place = u.data_ptr() + 3 * u.stride(2) * u.element_size(), *u.stride()[:2]
+        elif x is not None:
+            skip = with_rows(x)
+            skip_place = skip.data_ptr(), *skip.stride()[:2]
+        else:
+            skip = constant_row(0.0, size, u.dtype)
+            skip_place = skip.data_ptr(), 0, 0
         pad = None if pad is None else pad.contiguous()
         tile_batch = max(TILE_BATCH, -(-batch // 64))
         self.chunks = -(-batch // tile_batch)
-        # Long rows are read fastest; short ones give every thread something to do.
+        # Wide tiles read memory fastest; narrow ones give every thread work.
         columns = TILE_COLUMNS if self.chunks * halves >= 2 * torch.get_num_threads() else TILE_COLUMNS // 4
         self.tiles = self.chunks * halves * -(-(size // halves) // columns)
         self.elements, self.dtype = steps * batch * size, u.dtype

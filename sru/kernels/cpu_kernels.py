@@ -24,7 +24,8 @@ from numba.extending import models, overload, register_jitable, register_model
 # An intrinsic's first argument comes from numba, which the decorator's own type does not say.
 intrinsic: Any = numba.extending.intrinsic
 
-# The arrays of a kernel: those that are only read, and each that is written (see Row).
+# Names of the arrays of a kernel, for the compiler (see Row). Memory that a kernel writes has one name, under which
+# alone it is read and written; memory that it only reads may have any. Different kernels use the same numbers.
 INPUT, H, C, C_LAST = range(4)
 GU0, GU1, GU2, GX, GC, SVF, SVR, SBF, SBR = range(1, 10)
 U = 4
@@ -88,9 +89,10 @@ def next_tile(typingctx, counter):
 
 
 class Row(types.Type):
-    """Numbers that lie together from an address on, in an array that overlaps with no array of another name.
+    """An address of numbers that lie together, of an array with a name.
 
-    The compiler takes that for granted: loops over many arrays become vector instructions, with no check before them.
+    What is written through a row must not be reached through one of another name. The compiler takes that for granted:
+    loops over many arrays become vector instructions, with no check for overlap before them.
     """
 
     def __init__(self, dtype, name):

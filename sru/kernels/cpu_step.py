@@ -64,11 +64,11 @@ def run(x: Tensor, c0: Tensor, layers: list, activation: int) -> tuple[Tensor, T
     layers: weight, v, bias and alpha (None without a highway of the input) of each.
     """
     batch, size = c0.shape[1:]
-    if x.shape[0] != 1 or not 0 < batch <= MAX_SEQUENCES:
+    if not 0 < batch <= MAX_SEQUENCES:
         return None
     x, c0 = x.contiguous(), c0.contiguous()
     h, c_last = x.new_empty(1, batch, size), torch.empty_like(c0)
-    scratch = x.new_empty(6 * batch + 1, size)
+    scratch = x.new_empty(5 * batch + 1, size)
     inner = scratch.data_ptr()
     width = x.element_size() * size
     arguments = [0, 1, len(layers), batch, size, x.element_size()]

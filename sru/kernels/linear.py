@@ -47,7 +47,7 @@ def affine(x: Tensor, module: nn.Module) -> Tensor:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module does what torch's class does with its own weight, and no more.
+    """Whether a call of the module does what its class defines, and no more.
 
     A hook, a parametrisation, an adapter or a quantised weight is only heeded by a call.
     """

@@ -15,15 +15,14 @@ from sru.kernels.ops import forward_mode_is_active, have_memory, modes_are_activ
 class Layer(NamedTuple):
     """What a layer computes with: weight (K * D, n), v and bias (2 * D,), alpha (1,), and masks of dropout.
 
-    alpha is None where the highway's weight is 1; has_highway: the layer's input is carried past the gates; mask (B, D)
-    is that of the recurrence, input_mask (B, n) that of what the weight gets.
+    alpha is the weight of the input that is carried past the gates; None where none is: without a highway, or with a
+    projected one. mask (B, D) is that of the recurrence, input_mask (B, n) that of what the weight gets.
     """
 
     weight: Tensor
     v: Tensor
     bias: Tensor
     alpha: Tensor | None
-    has_highway: bool
     input_mask: Tensor | None
     mask: Tensor | None
 
@@ -74,11 +73,11 @@ def run(
 
 
 def run_in(dtype, x, c0, pad, layers, activation, bidirectional):
-    """`run` with products in this dtype, and all else in that of x."""
+    """`run` with products in this dtype, and all else in that of x, as are the products of a single step."""
     options = ACTIVATIONS.index(activation), 2 if bidirectional else 1
     parameters = [parameter for layer in layers for parameter in layer[:3]]
     if torch.is_grad_enabled() and any(a.requires_grad for a in (x, c0, *parameters)):
-        rest = [(1.0 if a.alpha is None else a.alpha.item(), a.has_highway, a.input_mask, a.mask) for a in layers]
+        rest = [(None if a.alpha is None else a.alpha.item(), a.input_mask, a.mask) for a in layers]
         return _Stack.apply(x, c0, pad, rest, options, dtype, *parameters)
     from sru.kernels import cpu, cpu_step
 
@@ -88,7 +87,7 @@ def run_in(dtype, x, c0, pad, layers, activation, bidirectional):
             return found
     last = []
     for layer, c in zip(layers, c0, strict=True):
-        skip = x if layer.has_highway else None
+        skip = None if layer.alpha is None else x
         u = project(x, layer.weight, c, dtype, layer.input_mask)
         x, _, c = cpu.run_forward(
             u.to(x.dtype), skip, layer.v, layer.bias, c, layer.mask, pad, layer.alpha, 0.0, *options, keep=False
@@ -103,39 +102,47 @@ class _Stack(torch.autograd.Function):
         from sru.kernels import cpu
 
         saved, last, inner = [], [], x
-        for i, (alpha, has_highway, input_mask, mask) in enumerate(rest):
+        for i, (alpha, input_mask, mask) in enumerate(rest):
             weight, v, bias = parameters[3 * i : 3 * i + 3]
             u = project(inner, weight, c0[i], dtype, input_mask)
-            skip, wide = inner if has_highway else None, u.to(x.dtype)
-            h, c, c_last = cpu.run_forward(wide, skip, v, bias, c0[i], mask, pad, alpha, 0.0, *options, keep=True)
+            skip = None if alpha is None else inner
+            h, c, c_last = cpu.run_forward(
+                u.to(x.dtype), skip, v, bias, c0[i], mask, pad, alpha, 0.0, *options, keep=True
+            )
             saved += [inner, u, c, input_mask, mask]
             last.append(c_last)
             inner = h
         ctx.save_for_backward(x, c0, pad, *parameters, *saved)
-        ctx.rest, ctx.options, ctx.dtype = [entry[:2] for entry in rest], options, dtype
+        ctx.alphas, ctx.options, ctx.dtype = [entry[0] for entry in rest], options, dtype
         return inner, torch.stack(last)
 
     @staticmethod
     def backward(ctx, gh, gc_last):
         x, c0, pad, *tensors = ctx.saved_tensors
-        count = 3 * len(ctx.rest)
+        count = 3 * len(ctx.alphas)
         parameters, saved = tensors[:count], tensors[count:]
         if torch.is_grad_enabled() or is_batched(gh) or is_batched(gc_last):
             return differentiate(ctx, gh, gc_last, x, c0, pad, parameters, saved)
+        # The products' dtype is that of the forward pass.
+        with torch.autocast("cpu", enabled=False):
+            return _Stack.gradients(ctx, gh, gc_last, x, c0, pad, parameters, saved)
+
+    @staticmethod
+    def gradients(ctx, gh, gc_last, x, c0, pad, parameters, saved):
         from sru.kernels import cpu
 
+        count = len(parameters)
         needs = ctx.needs_input_grad
         grads: list[Any] = [None] * count
         gc0 = []
-        for i in reversed(range(len(ctx.rest))):
-            alpha, has_highway = ctx.rest[i]
+        for i, alpha in reversed(list(enumerate(ctx.alphas))):
             weight, v, bias = parameters[3 * i : 3 * i + 3]
             inner, u, c, input_mask, mask = saved[5 * i : 5 * i + 5]
             needs_inner = i > 0 or needs[0]
             gu, gskip, gv, gb, gc = cpu.run_backward(
-                *(gh, gc_last[i], u.to(x.dtype), inner if has_highway else None, v, bias, c0[i], mask, pad, alpha, c),
+                *(gh, gc_last[i], u.to(x.dtype), None if alpha is None else inner, v, bias, c0[i], mask, pad, alpha, c),
                 *(0.0, *ctx.options),
-                needs_x=needs_inner and has_highway,
+                needs_x=needs_inner and alpha is not None,
             )
             gu = gu.view(-1, weight.shape[0]).to(ctx.dtype)
             if needs[6 + 3 * i]:
@@ -165,15 +172,15 @@ def differentiate(ctx, gh, gc_last, x, c0, pad, parameters, saved):
         # Views, so that a gradient of each alone is wanted.
         inputs = [a.view_as(a) if a.requires_grad else a for a in (x, c0, *parameters)]
         h, states = inputs[0], []
-        for i, (alpha, has_highway) in enumerate(ctx.rest):
+        for i, alpha in enumerate(ctx.alphas):
             weight, v, bias = inputs[2 + 3 * i : 5 + 3 * i]
             input_mask, mask = saved[5 * i + 3 : 5 * i + 5]
             u = linear(h if input_mask is None else h * input_mask, weight).unflatten(2, (-1, c0.shape[2]))
             h, c = recurrence(
-                *(u, h if has_highway else None, v, bias, inputs[1][i]),
+                *(u, None if alpha is None else h, v, bias, inputs[1][i]),
                 mask=mask,
                 pad=pad,
-                scale=alpha if has_highway or u.shape[2] == 4 else 0.0,
+                scale=alpha if alpha is not None else 1.0 if u.shape[2] == 4 else 0.0,
                 activation=ACTIVATIONS[ctx.options[0]],
                 bidirectional=ctx.options[1] == 2,
             )
