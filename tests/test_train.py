@@ -47,7 +47,7 @@ def pairs():
 def test_every_task_trains_every_model(configure, tmp_path, task, model):
     # Others have a corpus by default that needs no download.
     data = [f"data={name}" for name in ("squad_sample",) if task == "squad"]
-    train.run(configure(f"task={task}", *data, f"model={model}", "trainer=debug", "depth=2"))
+    train.run(configure(f"task={task}", *data, f"model={model}", "trainer=debug", "depth=2", "width=64"))
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
 
 
