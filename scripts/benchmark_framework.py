@@ -55,7 +55,7 @@ def configuration(folder: Path, *words: str) -> DictConfig:
 
 
 def write_vectors(folder: Path, corpus: list[str], size: int) -> Path:
-    """Fixed vectors for the words of a corpus: speed does not depend on what they say."""
+    """Fixed vectors for the words of a corpus: their values do not change the speed."""
     data = instantiate(configuration(folder / "unused", *corpus).data)
     data.prepare_data()
     data.setup()

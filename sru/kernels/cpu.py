@@ -139,7 +139,7 @@ class Inputs:
         steps, batch, matrices, size = u.shape
         u, v, b, c0 = map(with_rows, (u, v, b, c0))
         self.scale = 1.0 if scale is None else float(scale)
-        # What is not given is one row for all steps and sequences: its strides are 0.
+        # A missing mask or skip is one row for all steps and sequences, with strides of 0.
         mask = constant_row(1.0, size, u.dtype) if mask is None else with_rows(mask)
         mask_stride = mask.stride(0) if mask.dim() == 2 else 0
         if matrices == 4:

@@ -91,8 +91,8 @@ def next_tile(typingctx, counter):
 class Row(types.Type):
     """An address of numbers that lie together, of an array with a name.
 
-    What is written through a row must not be reached through one of another name. The compiler takes that for granted:
-    loops over many arrays become vector instructions, with no check for overlap before them.
+    Numbers written through a row must not be read or written through a row of another name. The compiler relies on
+    that: it turns loops over many arrays into vector instructions without checks for overlap.
     """
 
     def __init__(self, dtype, name):

@@ -47,7 +47,7 @@ def affine(x: Tensor, module: nn.Module) -> Tensor:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module does what its class defines, and no more.
+    """Whether calling the module runs the forward of its class and nothing else.
 
     A hook, a parametrisation, an adapter or a quantised weight is only heeded by a call.
     """

@@ -30,10 +30,11 @@ class Layer(NamedTuple):
 def takes(x: Tensor, *others: Tensor | None) -> bool:
     """Whether this file runs a stack over x: eager code, on numbers in a CPU's memory, all in one full precision.
 
-    Under autocast to bfloat16 x may be in that already.
+    Under autocast to bfloat16, x may be bfloat16 already.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active():
         return False
+    precision = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
     return (
         HAS_NUMBA
         and x.device.type == "cpu"
@@ -42,7 +43,7 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
         and not forward_mode_is_active()
         and not modes_are_active()
         and have_memory(x, *others)
-        and all(a is None or (a.dtype == wide(x) and a.device == x.device) for a in others)
+        and all(a is None or (a.dtype == precision and a.device == x.device) for a in others)
         and not is_batched(x)
     )
 
@@ -50,10 +51,6 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
 def is_cast() -> bool:
     """Whether autocast has products made in bfloat16."""
     return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-
-
-def wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype == torch.bfloat16 else x.dtype
 
 
 def run(
