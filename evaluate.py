@@ -18,7 +18,9 @@ import yaml
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from tasks import console, door, messages, record, trained
+from tasks import trained
+from tasks.run import config_checks, console, errors, files
+from tasks.run.metrics import sizes, table
 
 USAGE = """Test a trained network: python evaluate.py checkpoint=FOLDER_OR_FILE KEY=VALUE ...
 
@@ -54,12 +56,12 @@ def main(words: list[str]) -> dict[str, float]:
         return {}
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*|.*isinstance.treespec, LeafSpec")
-    options, changes = parsed(words)
+    options, changes = parse(words)
     split, device = options.get("split", "test"), options.get("device", "auto")
     if split not in SPLITS:
         raise ValueError(f"split={split} must be one of test, val, train")
     trained.check_device(device)
-    saved = trained.opened(options["checkpoint"])
+    saved = trained.open_checkpoint(options["checkpoint"])
     task, vocabulary = network(saved, changes)
     data = corpus(saved, vocabulary, split, options.get("data"), changes["data"])
     trainer_options = saved.config["trainer"]
@@ -69,7 +71,7 @@ def main(words: list[str]) -> dict[str, float]:
     limit = batches(options["limit"]) if "limit" in options else trainer_options.get(f"limit_{split}_batches")
     start = time.perf_counter()
     with ExitStack() as stack:
-        written = task.writes if split == "test" else ()
+        written = task.test_artifacts if split == "test" else ()
         folder, file = places(options.get("output"), written)
         if folder is None and hasattr(task, "writes_likelihoods"):
             task.writes_likelihoods = False  # gigabytes, which nobody would see
@@ -103,25 +105,25 @@ def main(words: list[str]) -> dict[str, float]:
         "limit": limit,
         "precision": precision,
     }
-    print(record.table([*summary(outcome, task), ("wall time", f"{time.perf_counter() - start:.1f} s")]))
+    print(table([*summary(outcome, task), ("wall time", f"{time.perf_counter() - start:.1f} s")]))
     if folder is not None and file is not None:
-        record.write_text(file, json.dumps(outcome, indent=2) + "\n")
+        files.write_text(file, json.dumps(outcome, indent=2) + "\n")
         print(f"written: {', '.join(map(str, [file, *(folder / name for name in written)]))}")
     return metrics
 
 
 def summary(outcome: dict[str, Any], task: Any) -> list[tuple[str, str]]:
     """What was evaluated, and its metrics, for people."""
-    sizes, limit = record.sizes(task), outcome["limit"]
+    counts, limit = sizes(task), outcome["limit"]
     rows = [(name, f"{value:.4g}") for name, value in outcome["metrics"].items()]
-    rows.append(("parameters", f"{sizes['parameters']:,} ({sizes['encoder_parameters']:,} in the encoder)"))
+    rows.append(("parameters", f"{counts['parameters']:,} ({counts['encoder_parameters']:,} in the encoder)"))
     rows.append(("data", f"{outcome['data']}, {outcome['split']}"))
     if limit not in (None, 1.0) or type(limit) is int:  # 1 is one batch
         rows.append(("only", f"{limit} of the batches" if type(limit) is float else f"{limit} batches"))
     return [*rows, ("checkpoint", outcome["checkpoint"])]
 
 
-def parsed(words: list[str]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+def parse(words: list[str]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """The options of this command, and those of data, task and model."""
     options: dict[str, str] = {}
     changes: dict[str, dict[str, Any]] = {"data": {}, "task": {}, "model": {}}
@@ -139,7 +141,7 @@ def parsed(words: list[str]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]
             options[name] = value
         else:
             known = [*OWN, "data.batch_size", "data.root", "task.beam"]
-            raise ValueError(f"there is no option {name!r}.{messages.meant(name, known)}")
+            raise ValueError(f"there is no option {name!r}.{errors.suggest_keys(name, known)}")
     if "checkpoint" not in options:
         raise ValueError("checkpoint is missing; type checkpoint=FOLDER, where FOLDER is that of a run, below runs/")
     return options, changes
@@ -175,24 +177,26 @@ def places(output: str | None, writes: tuple[str, ...]) -> tuple[Path | None, Pa
 
 def network(saved: trained.Saved, changes: dict[str, dict[str, Any]]) -> tuple[Any, Any]:
     """The task with its options as they were, or changed, and the vocabulary."""
-    task, vocabulary = trained.built(saved)  # of which the classes are this project's
+    task, vocabulary = trained.build(saved)  # of which the classes are this project's
     changed = [f"{part}.{name}={value}" for part in ("task", "model") for name, value in changes[part].items()]
     if not changed:
         return task, vocabulary
     known = [
-        name for name in door.options_of(type(task)) if name not in ("encoder", "optimizer", "scheduler", "linear")
+        name
+        for name in config_checks.options_of(type(task))
+        if name not in ("encoder", "optimizer", "scheduler", "linear")
     ]
     for name in changes["task"]:
-        if name not in known or name in vocabulary.dims:
-            known = [name for name in known if name not in vocabulary.dims]
-            raise ValueError(f"{type(task).__name__} has no option task.{name}.{messages.meant(name, known)}")
+        if name not in known or name in vocabulary.model_kwargs:
+            known = [name for name in known if name not in vocabulary.model_kwargs]
+            raise ValueError(f"{type(task).__name__} has no option task.{name}.{errors.suggest_keys(name, known)}")
     for name in changes["model"]:
         if name != "eval_memory_length" or name not in saved.config["model"]:
             raise ValueError(f"model.{name} is settled by the checkpoint, whose weights belong to it: leave it out")
     parts = {part: saved.config[part] | changes[part] for part in ("task", "model")}
-    door.check(OmegaConf.create(saved.config | parts))
+    config_checks.check(OmegaConf.create(saved.config | parts))
     try:
-        return trained.built(replace(saved, config=saved.config | parts))
+        return trained.build(replace(saved, config=saved.config | parts))
     except ValueError as error:
         if error.__cause__ is None:  # a value that the class itself refuses
             raise
@@ -208,11 +212,11 @@ def corpus(saved: trained.Saved, vocabulary: Any, split: str, name: str | None, 
     is_other = name not in (None, choices["data"])
     # Before they are composed: a name may be a path, to a file that came with the checkpoint.
     for part, chosen in (("data", name or choices.get("data")), ("task", choices.get("task"))):
-        stems = sorted(path.stem for path in (door.ROOT / "conf" / part).glob("[!_]*.yaml"))
+        stems = sorted(path.stem for path in (config_checks.ROOT / "conf" / part).glob("[!_]*.yaml"))
         if chosen not in stems:
             said = f"{part}={chosen}" if name and part == "data" else f"the checkpoint's {part}, {chosen!r},"
-            raise ValueError(f"{said} is no file of conf/{part}.{messages.meant(str(chosen), stems)}")
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(door.ROOT / "conf")):
+            raise ValueError(f"{said} is no file of conf/{part}.{errors.suggest_keys(str(chosen), stems)}")
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_checks.ROOT / "conf")):
         cfg = hydra.compose("config", [f"task={choices['task']}", f"data={name or choices['data']}"])
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     target, _ = trained.class_and_options({"data": values}, "data", pl.LightningDataModule)
@@ -221,7 +225,7 @@ def corpus(saved: trained.Saved, vocabulary: Any, split: str, name: str | None, 
             f"data={name} is of another kind than the data of training, {choices['data']}; of the same are: "
             f"{', '.join(kin(of_training))}"
         )
-    known, settled = door.options_of(target), target.SETTLED
+    known, settled = config_checks.options_of(target), target.FIXED_BY_CHECKPOINT
     if not is_other:
         values |= {key: value for key, value in run.items() if key not in ("_target_", *PLACES, *DOWNLOADS)}
     values |= {key: run[key] for key in settled if key in run and key in known}
@@ -233,7 +237,7 @@ def corpus(saved: trained.Saved, vocabulary: Any, split: str, name: str | None, 
             raise ValueError(f"data.{key} is settled by the checkpoint, {values.get(top)}: leave it out")
         if top not in known:
             free = [each for each in known if each not in settled]
-            raise ValueError(f"the data have no option data.{key}.{messages.meant(top, free)}")
+            raise ValueError(f"the data have no option data.{key}.{errors.suggest_keys(top, free)}")
         if not is_other and key in HELD_OUT and changes[key] != run.get(key):
             raise ValueError(f"data.{key}={changes[key]} would test what was trained on ({run.get(key)}): leave it out")
         if "." in key:
@@ -243,9 +247,9 @@ def corpus(saved: trained.Saved, vocabulary: Any, split: str, name: str | None, 
     values |= {key: values[split] for key in SPLITS if key in values}
     target, options = trained.class_and_options({"data": values}, "data", pl.LightningDataModule)
     full = OmegaConf.create(saved.config | {"data": values, "choices": choices | {"data": name or choices["data"]}})
-    door.check(full)
+    config_checks.check(full)
     data = target(**options)
-    data.given = vocabulary
+    data.checkpoint_vocabulary = vocabulary
     return data
 
 
@@ -256,10 +260,10 @@ def kin(of_training: Any) -> list[str]:
         cfg: Any = OmegaConf.load(path)
         return get_class(cfg._target_) if "_target_" in cfg else target(path.with_name(f"{cfg.defaults[0]}.yaml"))
 
-    paths = sorted((door.ROOT / "conf/data").glob("[!_]*.yaml"))
+    paths = sorted((config_checks.ROOT / "conf/data").glob("[!_]*.yaml"))
     return [path.stem for path in paths if target(path).vocabulary_of is of_training.vocabulary_of]
 
 
 if __name__ == "__main__":
     console.use_utf8()
-    messages.guard(lambda: main(sys.argv[1:]))
+    errors.guard(lambda: main(sys.argv[1:]))

@@ -7,7 +7,7 @@ from typing import Any
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from tasks import console, door, messages
+from tasks.run import config_checks, console, errors
 from tasks.trained import load
 
 USAGE = """Use a trained network: python predict.py checkpoint=FOLDER_OR_FILE KEY=VALUE ...
@@ -18,7 +18,7 @@ Everything after the first = is the value, as it is."""
 def main(words: list[str]) -> None:
     if not words or {"-h", "--help", "help"} & set(words):
         print(USAGE)
-        for path in sorted((door.ROOT / "conf/task").glob("*.yaml")):
+        for path in sorted((config_checks.ROOT / "conf/task").glob("*.yaml")):
             task = get_class(OmegaConf.load(path).task._target_)
             if hasattr(task, "predict"):
                 options_of = inspect.cleandoc(task.predict.__doc__ or "").partition("Args:")[2].rstrip()
@@ -63,4 +63,4 @@ def main(words: list[str]) -> None:
 
 if __name__ == "__main__":
     console.use_utf8()
-    messages.guard(lambda: main(sys.argv[1:]))
+    errors.guard(lambda: main(sys.argv[1:]))

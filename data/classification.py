@@ -10,10 +10,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from data import text
-from data.batches import Same, place
-from data.fetch import fetch, find, read_bytes
-from data.lines import lines_of, refuse_nul, unmarked
+from data.batching import FixedBatches, rank_and_world_size
+from data.download import fetch, find, read_bytes
+from data.text import word_vectors
+from data.text.lines import lines_of, refuse_nul, strip_byte_order_mark
 
 SPLIT_SEED = 1234  # of the published folds; a run's own seed never moves an example to another split
 FOLDS = 10
@@ -32,13 +32,13 @@ class Vocabulary:
         self.words, self.labels, self.vector_size = list(words), list(labels), vector_size
 
     @property
-    def dims(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """What a network must know, as the data's."""
         return {
             "vocab_size": len(self.words),
             "num_classes": len(self.labels),
             "vectors": None if self.vector_size is None else torch.zeros(len(self.words), self.vector_size),
-            "pad": self.words.index(text.PAD),
+            "pad": self.words.index(word_vectors.PAD),
         }
 
 
@@ -60,8 +60,8 @@ class SentenceClassification(pl.LightningDataModule):
     lowercase, clean: how the text is normalised; see `text.clean`.
     """
 
-    DIMS = ("vocab_size", "num_classes", "vectors", "pad")  # the names in `dims`
-    SETTLED = ("vectors", "min_count", "lowercase")  # by a checkpoint
+    MODEL_KWARGS = ("vocab_size", "num_classes", "vectors", "pad")  # the names in `model_kwargs`
+    FIXED_BY_CHECKPOINT = ("vectors", "min_count", "lowercase")  # by a checkpoint
 
     def __init__(
         self,
@@ -93,7 +93,9 @@ class SentenceClassification(pl.LightningDataModule):
         self.clean = clean
         self.splits: dict[str, list[Example]] = {}
         self.embedding: Tensor | None = None
-        self.given: Vocabulary | None = None  # a checkpoint's, to read with; none is made of the corpus then
+        self.checkpoint_vocabulary: Vocabulary | None = (
+            None  # a checkpoint's, to read with; none is made of the corpus then
+        )
         if batch_size < 1 or min_count < 1:
             raise ValueError(f"data.batch_size={batch_size} and data.min_count={min_count} must be 1 or more")
 
@@ -101,7 +103,7 @@ class SentenceClassification(pl.LightningDataModule):
         """Downloads what is absent, checks what is there, and keeps the word vectors that are needed in the cache."""
         for file in self.files.values():
             fetch(self.folder / file["name"], file["url"], file["sha256"])
-        if self.vectors is not None and self.given is None:
+        if self.vectors is not None and self.checkpoint_vocabulary is None:
             self.setup()
 
     def setup(self, stage: str | None = None) -> None:
@@ -109,13 +111,13 @@ class SentenceClassification(pl.LightningDataModule):
         if self.splits:
             return
         splits = split_examples(self.read(), self.fold)
-        if self.given is not None:
-            if self.given.labels != self.labels:
+        if self.checkpoint_vocabulary is not None:
+            if self.checkpoint_vocabulary.labels != self.labels:
                 raise ValueError(
                     f"the labels of the data are {', '.join(self.labels)}, those of the checkpoint "
-                    f"{', '.join(self.given.labels)}: name data with the same"
+                    f"{', '.join(self.checkpoint_vocabulary.labels)}: name data with the same"
                 )
-            self.words = self.given.words
+            self.words = self.checkpoint_vocabulary.words
             self.index = {word: i for i, word in enumerate(self.words)}
             self.splits = splits
             return
@@ -126,10 +128,10 @@ class SentenceClassification(pl.LightningDataModule):
             )
         known = splits["train"] if self.vectors is None else [example for split in splits.values() for example in split]
         min_count = self.min_count if self.vectors is None else 1  # a fixed vector needs no examples to be trained on
-        self.words = text.build_vocabulary((sentence for sentence, _ in known), min_count)
+        self.words = word_vectors.build_vocabulary((sentence for sentence, _ in known), min_count)
         self.index = {word: i for i, word in enumerate(self.words)}
         if self.vectors is not None:
-            self.embedding = text.load_vectors(self.words, self.vectors, self.vectors_folder, self.cache)
+            self.embedding = word_vectors.load_vectors(self.words, self.vectors, self.vectors_folder, self.cache)
         self.splits = splits
 
     def read(self) -> dict[str, list[Example]]:
@@ -162,14 +164,14 @@ class SentenceClassification(pl.LightningDataModule):
         present = find(path)
         if present is None:
             raise FileNotFoundError(f"{path} is missing: call prepare_data() first")
-        content = self.decoded(read_bytes(present), present)
+        content = self.decode(read_bytes(present), present)
         for number, line in enumerate(lines_of(content.rstrip("\r\n")), start=1):
             label, *sentence = re.split("[ \t]", line.strip(), maxsplit=1)
             yield f"{present}:{number}", label, "".join(sentence)
 
-    def decoded(self, content: bytes, name: Path) -> str:
+    def decode(self, content: bytes, name: Path) -> str:
         """The text of a published file: UTF-8, or latin-1, in which MR, SUBJ and TREC hold a few accents."""
-        content = unmarked(content, name)
+        content = strip_byte_order_mark(content, name)
         refuse_nul(content, name)
         try:
             return content.decode("utf-8")
@@ -186,12 +188,12 @@ class SentenceClassification(pl.LightningDataModule):
 
     def words_of(self, sentence: str) -> list[str]:
         """The words of a sentence whose tokens are separated by spaces."""
-        words = text.clean(sentence).split() if self.clean else []
-        words = words or sentence.split() or [text.UNK]  # one that is all marks keeps them; CR has an empty one
+        words = word_vectors.clean(sentence).split() if self.clean else []
+        words = words or sentence.split() or [word_vectors.UNK]  # one that is all marks keeps them; CR has an empty one
         return [word.lower() for word in words] if self.lowercase else words
 
     @property
-    def dims(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """What a network must know: vocab_size, num_classes, vectors (V, n) or None, pad. Prepares the data first."""
         if not self.splits:
             self.prepare_data()
@@ -200,24 +202,24 @@ class SentenceClassification(pl.LightningDataModule):
             "vocab_size": len(self.words),
             "num_classes": len(self.labels),
             "vectors": self.embedding,
-            "pad": self.index[text.PAD],
+            "pad": self.index[word_vectors.PAD],
         }
 
     def collate(self, sentences: Sequence[list[str]]) -> Tensor:
         """Word indices (T, B), each sentence at the end of its column."""
-        tokens = torch.full((max(map(len, sentences)), len(sentences)), self.index[text.PAD])
-        unknown = self.index[text.UNK]
+        tokens = torch.full((max(map(len, sentences)), len(sentences)), self.index[word_vectors.PAD])
+        unknown = self.index[word_vectors.UNK]
         for column, words in enumerate(sentences):
             if words:
                 tokens[-len(words) :, column] = torch.tensor([self.index.get(word, unknown) for word in words])
         return tokens
 
-    def loader(self, examples: Sequence[Example], *, train: bool = False) -> Same[tuple[Tensor, Tensor]]:
+    def loader(self, examples: Sequence[Example], *, train: bool = False) -> FixedBatches[tuple[Tensor, Tensor]]:
         """Batches that are tensors already: collating again in every epoch would cost more than it varies.
 
         W processes have parts of batches of W times the size, padded alike: what one process would have.
         """
-        rank, processes = place()
+        rank, processes = rank_and_world_size()
         size = self.batch_size * processes
         groups = [examples[i : i + size] for i in range(0, len(examples), size)]
         if len(groups) > 1 and len(groups[-1]) < processes:  # each process has an example
@@ -233,27 +235,27 @@ class SentenceClassification(pl.LightningDataModule):
             )
             for group in groups
         ]
-        loader = Same(batches)
+        loader = FixedBatches(batches)
         if train and self.trainer is not None:
             loader.limit(self.trainer.limit_train_batches)
         return loader
 
-    def train_dataloader(self) -> Same[tuple[Tensor, Tensor]]:
+    def train_dataloader(self) -> FixedBatches[tuple[Tensor, Tensor]]:
         examples = self.splits["train"]
         return self.loader(random.Random(self.seed).sample(examples, len(examples)), train=True)
 
-    def val_dataloader(self) -> Same[tuple[Tensor, Tensor]]:
+    def val_dataloader(self) -> FixedBatches[tuple[Tensor, Tensor]]:
         return self.evaluation("val")
 
-    def test_dataloader(self) -> Same[tuple[Tensor, Tensor]]:
+    def test_dataloader(self) -> FixedBatches[tuple[Tensor, Tensor]]:
         return self.evaluation("test")
 
-    def evaluation(self, split: str) -> Same[tuple[Tensor, Tensor]]:
+    def evaluation(self, split: str) -> FixedBatches[tuple[Tensor, Tensor]]:
         return self.loader(self.splits[split])
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to read its own outputs: the words in the order of their index, and the labels."""
-        self.dims  # noqa: B018  prepares
+        self.model_kwargs  # noqa: B018  prepares
         size = None if self.embedding is None else self.embedding.shape[1]
         return {"vocabulary": self.words, "labels": self.labels, "vector_size": size}
 
@@ -344,7 +346,7 @@ def manual_sentences(classes: int = 10, min_words: int = 4) -> dict[str, list[st
             # Code, grammar and headings do not begin with a capital and end with a stop, as sentences do.
             running = re.sub(r"^[*\s]+|[*\"“”]|\[\d+\]", "", " ".join(paragraph.split()))
             for sentence in re.split(r"(?<=[.!?:])\s+(?=[A-Z])", running):
-                words = text.tokenise(sentence)
+                words = word_vectors.tokenise(sentence)
                 if len(words) > min_words and re.match(r"[A-Z].*[a-z)][.!?:]$", sentence) and ">>>" not in sentence:
                     sentences[" ".join(words)] = None
         fresh = [sentence for sentence in sentences if sentence not in seen]

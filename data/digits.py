@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from data import synthesis
-from data.audio import write
-from data.features import Utterance
-from data.fetch import fetch, require_writable, unpacked
+from data.audio import synthesis
+from data.audio.fbank import write
+from data.audio.feature_table import Utterance
+from data.download import fetch, require_writable, unpack_archive
 from data.speech import Recordings
 
 SPLIT_SEED = 1234  # a run's own seed never moves a recording to another split
@@ -71,7 +71,7 @@ class SpokenDigits(Recordings):
         folder = self.folder
         if not (folder / "recordings").is_dir():
             archive = fetch(folder / self.archive, self.url)
-            folder = unpacked(archive, self.cache / "fsdd" / str(archive.stat().st_size), (".wav",))
+            folder = unpack_archive(archive, self.cache / "fsdd" / str(archive.stat().st_size), (".wav",))
         names = re.compile(r"(\d)_(\w+)_(\d+)\.wav")
         found: dict[str, list[Utterance]] = {"train": [], "val": [], "test": []}
         heard = set()
@@ -124,7 +124,7 @@ def strings(recordings: Iterable[Utterance], digits: Sequence[int], repeats: int
 
 
 class SpokenWords(Recordings):
-    """Speech that is computed (data/synthesis.py), written to the cache once: no corpus, no download.
+    """Speech that is computed (data/audio/synthesis.py), written to the cache once: no corpus, no download.
 
     400 recordings of two to five words by eight speakers, and 40 by two others each for validation and test; with
     unit=label a word each.
@@ -150,6 +150,6 @@ class SpokenWords(Recordings):
                 path = folder / f"{split}-{i}.wav"
                 if not path.is_file():
                     require_writable(folder)
-                    write(path, synthesis.spoken(words, speaker, seed)[0], synthesis.RATE)
+                    write(path, synthesis.synthesise(words, speaker, seed)[0], synthesis.RATE)
                 found[split].append(Utterance(path.stem, (path,), " ".join(words), str(speaker)))
         return found

@@ -10,8 +10,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from data.batches import Batches
-from data.fetch import fetch, read_bytes
+from data.batching import Batches
+from data.download import fetch, read_bytes
 
 ORDERS = ("rows", "pixels", "permuted")
 PERMUTATION_SEED = 1234  # a run's own seed never moves a pixel, or an image to another split
@@ -29,7 +29,7 @@ class Form(NamedTuple):
     white: int | None
 
     @property
-    def dims(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """What a network must know."""
         return {"input_size": self.shape[1], "num_classes": self.num_classes}
 
@@ -45,8 +45,8 @@ class ImageSequences(pl.LightningDataModule):
     num_train: of the others, so many are trained on; None for all.
     """
 
-    DIMS = ("input_size", "num_classes")  # the names in `dims`
-    SETTLED = ()  # by a checkpoint
+    MODEL_KWARGS = ("input_size", "num_classes")  # the names in `model_kwargs`
+    FIXED_BY_CHECKPOINT = ()  # by a checkpoint
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class ImageSequences(pl.LightningDataModule):
         self.num_val, self.num_train = num_val, num_train
         self.batch_size = batch_size
         self.seed = seed
-        self.given: Form | None = None  # a checkpoint's, to read with; none is made of the corpus then
+        self.checkpoint_vocabulary: Form | None = None  # a checkpoint's, to read with; none is made of the corpus then
         self.splits: dict[str, tuple[np.ndarray, Tensor]] = {}  # sequences (N, T, n) of bytes, and labels
 
     def prepare_data(self) -> None:
@@ -125,14 +125,14 @@ class ImageSequences(pl.LightningDataModule):
             split: (self.sequences(images), torch.from_numpy(labels.astype(np.int64)))
             for split, (images, labels) in (parts | {"test": read["test"]}).items()
         }
-        if self.given is not None:
+        if self.checkpoint_vocabulary is not None:
             now = self.order, tuple(splits["test"][0].shape[1:]), self.num_classes
-            if now != self.given[:3]:
+            if now != self.checkpoint_vocabulary[:3]:
                 raise ValueError(
                     "order, steps and features of a step, and classes of the data are {}, {}, {}, those of the "
-                    "checkpoint {}, {}, {}: name data with the same".format(*now, *self.given)
+                    "checkpoint {}, {}, {}: name data with the same".format(*now, *self.checkpoint_vocabulary)
                 )
-            self.white = self.given.white or self.white
+            self.white = self.checkpoint_vocabulary.white or self.white
         self.splits = splits
 
     def sequences(self, images: np.ndarray) -> np.ndarray:
@@ -145,7 +145,7 @@ class ImageSequences(pl.LightningDataModule):
         return pixels[:, np.random.default_rng(PERMUTATION_SEED).permutation(pixels.shape[1])]
 
     @property
-    def dims(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """What a network must know: input_size and num_classes. Prepares the data first."""
         if not self.splits:
             self.prepare_data()
@@ -179,7 +179,7 @@ class ImageSequences(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint was trained on."""
-        self.dims  # noqa: B018  prepares
+        self.model_kwargs  # noqa: B018  prepares
         sizes = {split: list(images.shape) for split, (images, _) in self.splits.items()}
         return {"order": self.order, "num_classes": self.num_classes, "sizes": sizes, "white": self.white}
 

@@ -9,13 +9,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from data import synthesis
-from data.archives import Archive
-from data.audio import Frontend
-from data.batches import Batches, place
-from data.fetch import locked, require_writable
-from data.frames import NORMALISATIONS, Frames
-from data.streams import Batch, Recipe, Streams
+from data.audio import synthesis
+from data.audio.fbank import Frontend
+from data.audio.kaldi_ark import Archive
+from data.audio.kaldi_frames import NORMALISATIONS, Frames
+from data.audio.utterance_batches import Batch, FrameConfig, Streams
+from data.batching import Batches, rank_and_world_size
+from data.download import lock, require_writable
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,16 @@ class Kaldi(pl.LightningDataModule):
     eval_frames_per_batch: frames of a batch of whole utterances, padding included, in validation and test.
     """
 
-    DIMS = ("input_size", "num_targets", "log_priors", "delay", "segment", "right", "archive")  # the names in `dims`
-    SETTLED = ("cmvn", "delay", "segment", "right", "num_targets")  # by a checkpoint
+    MODEL_KWARGS = (
+        "input_size",
+        "num_targets",
+        "log_priors",
+        "delay",
+        "segment",
+        "right",
+        "archive",
+    )  # the names in `model_kwargs`
+    FIXED_BY_CHECKPOINT = ("cmvn", "delay", "segment", "right", "num_targets")  # by a checkpoint
 
     def __init__(
         self,
@@ -74,7 +82,9 @@ class Kaldi(pl.LightningDataModule):
         self.cmvn, self.delay, self.segment, self.right = cmvn, delay, segment, right
         self.batch_size, self.num_targets, self.seed = batch_size, num_targets, seed
         self.eval_frames_per_batch = eval_frames_per_batch
-        self.given: Recipe | None = None  # a checkpoint's, to read with; none is made of the corpus then
+        self.checkpoint_vocabulary: FrameConfig | None = (
+            None  # a checkpoint's, to read with; none is made of the corpus then
+        )
         self.splits: dict[str, Frames] = {}
 
     def prepare_data(self) -> None:
@@ -85,8 +95,8 @@ class Kaldi(pl.LightningDataModule):
         """Reads the tables, the heads of the features and the targets; a second call does nothing."""
         if self.splits:
             return
-        if self.given is not None:
-            self.recipe = self.given
+        if self.checkpoint_vocabulary is not None:
+            self.recipe = self.checkpoint_vocabulary
             self.splits = {
                 split: self.recipe.frames(self.locate(split), f"data.{split}={name}", "some")
                 for split, name in self.names.items()
@@ -95,7 +105,7 @@ class Kaldi(pl.LightningDataModule):
         options: dict[str, Any] = {"cmvn": self.cmvn, "num_targets": self.num_targets}
         train = Frames(self.locate("train"), name=f"data.train={self.names['train']}", scored="all", **options)
         stats = train.stats = train.global_stats(self.cache) if self.cmvn == "global" else None
-        self.recipe = Recipe(
+        self.recipe = FrameConfig(
             cmvn=self.cmvn,
             delay=self.delay,
             segment=self.segment,
@@ -126,13 +136,13 @@ class Kaldi(pl.LightningDataModule):
         return found
 
     @property
-    def dims(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """What a network must know, and what writes its archives. Prepares the data first."""
         self.setup()
-        return self.recipe.dims
+        return self.recipe.model_kwargs
 
     def train_dataloader(self) -> Streams:
-        rank, world_size = place()
+        rank, world_size = rank_and_world_size()
         train = self.splits["train"]
         streams = Streams(self.recipe, train, self.batch_size, self.seed, rank=rank, world_size=world_size)
         if (total := int(streams.pieces.sum())) < self.batch_size * world_size:
@@ -179,9 +189,9 @@ class Kaldi(pl.LightningDataModule):
             )
 
     @staticmethod
-    def vocabulary_of(state_dict: dict[str, Any]) -> Recipe:
+    def vocabulary_of(state_dict: dict[str, Any]) -> FrameConfig:
         """How frames are read, in a `state_dict`."""
-        return Recipe(**{name: value for name, value in state_dict.items() if name != "files"})
+        return FrameConfig(**{name: value for name, value in state_dict.items() if name != "files"})
 
 
 class SpokenWords(Kaldi):
@@ -205,7 +215,7 @@ class SpokenWords(Kaldi):
             if (folder / "feats.scp").exists():
                 continue
             require_writable(folder)
-            with locked(folder):  # a second process waits here, and then finds what the first has written
+            with lock(folder):  # a second process waits here, and then finds what the first has written
                 if not (folder / "feats.scp").exists():
                     self.write(split, folder)
         super().setup(stage)
@@ -222,7 +232,7 @@ class SpokenWords(Kaldi):
                 speaker = self.SPEAKERS[split][number % len(self.SPEAKERS[split])]
                 chosen = np.random.default_rng([speaker, number])
                 words = chosen.integers(len(synthesis.WORDS), size=chosen.integers(2, 6))
-                wave, spans = synthesis.spoken([synthesis.WORDS[word] for word in words], speaker, number)
+                wave, spans = synthesis.synthesise([synthesis.WORDS[word] for word in words], speaker, number)
                 frames = frontend.frames(wave)
                 middle = 80 * np.arange(len(frames)) + 100  # of each frame, in samples
                 targets = np.zeros(len(frames), np.int32)

@@ -11,10 +11,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from data import corpus, lines
-from data.batches import Resumable, place
-from data.corpus import EOS, UNITS, UNK
-from data.fetch import own_file
+from data.batching import StatefulLoader, rank_and_world_size
+from data.download import own_file
+from data.text import lines, token_array
+from data.text.token_array import EOS, UNITS, UNK
 
 Token = int | str
 OWN = (
@@ -38,7 +38,7 @@ class Vocabulary:
         return len(self.tokens)
 
     @property
-    def dims(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """What a network must know."""
         return {"vocab_size": len(self), "unit": self.unit}
 
@@ -48,7 +48,7 @@ class Vocabulary:
         if self.unit == "bytes":
             pieces = text.encode(errors="surrogateescape")  # a file need not be UTF-8
         elif self.unit == "words":
-            pieces = [word.decode() for word in corpus.words_of(text.encode())]
+            pieces = [word.decode() for word in token_array.words_of(text.encode())]
         try:
             return [self.index[piece] for piece in pieces]
         except KeyError as error:
@@ -65,7 +65,7 @@ class Vocabulary:
         """The lines of a file, as a text that is trained on is read; bytes that are no UTF-8 are surrogates."""
         if self.unit == "bytes":
             return content.decode("utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
-        return lines.lines_of(lines.decoded(content, name))
+        return lines.lines_of(lines.decode(content, name))
 
     def decode(self, numbers: Sequence[int]) -> str:
         """The text of the numbers; bytes that are no UTF-8 become U+FFFD."""
@@ -77,7 +77,7 @@ class Vocabulary:
         return re.sub(" ?\n ?", "\n", " ".join("\n" if word == EOS else word for word in pieces))
 
 
-class Segments(Resumable):
+class Segments(StatefulLoader):
     """A text in parallel streams, cut in time: yields (x (T, B), y (T, B), first), int64, y one token ahead of x.
 
     N tokens are W * B streams of n = (N - 1) // (W * B) steps for W processes; process r has streams r * B to
@@ -129,8 +129,8 @@ class Text(pl.LightningDataModule):
         the first.
     """
 
-    DIMS = ("vocab_size", "unit")  # the names in `dims`
-    SETTLED = ("min_count",)  # by a checkpoint
+    MODEL_KWARGS = ("vocab_size", "unit")  # the names in `model_kwargs`
+    FIXED_BY_CHECKPOINT = ("min_count",)  # by a checkpoint
 
     def __init__(
         self,
@@ -166,7 +166,9 @@ class Text(pl.LightningDataModule):
         self.min_count = min_count
         self.batch_size, self.unroll = batch_size, unroll
         self.eval_batch_size, self.eval_unroll = eval_batch_size, eval_unroll
-        self.given: Vocabulary | None = None  # a checkpoint's, to read with; none is made of the corpus then
+        self.checkpoint_vocabulary: Vocabulary | None = (
+            None  # a checkpoint's, to read with; none is made of the corpus then
+        )
         self.splits: dict[str, np.ndarray] = {}
         if unit not in UNITS:
             raise ValueError(f"data.unit={unit} is not one of {', '.join(UNITS)}")
@@ -211,30 +213,33 @@ class Text(pl.LightningDataModule):
         """Opens what is prepared, and prepares it where it is not; a second call does nothing."""
         if self.splits:
             return
-        if self.given is not None and self.given.unit != self.unit:
-            raise ValueError(f"data.unit={self.unit}: the checkpoint reads {self.given.unit}; name data that has them")
+        if self.checkpoint_vocabulary is not None and self.checkpoint_vocabulary.unit != self.unit:
+            raise ValueError(
+                f"data.unit={self.unit}: the checkpoint reads {self.checkpoint_vocabulary.unit}; "
+                "name data that has them"
+            )
         tokens, arrays = self.read()
         if "all" in arrays:
-            train, val = corpus.ends_of(len(arrays["all"]), *self.held_out.values())
+            train, val = token_array.ends_of(len(arrays["all"]), *self.held_out.values())
             arrays = dict(zip(("train", "val", "test"), np.split(arrays["all"], [train, val]), strict=True))
         self.vocabulary = Vocabulary(self.unit, tokens)
         self.checksums = {name: zlib.crc32(array.data) for name, array in arrays.items()}
         self.splits = arrays
         for split in arrays:  # what is too short for its streams is told now
-            self.segments(split, "eval_" if split != "train" or self.given else "")
+            self.segments(split, "eval_" if split != "train" or self.checkpoint_vocabulary else "")
 
     def read(self) -> tuple[list[Token], dict[str, np.ndarray]]:
         """The vocabulary's tokens, and the numbers of the tokens of each file."""
-        sources = {key: corpus.Source(root=self.root, **file) for key, file in self.files.items()}
-        known = None if self.given is None else self.given.tokens
+        sources = {key: token_array.Source(root=self.root, **file) for key, file in self.files.items()}
+        known = None if self.checkpoint_vocabulary is None else self.checkpoint_vocabulary.tokens
         held_out = self.held_out["valid_bytes"], self.held_out["test_bytes"]
-        return corpus.prepared(sources, self.cache / "text", self.unit, self.min_count, known, held_out)
+        return token_array.prepare(sources, self.cache / "text", self.unit, self.min_count, known, held_out)
 
     @property
-    def dims(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """What a network must know: vocab_size and unit. Prepares the data first."""
         self.setup()
-        return self.vocabulary.dims
+        return self.vocabulary.model_kwargs
 
     def train_dataloader(self) -> Segments:
         segments = self.segments("train")
@@ -253,7 +258,7 @@ class Text(pl.LightningDataModule):
 
     def segments(self, split: str, prefix: str = "") -> Segments:
         """The segments of this process; ValueError if the text is too short for them."""
-        rank, world_size = place()
+        rank, world_size = rank_and_world_size()
         text = self.splits[split]
         batch_size, unroll = getattr(self, f"{prefix}batch_size"), getattr(self, f"{prefix}unroll")
         if prefix and batch_size % world_size:
@@ -267,7 +272,7 @@ class Text(pl.LightningDataModule):
                 f"the {split} split has {len(text)} {self.unit}: in {batch_size * world_size} streams they are "
                 f"{max(steps, 0)} steps, too few for data.{prefix}batch_size={batch_size} and data.{prefix}unroll="
                 f"{unroll}, which take {batch_size * world_size * least + 1}. "
-                f"{self.smaller(prefix, (len(text) - 1) // world_size)}take a longer text"
+                f"{self.suggest_smaller(prefix, (len(text) - 1) // world_size)}take a longer text"
                 + (
                     f", or type a larger data.{split.replace('val', 'valid')}_bytes="
                     * bool(prefix and "all" in self.files)
@@ -275,7 +280,7 @@ class Text(pl.LightningDataModule):
             )
         return Segments(text, batch_size, unroll, rank=rank, world_size=world_size)
 
-    def smaller(self, prefix: str, steps: int) -> str:
+    def suggest_smaller(self, prefix: str, steps: int) -> str:
         """What to type for a text of so many steps in a process."""
         if steps < 1:
             return "It cannot be parted: "
@@ -328,5 +333,5 @@ class PythonManual(Text):
         from pydoc_data.topics import topics
 
         text = "\n".join(topics[name] for name in sorted(topics))
-        vocabulary = self.given or Vocabulary("characters", sorted(set(text)))
-        return vocabulary.tokens, {"all": np.array(vocabulary.encode(text), corpus.dtype_of(len(vocabulary)))}
+        vocabulary = self.checkpoint_vocabulary or Vocabulary("characters", sorted(set(text)))
+        return vocabulary.tokens, {"all": np.array(vocabulary.encode(text), token_array.dtype_of(len(vocabulary)))}

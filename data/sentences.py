@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data import lines
 from data.classification import Example, SentenceClassification
-from data.fetch import own_file
+from data.download import own_file
+from data.text import lines
 
 MANY = 20  # labels; more of them, in every second line, are no labels
 DOS_END = "\x1a"  # Ctrl-Z, which some programs of Windows write at the end of a text
@@ -50,8 +50,8 @@ class OwnSentences(SentenceClassification):
         super().__init__(labels=[str(label) for label in labels or ()], files=files, **options)
 
     def read(self) -> dict[str, list[Example]]:
-        if not self.labels and self.given is not None:
-            self.labels = list(self.given.labels)
+        if not self.labels and self.checkpoint_vocabulary is not None:
+            self.labels = list(self.checkpoint_vocabulary.labels)
         if not self.labels:
             key = "all" if "all" in self.files else "train"
             found = [label for _, label, _ in self.lines_of(self.folder / self.files[key]["name"])]
@@ -66,8 +66,8 @@ class OwnSentences(SentenceClassification):
     def lines_of(self, path: Path) -> Iterator[tuple[str, str, str]]:
         return (found for found in super().lines_of(path) if found[1])
 
-    def decoded(self, content: bytes, name: Path) -> str:
-        return lines.decoded(content, name).replace(DOS_END, "")
+    def decode(self, content: bytes, name: Path) -> str:
+        return lines.decode(content, name).replace(DOS_END, "")
 
     def number_of(self, label: str) -> int | None:
         return self.labels.index(label) if label in self.labels else None

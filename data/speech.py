@@ -10,10 +10,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from data.audio import Frontend, Part, StepStream, check_frontend, read
-from data.batches import Batches
-from data.features import Recorded, Utterance, perturbed, prepared
-from data.symbols import BLANK, UNITS, Symbols, frames_needed
+from data.audio.fbank import Frontend, Part, StepStream, check_frontend, read
+from data.audio.feature_table import Recorded, Utterance, perturb, prepare
+from data.audio.labels import BLANK, UNITS, Symbols, frames_needed
+from data.batching import Batches
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Vocabulary:
         self.frontend, self.symbols, self.labels = frontend, symbols, labels
 
     @property
-    def dims(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """What a network must know: input_size; and num_mels, vocab_size and how to `decode`, or num_classes."""
         if self.symbols is None:
             return {"input_size": self.frontend.size, "num_classes": len(self.labels or ())}
@@ -70,10 +70,10 @@ class Recordings(pl.LightningDataModule):
     """Recordings that a subclass lists by `utterances`, in batches of about the same length.
 
     A batch is a `Batch`; with unit=label it is (x (T, B, n), labels (B,), pad (T, B)), and a recording's text, whole,
-    is its class. Features are computed once for all runs (data/features.py).
+    is its class. Features are computed once for all runs (data/audio/feature_table.py).
 
     cache: folder for what is computed.
-    rate, num_mels, stack, level: see data.audio.Frontend; stack frames of 10 ms are a step of the network.
+    rate, num_mels, stack, level: see data.audio.fbank.Frontend; stack frames of 10 ms are a step of the network.
     unit: characters, words, bpe or unigram (subwords, vocab_size of them), or label.
     lowercase: of the transcripts.
     speeds: in training, each recording is heard at each of these speeds (Ko et al., 2015); 1.0 is as it is.
@@ -88,7 +88,18 @@ class Recordings(pl.LightningDataModule):
     """
 
     # By a checkpoint.
-    SETTLED = ("rate", "num_mels", "stack", "level", "unit", "vocab_size", "lowercase", "speeds", "volume", "noise")
+    FIXED_BY_CHECKPOINT = (
+        "rate",
+        "num_mels",
+        "stack",
+        "level",
+        "unit",
+        "vocab_size",
+        "lowercase",
+        "speeds",
+        "volume",
+        "noise",
+    )
 
     def __init__(
         self,
@@ -136,12 +147,14 @@ class Recordings(pl.LightningDataModule):
         self.noise = None if noise is None else (float(noise[0]), float(noise[1]))
         self.speeds, self.volume = sorted({float(speed) for speed in speeds}), volume
         self.frames_per_batch, self.eval_frames_per_batch, self.seed = frames_per_batch, eval_frames_per_batch, seed
-        self.given: Vocabulary | None = None  # a checkpoint's, to read with; none is made of the corpus then
+        self.checkpoint_vocabulary: Vocabulary | None = (
+            None  # a checkpoint's, to read with; none is made of the corpus then
+        )
         self.recorded: dict[str, Recorded] = {}
 
     @property
-    def DIMS(self) -> tuple[str, ...]:
-        """The names in `dims`."""
+    def MODEL_KWARGS(self) -> tuple[str, ...]:
+        """The names in `model_kwargs`."""
         written = ("num_classes",) if self.unit == LABEL else ("num_mels", "vocab_size", "decode")
         return ("input_size", *written)
 
@@ -162,17 +175,17 @@ class Recordings(pl.LightningDataModule):
         for split, own in listed.items():
             if not own:
                 raise ValueError(f"data.{split} has no recording: 1 or more are needed")
-        heard = {split: [self.heard(utterance) for utterance in own] for split, own in listed.items()}
-        if self.given is None:
-            heard["train"] = perturbed(heard["train"], self.speeds, self.volume, self.noise)
+        heard = {split: [self.clean_text(utterance) for utterance in own] for split, own in listed.items()}
+        if self.checkpoint_vocabulary is None:
+            heard["train"] = perturb(heard["train"], self.speeds, self.volume, self.noise)
         texts = {split: [utterance.text for utterance in own] for split, own in heard.items()}
-        symbols, labels = self.written(texts)
-        found = {split: prepared(own, frontend, self.cache, split) for split, own in heard.items()}
+        symbols, labels = self.collect_labels(texts)
+        found = {split: prepare(own, frontend, self.cache, split) for split, own in heard.items()}
         train = found["train"]
         frontend = Frontend(**self.options, mean=train.mean, deviation=train.deviation)
-        self.vocabulary = self.given or Vocabulary(frontend, symbols, labels)
+        self.vocabulary = self.checkpoint_vocabulary or Vocabulary(frontend, symbols, labels)
         self.rows = self.fitting("train", train)
-        if not len(self.rows) and self.given is None:
+        if not len(self.rows) and self.checkpoint_vocabulary is None:
             raise ValueError(
                 f"all {len(train)} recordings of data.train are too short for their transcripts: type a smaller "
                 f"data.stack than {self.options['stack']}, or data.unit=bpe"
@@ -193,22 +206,26 @@ class Recordings(pl.LightningDataModule):
             if voices[split]:
                 log.info("%s: %d speakers, %d of them heard in training", split, len(voices[split]), len(both))
 
-    def heard(self, utterance: Utterance) -> Utterance:
+    def clean_text(self, utterance: Utterance) -> Utterance:
         """The utterance, its text without spaces that nobody says."""
         text = " ".join(utterance.text.split())
         return utterance._replace(text=text.lower() if self.lowercase else text)
 
-    def written(self, texts: dict[str, list[str]]) -> tuple[Symbols | None, list[str] | None]:
+    def collect_labels(self, texts: dict[str, list[str]]) -> tuple[Symbols | None, list[str] | None]:
         """The symbols or the labels of the transcripts of each split, before any feature is computed."""
-        if self.given is not None and self.unit != LABEL:
-            return self.given.symbols, None
+        if self.checkpoint_vocabulary is not None and self.unit != LABEL:
+            return self.checkpoint_vocabulary.symbols, None
         if self.unit != LABEL:
             if not any(texts["val"]):
                 raise ValueError(
                     "the transcripts of data.val are all empty: there is no error rate to choose a network by"
                 )
-            return Symbols.learnt(dict.fromkeys(texts["train"]), self.unit, self.vocab_size), None
-        labels = sorted({*texts["train"]}) if self.given is None else [*(self.given.labels or ())]
+            return Symbols.learn(dict.fromkeys(texts["train"]), self.unit, self.vocab_size), None
+        labels = (
+            sorted({*texts["train"]})
+            if self.checkpoint_vocabulary is None
+            else [*(self.checkpoint_vocabulary.labels or ())]
+        )
         if len(labels) < 2:
             raise ValueError(
                 f"data.train has one label, {labels[0]!r}: there is nothing to tell apart; add recordings of another"
@@ -217,7 +234,11 @@ class Recordings(pl.LightningDataModule):
             if unknown := sorted({*own} - {*labels}):
                 raise ValueError(
                     f"labels {', '.join(map(repr, unknown[:5]))} of data.{split} are none "
-                    + ("to train on" if self.given is None else f"of the checkpoint's, {', '.join(labels)}")
+                    + (
+                        "to train on"
+                        if self.checkpoint_vocabulary is None
+                        else f"of the checkpoint's, {', '.join(labels)}"
+                    )
                 )
         return None, labels
 
@@ -239,16 +260,16 @@ class Recordings(pl.LightningDataModule):
         return np.flatnonzero(fits)
 
     @property
-    def dims(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """What a network must know, see `Vocabulary`. Prepares the data first."""
         self.setup()
-        return self.vocabulary.dims
+        return self.vocabulary.model_kwargs
 
     def batch(self, recorded: Recorded, rows: list[int]) -> Batch | tuple[Tensor, Tensor, Tensor]:
         """Recordings by their numbers."""
         frontend, symbols = self.vocabulary.frontend, self.vocabulary.symbols
         found = [recorded[row] for row in rows]
-        steps = [frontend.normalised(frames) for _, _, frames in found]
+        steps = [frontend.normalise(frames) for _, _, frames in found]
         # A recording that is shorter than a step is a step of padding.
         x = torch.zeros(max(1, *map(len, steps)), len(rows), frontend.size)
         pad = torch.ones(x.shape[:2], dtype=torch.bool)

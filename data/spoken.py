@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.audio import Part
-from data.features import Utterance
-from data.fetch import NO_NETWORK, fetch, locked, require_writable, unpacked
-from data.lines import decoded, lines_of
+from data.audio.fbank import Part
+from data.audio.feature_table import Utterance
+from data.download import NO_NETWORK, fetch, lock, require_writable, unpack_archive
 from data.speech import Recordings
+from data.text.lines import decode, lines_of
 
 
 class Manifest(Recordings):
@@ -33,7 +33,7 @@ class Manifest(Recordings):
                 raise ValueError(f"data.{split}={name} must be a file of JSON lines: type data.{split}=FILE.jsonl")
 
     def utterances(self) -> dict[str, list[Utterance]]:
-        found = {split: listed(self.locate(split, name)) for split, name in self.names.items()}
+        found = {split: read_manifest(self.locate(split, name)) for split, name in self.names.items()}
         if empty := next((split for split, own in found.items() if not own), None):
             raise ValueError(f"data.{empty}={self.names[empty]} lists no recording: a line is {EXAMPLE}")
         return found
@@ -45,10 +45,10 @@ class Manifest(Recordings):
         raise FileNotFoundError(f"data.{split}={name}: there is no such file, neither in {self.root} nor here")
 
 
-def listed(path: Path) -> list[Utterance]:
+def read_manifest(path: Path) -> list[Utterance]:
     """What a manifest lists; ValueError with the line of the first thing that is not so."""
     found = []
-    for number, line in enumerate(lines_of(decoded(path.read_bytes(), path)), start=1):
+    for number, line in enumerate(lines_of(decode(path.read_bytes(), path)), start=1):
         if not line.strip():
             continue
         try:
@@ -175,11 +175,11 @@ class LibriSpeech(Recordings):
             place = self.cache / "LibriSpeech" / name
             if not place.is_dir():
                 archive = fetch(self.root / "LibriSpeech" / f"{name}.tar.gz", known["url"], known["md5"])
-                unpacked(archive, place, (".flac", ".trans.txt"))
+                unpack_archive(archive, place, (".flac", ".trans.txt"))
             folder = place / "LibriSpeech" / name
         found = []
         for transcripts in sorted(folder.glob("*/*/*.trans.txt")):
-            for line in lines_of(decoded(transcripts.read_bytes(), transcripts)):
+            for line in lines_of(decode(transcripts.read_bytes(), transcripts)):
                 key, _, text = line.partition(" ")
                 path = transcripts.parent / f"{key}.flac"
                 if path.is_file():
@@ -235,7 +235,7 @@ class HubSpeech(Recordings):
         folder = self.cache / "hub" / dataset._fingerprint
         require_writable(folder)
         found = []
-        with locked(folder):  # a second process waits here, and then finds what the first has written
+        with lock(folder):  # a second process waits here, and then finds what the first has written
             for number, row in enumerate(dataset.cast_column(self.columns["audio"], Audio(decode=False))):
                 sound, text = row[self.columns["audio"]], row[self.columns["text"]]
                 if not isinstance(text, str) or sound is None or sound["bytes"] is None:
@@ -270,7 +270,7 @@ class SpeechCommands(Recordings):
         if not (folder / "testing_list.txt").is_file():
             place = self.cache / "speech_commands" / self.sha256[:16]
             if not place.is_dir():
-                unpacked(fetch(folder / self.archive, self.url, self.sha256), place, (".wav", ".txt"))
+                unpack_archive(fetch(folder / self.archive, self.url, self.sha256), place, (".wav", ".txt"))
             folder = place
         lists = {
             split: {*(folder / f"{name}_list.txt").read_text(encoding="utf-8-sig").split()}

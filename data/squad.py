@@ -11,11 +11,12 @@ import numpy as np
 import pytorch_lightning as pl
 from torch import Tensor
 
-from data import fetch, reading, text
-from data.batches import Batches
-from data.reader import Batch, Reader, View, Window
-from data.reading import Reading
-from data.tagging import Tagger
+from data import download
+from data.batching import Batches
+from data.text import squad_tables, word_vectors
+from data.text.spacy_tagger import Tagger
+from data.text.squad_features import Batch, Reader, View, Window
+from data.text.squad_tables import Reading
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ class QuestionAnswering(pl.LightningDataModule):
     window: see Reader. SQuAD 1.1 has no passage of 1000 tokens.
     """
 
-    DIMS = ("vocab_size", "num_features", "vectors")  # the names in `dims`
-    SETTLED = ("tagger", "spacy_model", "vectors", "lowercase", "min_count", "window")  # by a checkpoint
+    MODEL_KWARGS = ("vocab_size", "num_features", "vectors")  # the names in `model_kwargs`
+    FIXED_BY_CHECKPOINT = ("tagger", "spacy_model", "vectors", "lowercase", "min_count", "window")  # by a checkpoint
 
     def __init__(
         self,
@@ -80,7 +81,9 @@ class QuestionAnswering(pl.LightningDataModule):
         self.spacy_model = spacy_model if tagger == "spacy" else None
         self.vectors, self.lowercase, self.min_count, self.window = vectors, lowercase, min_count, window
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
-        self.given: Reader | None = None  # a checkpoint's, to read with; none is made of the corpus then
+        self.checkpoint_vocabulary: Reader | None = (
+            None  # a checkpoint's, to read with; none is made of the corpus then
+        )
         self.views: dict[str, View] = {}
         self.keys: dict[str, str] = {}
         self.embedding: Tensor | None = None
@@ -94,14 +97,16 @@ class QuestionAnswering(pl.LightningDataModule):
         if self.views:
             return
         tagger = None if self.spacy_model is None else Tagger(self.spacy_model)
-        if self.given is not None:
-            self.given.check(tagger)
+        if self.checkpoint_vocabulary is not None:
+            self.checkpoint_vocabulary.check(tagger)
         paths = {split: self.locate(split) for split in self.names}
-        readings = {path: reading.prepared(path, self.cache, tagger) for path in dict.fromkeys(paths.values())}
+        readings = {path: squad_tables.prepare(path, self.cache, tagger) for path in dict.fromkeys(paths.values())}
         for path, found in readings.items():
             for line in complaints(path, found.report):
                 log.info(line)
-        self.reader = self.given or self.learnt(readings[paths["train"]], [*readings.values()], tagger)
+        self.reader = self.checkpoint_vocabulary or self.build_reader(
+            readings[paths["train"]], [*readings.values()], tagger
+        )
         views = {path: View(self.reader, found) for path, found in readings.items()}
         self.keys = {split: readings[path].key for split, path in paths.items()}
         self.views = {split: views[path] for split, path in paths.items()}
@@ -113,16 +118,16 @@ class QuestionAnswering(pl.LightningDataModule):
                     f"data.{split}={self.names[split]} ({path}) has {count:,} questions, expected "
                     f"{f'{expected:,}' if expected else '1 or more'}: type data.{split}=FILE for another file"
                 )
-        if self.given is None and not self.training_windows():
+        if self.checkpoint_vocabulary is None and not self.training_windows():
             raise ValueError(f"data.train={self.names['train']} has no question with an answer to learn from")
 
-    def learnt(self, train: Reading, all_splits: list[Reading], tagger: Tagger | None) -> Reader:
+    def build_reader(self, train: Reading, all_splits: list[Reading], tagger: Tagger | None) -> Reader:
         """The reader of the words and tags of these texts; sets `embedding` where they have vectors."""
         known = [train] if self.vectors is None else all_splits
         words = vocabulary(train, known, self.lowercase, self.min_count if self.vectors is None else 1)
         if self.vectors is not None:
             folder = self.root / "vectors"
-            self.embedding = text.load_vectors(words, self.vectors, folder, self.cache, unit_length=False)
+            self.embedding = word_vectors.load_vectors(words, self.vectors, folder, self.cache, unit_length=False)
         return Reader(
             words=words,
             lowercase=self.lowercase,
@@ -141,10 +146,10 @@ class QuestionAnswering(pl.LightningDataModule):
         if name in self.files:
             source = self.files[name]
             if "hub" in source:
-                return fetch.find(path) or fetch.fetch_from_hub(path, source["hub"], squad_of)
-            return fetch.fetch(path, source["url"], source.get("sha256") or source.get("md5"))
+                return download.find(path) or download.fetch_from_hub(path, source["hub"], squad_of)
+            return download.fetch(path, source["url"], source.get("sha256") or source.get("md5"))
         for candidate in (path, Path(name).expanduser()):
-            if (found := fetch.find(candidate)) is not None:
+            if (found := download.find(candidate)) is not None:
                 return found
         raise FileNotFoundError(
             f"data.{split}={name} is no file, neither in {self.root / 'squad'} nor here; type the path of a file in "
@@ -152,10 +157,10 @@ class QuestionAnswering(pl.LightningDataModule):
         )
 
     @property
-    def dims(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """What a network must know: vocab_size, num_features, vectors (V, n) or None. Prepares the data first."""
         self.setup()
-        return self.reader.dims | {"vectors": self.embedding}
+        return self.reader.model_kwargs | {"vectors": self.embedding}
 
     def training_windows(self) -> list[Window]:
         view = self.views["train"]
@@ -225,7 +230,11 @@ def vocabulary(train: Reading, known: Sequence[Reading], lowercase: bool, min_co
                 if found is train and table is found.questions:
                     in_questions[word] += int(counts[number])
     words = [word for word, count in everywhere.items() if count >= min_count]
-    return [text.PAD, text.UNK, *sorted(words, key=lambda word: (-in_questions[word], -everywhere[word], word))]
+    return [
+        word_vectors.PAD,
+        word_vectors.UNK,
+        *sorted(words, key=lambda word: (-in_questions[word], -everywhere[word], word)),
+    ]
 
 
 def complaints(path: Path, report: Mapping[str, Any]) -> Iterator[str]:

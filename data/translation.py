@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 
-from data import fetch, parallel
-from data.batches import Batches
-from data.parallel import Pairs
-from data.subwords import KINDS, Batch, Subwords
+from data import download
+from data.batching import Batches
+from data.text import sentence_pairs
+from data.text.sentence_pairs import Pairs
+from data.text.subwords import KINDS, Batch, Subwords
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ class ParallelText(pl.LightningDataModule):
     eval_tokens_per_batch: the same in validation and test, where a pair that is longer comes alone.
     """
 
-    DIMS = ("vocab_size", "bos", "eos", "decode")  # the names in `dims`
-    SETTLED = ("subword", "vocab_size")  # by a checkpoint
+    MODEL_KWARGS = ("vocab_size", "bos", "eos", "decode")  # the names in `model_kwargs`
+    FIXED_BY_CHECKPOINT = ("subword", "vocab_size")  # by a checkpoint
 
     def __init__(
         self,
@@ -90,7 +91,9 @@ class ParallelText(pl.LightningDataModule):
             )
         self.subword, self.vocab_size, self.max_length = subword, vocab_size, max_length
         self.tokens_per_batch, self.eval_tokens_per_batch, self.seed = tokens_per_batch, eval_tokens_per_batch, seed
-        self.given: Subwords | None = None  # a checkpoint's, to read with; none is made of the corpus then
+        self.checkpoint_vocabulary: Subwords | None = (
+            None  # a checkpoint's, to read with; none is made of the corpus then
+        )
         self.pairs: dict[str, Pairs] = {}
         self.keys: dict[str, str] = {}
 
@@ -104,11 +107,12 @@ class ParallelText(pl.LightningDataModule):
             return
         paths = {split: self.locate(split) for split in self.names}
         texts = {
-            path: parallel.examined(path) for path in dict.fromkeys(path for both in paths.values() for path in both)
+            path: sentence_pairs.check_text(path)
+            for path in dict.fromkeys(path for both in paths.values() for path in both)
         }
         files = {split: (texts[source], texts[target]) for split, (source, target) in paths.items()}
         for split, both in files.items():
-            parallel.require_pairs(f"data.{split}={self.names[split]}", *both)
+            sentence_pairs.require_pairs(f"data.{split}={self.names[split]}", *both)
             for language, file in zip(self.languages.values(), both, strict=True):
                 lines = self.files.get(f"{self.names[split]}.{language}", {}).get("lines", file.lines)
                 if file.lines != lines:
@@ -116,8 +120,8 @@ class ParallelText(pl.LightningDataModule):
                         f"{file.path} has {file.lines:,} lines, expected {lines:,}: not the published file. Put "
                         "the right one there, or type another data.root=DIR to download it to"
                     )
-        if self.given is not None:
-            self.subwords = self.given
+        if self.checkpoint_vocabulary is not None:
+            self.subwords = self.checkpoint_vocabulary
             if {name: self.subwords.options[name] for name in ("source", "target")} == {
                 "source": self.languages["target"],
                 "target": self.languages["source"],
@@ -127,12 +131,14 @@ class ParallelText(pl.LightningDataModule):
                     "translates the other way round"
                 )
         else:
-            model = parallel.subwords_of(files["train"], self.cache, self.subword, self.vocab_size)
+            model = sentence_pairs.subwords_of(files["train"], self.cache, self.subword, self.vocab_size)
             self.subwords = Subwords(model=model, **self.languages)
-        found = {both: parallel.prepared(*both, self.cache, self.subwords) for both in dict.fromkeys(files.values())}
+        found = {
+            both: sentence_pairs.prepare(*both, self.cache, self.subwords) for both in dict.fromkeys(files.values())
+        }
         for split, both in files.items():
             log.info("%s", self.report(split, found[both]))
-        if self.given is None and not len(self.training_rows(train := found[files["train"]])):
+        if self.checkpoint_vocabulary is None and not len(self.training_rows(train := found[files["train"]])):
             raise ValueError(f"there is nothing to learn from: {self.report('train', train)}")
         self.pairs = {split: found[both] for split, both in files.items()}
         self.keys = {split: pairs.key for split, pairs in self.pairs.items()}
@@ -156,7 +162,7 @@ class ParallelText(pl.LightningDataModule):
             return source, target
         wanted = [[folder / Path(name).expanduser() for name in names] for folder in (self.root, Path())]
         for paths in wanted:
-            found = [fetch.find(path) for path in paths]
+            found = [download.find(path) for path in paths]
             if found[0] and found[1]:
                 return found[0], found[1]
             if present := found[0] or found[1]:
@@ -176,14 +182,14 @@ class ParallelText(pl.LightningDataModule):
         path, known = self.root / name, self.files[name]
         if "hub" in known:
             rows_to_lines = partial(sentences_of, language=name.rpartition(".")[2])
-            return fetch.find(path) or fetch.fetch_from_hub(path, known["hub"], rows_to_lines)
-        return fetch.fetch(path, known["url"], known.get("sha256"))
+            return download.find(path) or download.fetch_from_hub(path, known["hub"], rows_to_lines)
+        return download.fetch(path, known["url"], known.get("sha256"))
 
     @property
-    def dims(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """What a network must know: vocab_size, bos and eos. Prepares the data first."""
         self.setup()
-        return self.subwords.dims
+        return self.subwords.model_kwargs
 
     def training_rows(self, pairs: Pairs) -> np.ndarray:
         """The pairs that can be learnt from."""

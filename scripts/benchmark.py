@@ -214,7 +214,7 @@ def epoch(options: argparse.Namespace) -> None:
     from hydra.utils import instantiate
     from torch.nn import functional as F
 
-    from tasks.clock import Clock
+    from tasks.run.throughput import ThroughputMonitor
 
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -232,15 +232,15 @@ def epoch(options: argparse.Namespace) -> None:
             }.items()
         }
     data = instantiate(next(iter(configs.values())).data)
-    dims = data.dims
+    kwargs = data.model_kwargs
     # Speed does not depend on what the vectors say.
-    dims["vectors"] = F.normalize(torch.randn(dims["vocab_size"], 300))
+    kwargs["vectors"] = F.normalize(torch.randn(kwargs["vocab_size"], 300))
     loader = data.train_dataloader()
-    tasks = {name: instantiate(cfg.task)(encoder=instantiate(cfg.model), **dims) for name, cfg in configs.items()}
+    tasks = {name: instantiate(cfg.task)(encoder=instantiate(cfg.model), **kwargs) for name, cfg in configs.items()}
     speeds: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(options.turns + 1):
         for name, task in tasks.items():
-            clock = Clock()
+            clock = ThroughputMonitor()
             trainer = pl.Trainer(
                 max_epochs=1,
                 accelerator="cpu",
@@ -319,8 +319,8 @@ import os, train
 from tasks import processes
 settle = processes.settle
 def settle_and_watch(cfg):
-    from tasks.clock import Clock
-    Clock.on_train_batch_end = lambda *_: os._exit(0)
+    from tasks.run.throughput import ThroughputMonitor
+    ThroughputMonitor.on_train_batch_end = lambda *_: os._exit(0)
     return settle(cfg)
 processes.settle = settle_and_watch
 train.command()
@@ -450,7 +450,7 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     words = parse()
     try:
-        from tasks.messages import guard
+        from tasks.run.errors import guard
     except ModuleNotFoundError:  # a machine with a GPU may hold what the layer needs, and not the experiments' packages
         main(words)
     else:

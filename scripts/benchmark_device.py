@@ -68,7 +68,8 @@ def contenders(level: str, shape: list[int], device: str, official: bool) -> dic
 
     if official:
         return {"SRU (official)": theirs}
-    from sru import SRU, baselines, kernels
+    from sru import SRU, kernels
+    from sru.baselines import recurrent
 
     def conv2d(width: int) -> nn.Module:
         made = (nn.Conv2d(n, n, (width, 1), padding=(width - 1, 0)) for _ in range(layers))
@@ -80,7 +81,7 @@ def contenders(level: str, shape: list[int], device: str, official: bool) -> dic
     found: dict[str, Callable] = {"SRU": lambda: SRU(n, n, layers, backend=device)}
     if shape[0] <= 256:  # a loop in Python: beyond, it takes the time of all others
         found[EAGER] = lambda: SRU(n, n, layers, backend="reference")
-    found["QRNN (ours)"] = lambda: baselines.QRNN(n, n, layers)
+    found["QRNN (ours)"] = lambda: recurrent.QRNN(n, n, layers)
     found |= {"LSTM": lambda: nn.LSTM(n, n, layers), "GRU": lambda: nn.GRU(n, n, layers)}
     if level == "step":  # of the others it needs more than a state
         return found

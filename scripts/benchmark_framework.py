@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from data.images import Digits
 from sru.kernels.linear import linear
-from tasks import memory
+from tasks.run import malloc
 
 STEPS = 150  # of a turn, at most; of the large network
 LARGE_STEPS = 10
@@ -73,9 +73,9 @@ class Run:
     def __init__(self, cfg: DictConfig, steps: int = STEPS) -> None:
         self.cfg = copy.deepcopy(cfg)
         self.data = instantiate(cfg.data)
-        dims = self.data.dims
+        kwargs = self.data.model_kwargs
         torch.manual_seed(0)
-        self.task = instantiate(cfg.task)(encoder=instantiate(cfg.model), **dims)
+        self.task = instantiate(cfg.task)(encoder=instantiate(cfg.model), **kwargs)
         self.steps = min(steps, len(self.data.train_dataloader()))
         self.cfg.trainer.limit_train_batches = self.steps
         self.turns = 0
@@ -121,7 +121,7 @@ class Run:
 
 
 def run(options: argparse.Namespace) -> None:
-    memory.keep_freed_memory()  # as train.py does
+    malloc.keep_freed_memory()  # as train.py does
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = [f"data={options.data}", *([f"data.root={options.root}"] if options.root else [])]

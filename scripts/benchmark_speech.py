@@ -18,11 +18,11 @@ from benchmark import medians, table
 from benchmark_lm import of_size
 
 import sru
-from data.audio import Frontend, StepStream
-from data.synthesis import WORDS, spoken
+from data.audio.fbank import Frontend, StepStream
+from data.audio.synthesis import WORDS, synthesise
 from tasks.classification import Classification
-from tasks.ctc import BLANK, greedy
-from tasks.memory import keep_freed_memory
+from tasks.modules.ctc_decoder import BLANK, greedy
+from tasks.run.malloc import keep_freed_memory
 from tasks.speech import SpeechRecognition
 
 RATE, MELS, STACK = 16000, 80, 3
@@ -91,7 +91,7 @@ def streaming(task: SpeechRecognition) -> Callable[[], None]:
 
 def sound(seconds: float) -> np.ndarray:
     """Computed speech of that length."""
-    wave, _ = spoken(WORDS, 3, 1)
+    wave, _ = synthesise(WORDS, 3, 1)
     return np.tile(wave, 1 + int(seconds * RATE / len(wave)))[: int(seconds * RATE)]
 
 

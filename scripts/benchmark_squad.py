@@ -10,9 +10,9 @@ import hydra
 import torch
 from benchmark import in_bfloat16, medians, table
 
-from data.reader import Batch
 from data.squad import Sample
-from tasks import door
+from data.text.squad_features import Batch
+from tasks.run import config_checks
 from tasks.squad import QuestionAnswering
 
 EXPERIMENTS = {
@@ -68,11 +68,11 @@ def encoding(task: QuestionAnswering, batches: list[Batch]) -> Callable[[], None
 def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as cache:
         data = Sample(cache=cache, min_count=1)
-        vocab_size = data.dims["vocab_size"]
+        vocab_size = data.model_kwargs["vocab_size"]
         loader = data.train_dataloader()
         batches = list(itertools.islice(loader, 2))
     batches = [batch._replace(features=torch.rand(*batch.passage.shape, NUM_FEATURES)) for batch in batches]
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(door.ROOT / "conf")):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_checks.ROOT / "conf")):
         readers = {name: reader(experiment, vocab_size) for name, experiment in EXPERIMENTS.items()}
     contenders: dict[str, Callable[[], object]] = {name: training(*pair, batches) for name, pair in readers.items()}
     cast = {f"{name}, bfloat16": in_bfloat16(steps) for name, steps in contenders.items()}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import sru
 from sru.kernels.linear import linear
-from tasks.memory import keep_freed_memory
-from tasks.search import beam_search
+from tasks.modules.beam_search import beam_search
+from tasks.run.malloc import keep_freed_memory
 from tasks.translation import Translation
 
 VOCABULARY, BOS, EOS = 8000, 2, 3

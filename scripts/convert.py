@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sru import SRU, SRUCell, SRUpp, convert
+from sru import SRU, SRUCell, SRUpp, convert, official_format
 
 # The layouts, and what a stack calls its list of layers.
 LISTS = {"ours": "layers", **dict.fromkeys((*convert.VERSIONS, "2017"), "rnn_lst")}
@@ -145,7 +145,7 @@ def convert_all(
         own = [key for key in named if key.startswith(prefix) and ENTRY.fullmatch(key.removeprefix(prefix))]
         try:
             if in_stack:
-                convert.refuse_too_old(named, owner)
+                official_format.refuse_too_old(named, owner)
             entries, arguments = convert_layer(
                 {key.removeprefix(prefix): named[key] for key in own}, source, to, options
             )
@@ -276,7 +276,7 @@ def main(words: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tasks/ lies beside this folder
-    from tasks import console
+    from tasks.run import console
 
     console.use_utf8()
     sys.exit(main())

@@ -9,12 +9,12 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `data` is not installed, it lies beside this folder
 
-from tasks import console, door, hints, messages
+from tasks.run import config_checks, config_hints, console, errors
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    door.check(cfg)
+    config_checks.check(cfg)
     data = hydra.utils.instantiate(cfg.data)
     data.prepare_data()
     data.setup()  # reads it all, so that what is wrong with it shows now
@@ -22,11 +22,11 @@ def main(cfg: DictConfig) -> None:
 
 
 def command() -> None:
-    sys.argv[1:] = hints.without_nothing(sys.argv[1:])
+    sys.argv[1:] = config_hints.drop_empty_words(sys.argv[1:])
     main()
 
 
 if __name__ == "__main__":
     console.use_utf8()
     sys.argv.append("hydra.run.dir=.")  # nothing of this is a run
-    messages.guard(command)
+    errors.guard(command)

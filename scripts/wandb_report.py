@@ -10,7 +10,7 @@ import yaml
 from results_papers import RISING
 
 ROOT = Path(__file__).parent.parent
-STEP = "trainer/global_step"  # as in tasks/dashboard.py
+STEP = "trainer/global_step"  # as in tasks/run/wandb_logger.py
 # What papers report, where it is not what the task monitors; of words in place of bytes --metric test/perplexity.
 REPORTED = {"lm": "test/bpc", "translation": "test/bleu", "squad": "test/em"}
 SPEEDS = ("examples_per_second", "tokens_per_second", "frames_per_second", "steps_per_second")
@@ -159,7 +159,7 @@ def fail(message: str) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tasks/ lies beside this folder
-    from tasks import console
+    from tasks.run import console
 
     console.use_utf8()
     sys.exit(main())

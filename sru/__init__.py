@@ -1,12 +1,13 @@
 """Simple Recurrent Units: fast recurrent layers for PyTorch."""
 
-from sru.baselines import CNN, GRU, LSTM, QRNN
+from sru import convert
+from sru.baselines.recurrent import CNN, GRU, LSTM, QRNN
+from sru.baselines.transformer import Transformer
+from sru.baselines.transformer_xl import TransformerXL
 from sru.cell import SRUCell
 from sru.layer import SRU, presets
 from sru.srupp import SRUpp, SRUppEncoder
-from sru.transformer import Transformer
 from sru.transformer_sru import TransformerSRU
-from sru.transformer_xl import TransformerXL
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "Transformer",
     "TransformerSRU",
     "TransformerXL",
+    "convert",
     "presets",
 ]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sru.dropout import dropout as dropped
 from sru.kernels.linear import affine, is_plain, linear
-from sru.padding import cleared
+from sru.padding import clear
 
 # What a stack looks up in a source: its padding (S, B), if any, and keys and values (S, B, n) of each layer.
 Source = tuple[Tensor | None, list[tuple[Tensor, Tensor]]]
@@ -34,10 +34,10 @@ class LooksIntoSource:
             found = tuple(source.shape) if isinstance(source, Tensor) else type(source).__name__
             raise ValueError(f"source must be (S, B, {self.source_size}), time first, not {found}")
         if pad is not None:
-            source, pad = cleared(source, pad)
+            source, pad = clear(source, pad)
         return pad, [reader.read(source) for reader in self.readers()]
 
-    def seen(self, source: Source | None, num_layers: int) -> list[tuple[Tensor, Tensor, Tensor | None] | None]:
+    def check_source(self, source: Source | None, num_layers: int) -> list[tuple[Tensor, Tensor, Tensor | None] | None]:
         """Keys, values and padding of the source for each layer; ValueError for one too many or too few."""
         if (source is None) != (self.source_size is None):
             raise ValueError(f"a source is {'missing: give what read returned' if source is None else 'not for this'}")

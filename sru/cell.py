@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sru import convert
-from sru.door import (
+from sru.checks import (
     check_biases,
     check_choice,
     check_flags,
@@ -22,9 +21,9 @@ from sru.door import (
     state_dtype,
 )
 from sru.kernels import ACTIVATIONS, BACKENDS, recurrence
-from sru.kernels.autograd import HALVES
+from sru.kernels.dispatch import HALVES, has_numbers
 from sru.kernels.linear import FORWARD, linear
-from sru.kernels.ops import has_numbers
+from sru.official_format import Shape, read_official_cell
 
 
 def sequence_mask(p: float, like: Tensor) -> Tensor | None:
@@ -352,7 +351,9 @@ class SRUCell(nn.Module):
                 tensor.data = tensor.data.flatten()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        convert.read_official_cell(self, state_dict, prefix)
+        weight_shape = None if self.weight is None else self.weight.shape
+        shape = Shape(self.output_size, self.matrices, self.projection_size, weight_shape, self.has_vc_term)
+        read_official_cell(shape, state_dict, prefix)
         for name in ("bias", "v"):  # of earlier versions of this layer: a row for each gate
             if (a := state_dict.get(f"{prefix}{name}")) is not None and a.shape == (2, self.output_size):
                 state_dict[f"{prefix}{name}"] = a.flatten()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sru.kernels.ops import have_memory, transforms_are_active
+from sru.kernels.dispatch import have_memory, transforms_are_active
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -17,7 +17,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     is_fast = x.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_are_active()
     if not is_fast or not training or not 0 < p < 1 or not have_memory(x):
         return F.dropout(x, p, training)
-    seed = torch.empty((), dtype=torch.int64).random_().item()
+    seed = int(torch.empty((), dtype=torch.int64).random_())
     bits = np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.uint16)[: x.numel()]
     dropped = min(round(p * 2**16), 2**16 - 1)  # of the 65536 numbers
     kept = (bits >= dropped).astype(np.float32).reshape(x.shape)

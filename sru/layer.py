@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from sru import convert
 from sru.cell import SRUCell, sequence_mask
-from sru.door import check_flags, check_input, check_mask, check_sizes, check_state, refuse, state_dtype
+from sru.checks import check_flags, check_input, check_mask, check_sizes, check_state, refuse, state_dtype
 from sru.kernels import stack
+from sru.kernels.dispatch import has_numbers
 from sru.kernels.linear import affine, is_plain
-from sru.kernels.ops import has_numbers
+from sru.official_format import read_official_names
 
 # What the papers use in each setting: SRU(n, d, num_layers, **presets["deep"]).
 presets: dict[str, dict[str, Any]] = {
@@ -307,7 +307,7 @@ class SRU(nn.Module):
         return self.layers
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        convert.read_official_names(state_dict, prefix)
+        read_official_names(state_dict, prefix)
         start = f"{prefix}layers."
         found = len({key.removeprefix(start).partition(".")[0] for key in state_dict if key.startswith(start)})
         if found not in (0, self.num_layers):  # among the keys: whether the load is strict, torch does not tell

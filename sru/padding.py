@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sru.door import check_mask
-from sru.kernels.ops import has_numbers
+from sru.checks import check_mask
+from sru.kernels.dispatch import has_numbers
 
 
-def cleared(x: Tensor, mask_pad: Tensor) -> tuple[Tensor, Tensor]:
+def clear(x: Tensor, mask_pad: Tensor) -> tuple[Tensor, Tensor]:
     """x (T, B, n) with zeros where it is padding, and mask_pad (T, B) as bool; refuse what is no mask beside x.
 
     Zeros, as 0 * inf is no number: whatever stands in the padding, a gradient of 0 there stays 0.
@@ -26,7 +26,7 @@ def lengths_of(pad: Tensor) -> Tensor:
     return (~pad).sum(0)
 
 
-def backwards(x: Tensor, lengths: Tensor | None) -> Tensor:
+def reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
     """x (T, B, n) with each sequence read from its end, and its padding where it was; twice gives x."""
     if lengths is None:
         return x.flip(0)
@@ -37,7 +37,7 @@ def backwards(x: Tensor, lengths: Tensor | None) -> Tensor:
     return x.flatten(0, 1).index_select(0, (t * batch + torch.arange(batch, device=x.device)).flatten()).view_as(x)
 
 
-def joined(past: Tensor | None, now: Tensor | None, length: int, x: Tensor) -> Tensor | None:
+def join(past: Tensor | None, now: Tensor | None, length: int, x: Tensor) -> Tensor | None:
     """Which of `length` = M steps of memory and T of x (T, B, n) are padding (M + T, B); None where none can be."""
     if past is None and now is None:
         return None

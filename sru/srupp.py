@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from sru.attention import Attention, Cache, LooksIntoSource, Projection, Source, SourceAttention
-from sru.door import check_flags, check_mask, check_probabilities, check_sizes, refuse
+from sru.checks import check_flags, check_mask, check_probabilities, check_sizes, refuse
 from sru.layer import SRU, signature
-from sru.padding import cleared, joined, padding_first
+from sru.padding import clear, join, padding_first
 
 NOT_HERE = {"transform_module", "custom_m", "projection_size", "n_proj"}  # of SRU's arguments
 
@@ -161,7 +161,7 @@ class SRUpp(LooksIntoSource, SRU):
             self.check_memory(memory)
         if memory_mask_pad is not None and memory is None:
             raise ValueError("memory_mask_pad is given without memory")
-        seen = self.seen(source, self.num_layers)
+        seen = self.check_source(source, self.num_layers)
         saved: list[Tensor] = []
         masks: list[Tensor | None] = []  # one for all layers, made when the first one asks
 
@@ -241,13 +241,13 @@ class SRUpp(LooksIntoSource, SRU):
             raise ValueError("a bidirectional SRUpp needs the whole sequence: it has no step")
         if x.dim() != 2:
             raise ValueError(f"x must be (B, {self.input_size}), not {tuple(x.shape)}")
-        c0, pairs = (None, [()] * self.num_layers) if state is None else self.checked(state)
+        c0, pairs = (None, [()] * self.num_layers) if state is None else self.unpack_state(state)
         caches = [Cache(self.reach, *pair) for pair in pairs]
-        seen = self.seen(source, self.num_layers)
+        seen = self.check_source(source, self.num_layers)
         h, c = self.run(x[None], c0, None, lambda i, *_: (None, None, False, caches[i], seen[i]))
         return h[0], (c, [() if cache.k is None else (cache.k, cache.v) for cache in caches])
 
-    def checked(self, state: Any) -> Any:
+    def unpack_state(self, state: Any) -> Any:
         """The state of a step; TypeError for what `step` did not return."""
         if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], list):
             numbers = [len(pair) if isinstance(pair, tuple) else -1 for pair in state[1]]
@@ -316,12 +316,12 @@ class SRUppEncoder(SRUpp):
             raise TypeError("the state of SRUppEncoder is what its call returned: (c, memory, padding)")
         c0, memory, past_pad = (None, None, None) if state is None else state
         if mask_pad is not None:
-            x, mask_pad = cleared(x, mask_pad)
+            x, mask_pad = clear(x, mask_pad)
         h, c, extra = super().forward(x, c0, mask_pad, memory=memory, memory_mask_pad=past_pad, source=source)
         assert isinstance(h, Tensor)
         inputs = extra["saved_inputs"]
         memory = [now[:0] for now in inputs] if memory is None else memory
-        pad = joined(past_pad, mask_pad, len(memory[0]), x)
+        pad = join(past_pad, mask_pad, len(memory[0]), x)
         if mask_pad is not None and pad is not None:
             inputs = [torch.cat([past.to(now.dtype), now]) for past, now in zip(memory, inputs, strict=True)]
             inputs, pad = padding_first(inputs, pad)

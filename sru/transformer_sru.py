@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sru.baselines.transformer import Transformer
 from sru.cell import SRUCell
-from sru.door import state_dtype
+from sru.checks import state_dtype
 from sru.kernels.linear import affine
 from sru.layer import signature
-from sru.transformer import Transformer
 
 
 class TransformerSRU(Transformer):

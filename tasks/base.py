@@ -6,50 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.profilers import PassThroughProfiler
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
-from tasks.processes import gathered, rank, summed, world_size
-
-
-class Dropout(nn.Module):
-    """torch.nn.Dropout, which draws its masks on a CPU ten times as slowly."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {p}")
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not self.training or self.p == 0 or torch.compiler.is_compiling():
-            return nn.functional.dropout(x, self.p, self.training)
-        # 16 random bits a number, four numbers a draw, from numpy's generator, which torch's seeds.
-        seed = torch.empty((), dtype=torch.int64).random_().item()
-        bits = np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.uint16)[: x.numel()]
-        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of the 65536 numbers
-        kept = (bits >= dropped).astype(np.float32).reshape(x.shape)
-        return x * torch.from_numpy(kept).to(x.dtype).div_(1 - dropped / 2**16)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a call of the module is the product with its weight and no more.
-
-    A hook, a parametrisation, an adapter or a quantised weight is only heeded by a call.
-    """
-    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    every = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
-    return type(module) is nn.Linear and not any((*own, *every)) and "forward" not in module.__dict__
-
-
-def apply_linear(module: nn.Module, x: Tensor, linear: Callable[..., Tensor]) -> Tensor:
-    """What the module gives for x: by `linear` if it is a plain torch.nn.Linear, else by calling it."""
-    return linear(x, module.weight, module.bias) if is_plain(module) else module(x)
-
+from tasks.run.distributed import all_gather_object, all_reduce_sum, rank, world_size
 
 # The hooks of a training step from which Lightning needs no result.
 STEP_HOOKS = (
@@ -93,8 +55,8 @@ class Task(pl.LightningModule, ABC):
         scheduler: builds the schedule of its learning rate, as tasks/schedules.py does; None leaves it as it is.
     """
 
-    counted = "examples"  # what `loss` counts
-    writes: tuple[str, ...] = ()  # the files that a test leaves in the trainer's folder
+    unit = "examples"  # what `loss` counts
+    test_artifacts: tuple[str, ...] = ()  # the files that a test leaves in the trainer's folder
 
     def __init__(
         self,
@@ -122,7 +84,7 @@ class Task(pl.LightningModule, ABC):
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], int]:
         """The loss to minimise, further metrics, and the number of examples that both are means over."""
 
-    def derived(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
+    def epoch_metrics(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         """Metrics that follow from the whole of a stage, where the mean of what follows from a batch would be wrong."""
         return {}
 
@@ -143,7 +105,7 @@ class Task(pl.LightningModule, ABC):
                 sums[name] = torch.zeros_like(value, dtype=dtype)
             sums[name].add_(value.detach(), alpha=size)
         if stage == "train" and world_size() > 1:
-            sizes = summed(torch.tensor(float(size), device=loss.device))
+            sizes = all_reduce_sum(torch.tensor(float(size), device=loss.device))
             return loss * (size * world_size() / sizes.clamp(min=1))
         return loss
 
@@ -159,7 +121,7 @@ class Task(pl.LightningModule, ABC):
                     f"the {stage} loss is {means['loss']:g} after {self.trainer.global_step} steps; type a lower "
                     "task.optimizer.lr=, trainer.gradient_clip_val=1, or trainer.precision=32-true"
                 )
-            means |= self.derived(means, stage)
+            means |= self.epoch_metrics(means, stage)
             self.log_dict({f"{stage}/{name}": value.float() for name, value in means.items()}, prog_bar=stage == "val")
             # The row of the loggers; Lightning's own count is another one after a resume within an epoch.
             self.log("step", float(self.trainer.global_step))
@@ -231,7 +193,7 @@ class Task(pl.LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = self.own_state()
         checkpoint.update(own)
-        if len(every := gathered(own)) > 1:
+        if len(every := all_gather_object(own)) > 1:
             checkpoint["processes"] = every
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

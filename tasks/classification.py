@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.base import Dropout, Task
+from tasks.base import Task
+from tasks.modules.layers import Dropout
 
 
 class Classification(Task):

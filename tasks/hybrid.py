@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.base import Dropout, Task, apply_linear
-from tasks.decoder import has_memory
-from tasks.latency import LatencyControlled
-from tasks.lm import detached
-from tasks.newbob import Newbob
-from tasks.processes import rank, world_size
+from tasks.base import Task
+from tasks.lm import detach
+from tasks.modules.attention_decoder import has_memory
+from tasks.modules.latency_controlled import LatencyControlled
+from tasks.modules.layers import Dropout, apply_linear
+from tasks.modules.newbob import Newbob
+from tasks.run.distributed import rank, world_size
 
 
 class Hybrid(Task):
@@ -22,7 +23,7 @@ class Hybrid(Task):
     Training reads utterances in segments (truncated back-propagation through time): the state that a segment leaves is
     where the next one starts, without its gradient, and zeros where another utterance begins. A memory of steps, which
     what attends has instead, begins anew with each segment. A bidirectional network is latency-controlled, in training
-    and in evaluation: tasks/latency.py. Validation and test read whole utterances.
+    and in evaluation: tasks/modules/latency_controlled.py. Validation and test read whole utterances.
 
     A batch has x (T, B, input_size), targets (S, B) of its first S steps with -1 for none, pad (T, B), begins (B,), and
     keys, the utterances where it has whole ones.
@@ -32,7 +33,7 @@ class Hybrid(Task):
 
     Args:
         encoder: builds the encoder from `input_size`.
-        optimizer: as in Task. scheduler: as in Task; tasks/newbob.py is told of each validation.
+        optimizer: as in Task. scheduler: as in Task; tasks/modules/newbob.py is told of each validation.
         input_size, num_targets, delay, segment, right: of the data; at step t the target is that of frame t - delay.
         log_priors (num_targets,): of the targets in training.
         archive: opens an archive at a path, whose `write(key, matrix)` writes to it.
@@ -43,8 +44,8 @@ class Hybrid(Task):
         linear: makes the softmax's products, as torch.nn.functional.linear or faster.
     """
 
-    counted = "frames"
-    writes = ("likelihoods.ark", "likelihoods.scp")
+    unit = "frames"
+    test_artifacts = ("likelihoods.ark", "likelihoods.scp")
     log_priors: Tensor
 
     def __init__(
@@ -120,14 +121,14 @@ class Hybrid(Task):
         """Logits (S, B, num_targets) of a segment of each stream, whose state goes on."""
         state = None if batch.begins.all() else self.state
         if state is not None and batch.begins.any():
-            state = cleared(state, batch.begins)
+            state = clear_states(state, batch.begins)
         right = len(batch.x) - len(batch.targets)
         if self.is_latency_controlled:
             mask = batch.pad if batch.pad.any() else None
             h, state = self.encoder(batch.x, state, mask, right)
         else:  # padding comes last in its utterance, so that it changes nothing that counts
             h, state = self.encoder(batch.x, state)
-        self.state = None if has_memory(state) else detached(state)
+        self.state = None if has_memory(state) else detach(state)
         return self.logits(h)
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], int]:
@@ -152,7 +153,7 @@ class Hybrid(Task):
         super().on_validation_epoch_end()
         scheduler = self.lr_schedulers() if self.trainer.state.fn == "fit" else None
         if isinstance(scheduler, Newbob) and (loss := self.trainer.callback_metrics.get("val/loss")) is not None:
-            scheduler.validated(float(loss))
+            scheduler.after_validation(float(loss))
 
     def on_test_start(self) -> None:
         if self.writes_likelihoods:
@@ -212,8 +213,8 @@ class Hybrid(Task):
         yield f"{frames.report}: their likelihoods of {len(self.log_priors):,} targets are in {path}\n"
 
 
-def cleared(state: Any, begins: Tensor) -> Any:
+def clear_states(state: Any, begins: Tensor) -> Any:
     """A state with zeros for the streams in which an utterance begins (B,)."""
     if isinstance(state, Tensor):
         return state.masked_fill(begins[:, None], 0.0)
-    return type(state)(cleared(part, begins) for part in state) if isinstance(state, tuple | list) else state
+    return type(state)(clear_states(part, begins) for part in state) if isinstance(state, tuple | list) else state

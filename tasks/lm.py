@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks import console
-from tasks.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from tasks.base import Dropout, Task
+from tasks.base import Task
+from tasks.modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
+from tasks.modules.layers import Dropout
+from tasks.run import console
 
 
 class LanguageModelling(Task):
@@ -35,7 +36,7 @@ class LanguageModelling(Task):
         linear: makes the softmax's products, as torch.nn.functional.linear or faster.
     """
 
-    counted = "tokens"
+    unit = "tokens"
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class LanguageModelling(Task):
             raise ValueError(
                 f"task.cutoffs parts words by how frequent they are, {unit} are in another order: leave it out"
             )
-        self.unit = unit
+        self.text_unit = unit
         input_size = embedding_size if input_size is None else input_size
         clusters: dict[str, Any] = {"cutoffs": tuple(cutoffs), "div_value": div_value}
         self.embedding = AdaptiveEmbedding(vocab_size, embedding_size, input_size, **clusters)
@@ -95,11 +96,11 @@ class LanguageModelling(Task):
         x, y, first = batch
         stage = "train" if self.training else "evaluation"
         h, state = self(x, None if first else self.states[stage])
-        self.states[stage] = detached(state)
+        self.states[stage] = detach(state)
         return self.softmax(h, y).mean(), {}, y.numel()
 
-    def derived(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
-        if self.unit == "words":
+    def epoch_metrics(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
+        if self.text_unit == "words":
             return {"perplexity": means["loss"].exp()}
         return {"bpc": means["loss"] / math.log(2)}
 
@@ -204,7 +205,7 @@ class LanguageModelling(Task):
             raise ValueError(
                 f"length={length} must be 0 or above, up to 10**9, and seed={seed} 0 or above, below 2**63"
             )
-        given = vocabulary.encode(console.typed(prompt))
+        given = vocabulary.encode(console.decode_argument(prompt))
         tokens = self.generate(
             given,
             temperature=temperature,
@@ -228,12 +229,13 @@ class LanguageModelling(Task):
 
         def score(bits: Tensor) -> str:
             mean = float(bits.mean())
-            return f"{2**mean:10.2f}" if self.unit == "words" else f"{mean:8.3f}"
+            return f"{2**mean:10.2f}" if self.text_unit == "words" else f"{mean:8.3f}"
 
         for line, of_line in zip(lines, bits, strict=True):
             printable = line.encode(errors="surrogateescape").decode(errors="replace")
             yield f"{score(of_line)}  {printable}\n"
-        yield f"{score(torch.cat(bits))}  {'perplexity' if self.unit == 'words' else 'bits per character'} of all\n"
+        measure = "perplexity" if self.text_unit == "words" else "bits per character"
+        yield f"{score(torch.cat(bits))}  {measure} of all\n"
 
 
 def draw(scores: Tensor, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
@@ -247,10 +249,10 @@ def draw(scores: Tensor, top_k: int, top_p: float, generator: torch.Generator | 
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def detached(state: Any) -> Any:
+def detach(state: Any) -> Any:
     """A state of tensors, in tuples and lists, without its gradient."""
     if isinstance(state, Tensor):
         # A view of a few steps would keep, and save, all that it is a view of.
         is_part = state.untyped_storage().nbytes() > state.nbytes
         return state.detach().clone() if is_part else state.detach()
-    return type(state)(map(detached, state)) if isinstance(state, tuple | list) else state
+    return type(state)(map(detach, state)) if isinstance(state, tuple | list) else state

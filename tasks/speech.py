@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.base import Dropout, Task
-from tasks.ctc import BLANK, PrefixSearch, Words, check_beam, greedy, search
-from tasks.processes import gathered, rank
-from tasks.record import write_text
+from tasks.base import Task
+from tasks.modules.ctc_decoder import BLANK, NGramLM, PrefixSearch, check_beam, greedy, search
+from tasks.modules.layers import Dropout
+from tasks.run.distributed import all_gather_object, rank
+from tasks.run.files import write_text
 from tasks.translation import MEMORY
 
 POINTS = 5
@@ -49,8 +50,8 @@ class SpeechRecognition(Task):
         beam: prefixes that are kept in validation and test; 1 takes the likeliest symbol of each step.
     """
 
-    counted = "steps"
-    writes = ("hypotheses.txt",)
+    unit = "steps"
+    test_artifacts = ("hypotheses.txt",)
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class SpeechRecognition(Task):
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], int]:
         x, pad, targets, lengths, items = batch
         steps = (~pad).sum(0)
-        x = self.masked(x, steps) if self.training else x
+        x = self.augment(x, steps) if self.training else x
         log_p, _ = self(x, pad if pad.any() else None)
         losses = F.ctc_loss(log_p, targets, steps, lengths, reduction="none", zero_infinity=True)
         # What has fewer steps than its symbols need has an infinite loss, which is taken for 0, and so do its steps.
@@ -119,7 +120,7 @@ class SpeechRecognition(Task):
                 self.hypotheses[item.id] = self.decode(search(log_p[: steps[i], i], self.beam)), item.text
         return losses.sum() / max(1, count), {}, count
 
-    def masked(self, x: Tensor, steps: Tensor) -> Tensor:
+    def augment(self, x: Tensor, steps: Tensor) -> Tensor:
         """x (T, B, n), each recording, of `steps` (B,), in another colour, without some frequencies and some times."""
         frames = x.unflatten(2, (-1, self.num_mels))
         batch, device = x.shape[1], x.device
@@ -147,10 +148,10 @@ class SpeechRecognition(Task):
             silent |= stretch(steps, self.time_width * steps, len(x))
         return frames.masked_fill(silent[:, :, None, None], 0.0).flatten(2)
 
-    def derived(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
+    def epoch_metrics(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         if stage == "train":
             return {}
-        for part in gathered(self.hypotheses):
+        for part in all_gather_object(self.hypotheses):
             self.hypotheses |= part
         if not self.hypotheses:
             return {}
@@ -214,7 +215,7 @@ class SpeechRecognition(Task):
             raise ValueError(f"offset={offset} and duration={duration} must be seconds, numbers from 0 on")
         if (offset or duration) and input == "-":
             raise ValueError("offset= and duration= are of a file: standard input is heard from its start to its end")
-        words = Words(ngram, vocabulary.symbols.piece, ngram_weight, word_bonus) if ngram else None
+        words = NGramLM(ngram, vocabulary.symbols.piece, ngram_weight, word_bonus) if ngram else None
         found = PrefixSearch(beam, words) if beam > 1 else None
         pieces, rate = sound(vocabulary, input, rate, chunk if stream else None, offset, duration)
         steps, state = vocabulary.stream(rate), None

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks import answers, console, messages
-from tasks.base import Dropout, Task, apply_linear
-from tasks.processes import gathered, rank
-from tasks.record import write_text
+from tasks.base import Task
+from tasks.modules import squad_metrics
+from tasks.modules.layers import Dropout, apply_linear
+from tasks.run import console, errors
+from tasks.run.distributed import all_gather_object, rank
+from tasks.run.files import write_text
 
 
 class QuestionAnswering(Task):
@@ -46,7 +48,7 @@ class QuestionAnswering(Task):
         linear: makes the alignment's products, as torch.nn.functional.linear or faster.
     """
 
-    writes = ("predictions.json",)
+    test_artifacts = ("predictions.json",)
 
     def __init__(
         self,
@@ -107,7 +109,7 @@ class QuestionAnswering(Task):
         """Scores (B, T) of where the answer starts and ends; -inf at padding."""
         p, q = (self.embedding_dropout(self.embedding(words)) for words in (passage, question))
         p_pad, q_pad = passage == 0, question == 0
-        x = torch.cat([p, self.aligned(p, q, q_pad), features.to(p.dtype)], dim=2)
+        x = torch.cat([p, self.attend_question(p, q, q_pad), features.to(p.dtype)], dim=2)
         # Without padding there is nothing to mask, and the encoders have less to do.
         h_p, _ = self.passage_encoder(x, None, p_pad if p_pad.any() else None)
         h_q, _ = self.question_encoder(q, None, q_pad if q_pad.any() else None)
@@ -122,7 +124,7 @@ class QuestionAnswering(Task):
         )
         return first, last
 
-    def aligned(self, p: Tensor, q: Tensor, q_pad: Tensor) -> Tensor:
+    def attend_question(self, p: Tensor, q: Tensor, q_pad: Tensor) -> Tensor:
         """For each step of p (T, B, n) the mean of q (Q, B, n), weighed by the likeness of the two."""
         p_keys, q_keys = (F.relu(apply_linear(self.likeness, a, self.linear)).transpose(0, 1) for a in (p, q))
         scores = at_least_float32(torch.bmm(p_keys, q_keys.transpose(1, 2)))
@@ -159,15 +161,15 @@ class QuestionAnswering(Task):
                 text = item.text[item.starts[start] : item.ends[end]] if len(item.starts) else ""
                 self.found[item.id] = value, text
 
-    def derived(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
+    def epoch_metrics(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         if stage == "train":
             return {}
-        for found, references in gathered((self.found, self.references)):
+        for found, references in all_gather_object((self.found, self.references)):
             self.references |= references
             for id, best in found.items():  # two windows of a passage may be of two processes
                 self.found[id] = max(best, self.found.get(id, best), key=lambda each: each[0])
         predictions = {id: self.found[id][1] for id in sorted(self.found)}
-        evaluated = answers.evaluate(self.references, predictions)
+        evaluated = squad_metrics.evaluate(self.references, predictions)
         if stage == "test" and not rank():
             folder = Path(self.trainer.default_root_dir)
             write_text(folder / "predictions.json", json.dumps(predictions, ensure_ascii=False) + "\n")
@@ -196,7 +198,7 @@ class QuestionAnswering(Task):
             raise ValueError("give question='some text?' and passage='some text', or input=FILE for the passage")
         if n_best < 1:
             raise ValueError(f"n_best={n_best} must be 1 or more")
-        question, passage = console.typed(question), console.typed(passage or "")
+        question, passage = console.decode_argument(question), console.decode_argument(passage or "")
         if input is not None:
             passage = vocabulary.text(console.read(input), f"input={input}")
         best: dict[tuple[int, int], float] = {}  # characters: sum of scores
@@ -271,4 +273,4 @@ class Layers(nn.Module):
 
 if __name__ == "__main__":
     console.use_utf8()
-    messages.guard(lambda: answers.command(sys.argv[1:]))
+    errors.guard(lambda: squad_metrics.command(sys.argv[1:]))

@@ -18,8 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import LightningDataModule
 from torch import nn
 
-from tasks import failures, record
 from tasks.base import Task
+from tasks.run import checkpoints, errors
 
 OURS = ("sru", "tasks", "data")
 PRODUCT = "sru.kernels.linear.linear"  # the one function that a configuration may name
@@ -46,7 +46,7 @@ def load(checkpoint: str | Path, device: str = "auto") -> tuple[Any, Any]:
     Nothing of the corpus is read, and no class is built that is not of this project.
     """
     check_device(device)
-    task, vocabulary = built(opened(checkpoint))
+    task, vocabulary = build(open_checkpoint(checkpoint))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return task.eval().to(device), vocabulary
@@ -57,7 +57,7 @@ def check_device(device: str) -> None:
         raise ValueError(f"device={device} must be auto, cpu, or cuda where torch finds a GPU")
 
 
-def opened(checkpoint: str | Path) -> Saved:
+def open_checkpoint(checkpoint: str | Path) -> Saved:
     """A .ckpt, or that of a run's folder which its test took; nothing of it is executed."""
     path = Path(checkpoint).expanduser()
     if path.is_dir():
@@ -68,9 +68,9 @@ def opened(checkpoint: str | Path) -> Saved:
         raise FileNotFoundError(
             f"checkpoint={checkpoint} is neither a run's folder nor a .ckpt (there is no {path}); runs lie below runs/"
         )
-    content = record.checkpoint(path)
+    content = checkpoints.read_checkpoint(path)
     if isinstance(content.get("config"), dict):
-        return checked(Saved(path, content["config"], content, f"the configuration in {path}"))
+        return check_parts(Saved(path, content["config"], content, f"the configuration in {path}"))
     file = path.parent.parent / "config.yaml"
     if not file.is_file():
         raise FileNotFoundError(
@@ -81,10 +81,10 @@ def opened(checkpoint: str | Path) -> Saved:
         config: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     except (UnicodeDecodeError, *MISFITS) as error:
         raise ValueError(f"{file} is damaged ({error}); use a copy of the folder") from error
-    return checked(Saved(path, config, content, str(file)))
+    return check_parts(Saved(path, config, content, str(file)))
 
 
-def checked(saved: Saved) -> Saved:
+def check_parts(saved: Saved) -> Saved:
     """Refuse a configuration that lacks a part."""
     is_dict = isinstance(saved.config, dict)
     parts = ("data", "model", "task", "trainer", "choices")
@@ -112,7 +112,7 @@ def class_and_options(config: dict[str, Any], part: str, base: type) -> tuple[An
     return found, options | ({"linear": get_object(PRODUCT)} if has_product else {})
 
 
-def built(saved: Saved) -> tuple[Any, Any]:
+def build(saved: Saved) -> tuple[Any, Any]:
     """The task with a checkpoint's weights, and its vocabulary."""
     try:
         data, _ = class_and_options(saved.config, "data", LightningDataModule)
@@ -124,7 +124,7 @@ def built(saved: Saved) -> tuple[Any, Any]:
         if model_options.get("num_layers", 0) > len(weights):  # which would be made for hours
             raise KeyError(f"the weights of {model_options['num_layers']} layers")
         vocabulary = data.vocabulary_of(saved.content[data.__qualname__])
-        options = task_options | vocabulary.dims
+        options = task_options | vocabulary.model_kwargs
         make = partial(task_class, encoder=partial(model, **model_options), optimizer=torch.optim.SGD, **options)
         with torch.device("meta"):  # another configuration takes no memory before its sizes are compared
             # A copy: torch notes in the dict that it assigns, and would assign the next time too, which unties weights.
@@ -136,7 +136,7 @@ def built(saved: Saved) -> tuple[Any, Any]:
                 raise KeyError(f"{name}, tied to another")
     except MISFITS as error:
         is_absent = isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] not in OURS
-        if is_absent or failures.told(error):  # a package that is not installed, memory that is too small
+        if is_absent or errors.explain_failure(error):  # a package that is not installed, memory that is too small
             raise
         raise ValueError(
             f"{saved.source} is damaged, or not that of {saved.path} ({type(error).__name__}: {error}); "

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks import console
-from tasks.base import Dropout, Task, apply_linear, is_plain
-from tasks.cross_entropy import linear_cross_entropy
-from tasks.decoder import GlobalAttention, has_memory
-from tasks.processes import gathered, rank
-from tasks.record import write_text
-from tasks.search import beam_search, check_search
+from tasks.base import Task
+from tasks.modules.attention_decoder import GlobalAttention, has_memory
+from tasks.modules.beam_search import beam_search, check_search
+from tasks.modules.layers import Dropout, apply_linear, is_plain
+from tasks.modules.linear_cross_entropy import linear_cross_entropy
+from tasks.run import console
+from tasks.run.distributed import all_gather_object, rank
+from tasks.run.files import write_text
 
 MEMORY = ("memory_length", "eval_memory_length")  # options of what attends
 
@@ -51,8 +52,8 @@ class Translation(Task):
         linear: makes the softmax's products, as torch.nn.functional.linear or faster.
     """
 
-    counted = "tokens"
-    writes = ("hypotheses.txt",)
+    unit = "tokens"
+    test_artifacts = ("hypotheses.txt",)
 
     def __init__(
         self,
@@ -175,11 +176,11 @@ class Translation(Task):
         """The text of a translation, in one line: any byte can be written, a line's end too."""
         return re.sub(r"[\r\n]", " ", self.decode(words))
 
-    def derived(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
+    def epoch_metrics(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         if stage == "train":  # whose loss is smoothed, and no perplexity follows from it
             return {}
         values = {"perplexity": means["loss"].exp()}
-        for part in gathered(self.hypotheses):
+        for part in all_gather_object(self.hypotheses):
             self.hypotheses |= part
         if self.hypotheses:
             from sacrebleu.metrics import BLEU, CHRF

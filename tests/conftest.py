@@ -54,7 +54,7 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _give_memory_back(monkeypatch):
     """Training keeps what it frees; a process of thousands of tests would keep what the largest of them took."""
-    if memory := sys.modules.get("tasks.memory"):
+    if memory := sys.modules.get("tasks.run.malloc"):
         monkeypatch.setattr(memory, "keep_freed_memory", lambda: None)
     before = resident()
     yield

@@ -11,7 +11,7 @@ from conftest import ROOT
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from tasks import door
+from tasks.run import config_checks
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 QUICKSTART = [
@@ -40,13 +40,13 @@ TRAIN = [(name, words) for name, words in ALL if not is_row(shlex.split(words))]
 
 @pytest.mark.parametrize(("page", "words"), TRAIN)
 def test_a_command_of_the_documents_composes(configure, page, words):
-    # What goes on with a run has that run's words. tests/test_own_task.py composes the task that is added there.
+    # What goes on with a run has that run's words. tests/tasks/test_own_task.py composes the task that is added there.
     flags = {"-m", "--cfg", "job", "--help"}
     given = [word for word in shlex.split(words) if word not in flags and not word.startswith("resume=")]
     if any(word.startswith(("sweep=", "hydra", "+hydra")) for word in given):
-        # tests/test_sweeps.py composes the jobs of conf/sweep/ and runs the launchers.
+        # tests/tasks/test_sweep.py composes the jobs of conf/sweep/ and runs the launchers.
         given = [word for word in given if "interval(" not in word and not word.lstrip("+").startswith("hydra")]
-        door.check(configure(*given))
+        config_checks.check(configure(*given))
         return
     given = ["task=image" if word == "task=forecast" else word for word in given]
     # Without -m a value with commas is an error, as on the command line.
@@ -57,7 +57,7 @@ def test_a_command_of_the_documents_composes(configure, page, words):
     else:
         jobs = [given]
     for job in jobs[:: max(1, len(jobs) - 1)]:  # the first and the last
-        door.check(configure(*job))
+        config_checks.check(configure(*job))
 
 
 def test_commands_are_found_on_every_page_that_has_some():

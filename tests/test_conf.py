@@ -12,7 +12,7 @@ from conftest import ROOT, options
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
-from tasks import door
+from tasks.run import config_checks, run_dir
 
 EVERY = [
     *(f"task={name}" for name in options("task")),
@@ -41,13 +41,13 @@ def bind(node):
 def test_a_configuration_composes_and_binds(configure, override):
     cfg = configure(override)
     bind(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    door.check(cfg)
+    config_checks.check(cfg)
 
 
 @pytest.mark.parametrize("name", options("ablation"))
 def test_an_ablation_changes_one_value_and_names_itself(configure, name):
     plain, ablated = configure(), configure(f"ablation=[{name}]")
-    changed = {key: new for key, _, new in door.changes(plain, ablated)}
+    changed = {key: new for key, _, new in run_dir.changes(plain, ablated)}
     assert changed.pop(f"ablations.{name}") is True
     assert changed.pop("choices.ablation") == [name]
     assert [key.split(".")[0] for key in changed] == ["model"]
@@ -102,7 +102,7 @@ def test_help_is_short_and_lists_every_choice():
 
 def test_an_option_of_another_model_is_refused_by_name(configure):
     with pytest.raises(ValueError, match=r"sru\.LSTM has no option 'has_skip_term'"):
-        door.check(configure("model=lstm", "ablation=[no_highway]"))
+        config_checks.check(configure("model=lstm", "ablation=[no_highway]"))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_an_option_of_another_model_is_refused_by_name(configure):
 )
 def test_a_value_is_taken_up_to_the_edge_of_its_range_and_no_further(configure, task, key, inside, outside):
     for value in inside:
-        door.check(configure(f"task={task}", f"{key}={value}"))
+        config_checks.check(configure(f"task={task}", f"{key}={value}"))
     for value in outside:
         with pytest.raises(ValueError, match=rf"^{re.escape(key)}={value} must be"):
-            door.check(configure(f"task={task}", f"{key}={value}"))
+            config_checks.check(configure(f"task={task}", f"{key}={value}"))

@@ -97,7 +97,7 @@ def test_a_text_of_words_is_read_with_the_words_of_the_checkpoint(tmp_path):
         (tmp_path / split).write_text("a new b\n")
         files[split] = {"name": str(tmp_path / split)}
     data = Text(root="", cache=str(tmp_path / "cache"), unit="words", files=files, batch_size=1, unroll=2)
-    data.given = Tokens("words", ["<eos>", "<unk>", "z", "b", "a"])
+    data.checkpoint_vocabulary = Tokens("words", ["<eos>", "<unk>", "z", "b", "a"])
     data.setup()
     assert data.splits["test"].tolist() == [4, 1, 3, 0]
     assert data.evaluation("test").inputs.tolist() == [[4, 1, 3]]
@@ -122,7 +122,7 @@ def test_sentences_are_read_with_the_words_of_the_checkpoint(tmp_path):
     files = {"all": {"name": "all", "url": None, "sha256": None, "examples": None}}
     make = {"root": str(tmp_path), "cache": str(tmp_path), "labels": ["negative", "positive"], "files": files}
     data = SentenceClassification(**make)
-    data.given = Vocabulary(["<pad>", "bad", "<unk>", "good"], ["negative", "positive"])
+    data.checkpoint_vocabulary = Vocabulary(["<pad>", "bad", "<unk>", "good"], ["negative", "positive"])
     data.setup()
     (x, labels), *_ = data.evaluation("test")
     assert {(*column.tolist(), label) for column, label in zip(x.T, labels.tolist(), strict=True)} <= {
@@ -130,7 +130,7 @@ def test_sentences_are_read_with_the_words_of_the_checkpoint(tmp_path):
         (0, 1, 1),
     }
     other = SentenceClassification(**make)
-    other.given = Vocabulary(["<pad>", "<unk>"], ["subjective", "objective"])
+    other.checkpoint_vocabulary = Vocabulary(["<pad>", "<unk>"], ["subjective", "objective"])
     with pytest.raises(ValueError, match="the labels of the data are negative, positive, those of the checkpoint subj"):
         other.setup()
 
@@ -138,7 +138,7 @@ def test_sentences_are_read_with_the_words_of_the_checkpoint(tmp_path):
 def test_images_in_another_order_are_refused():
     seen = Digits(num_val=200)
     other = Digits(num_val=200, order="pixels")
-    other.given = seen.vocabulary_of(seen.state_dict())
+    other.checkpoint_vocabulary = seen.vocabulary_of(seen.state_dict())
     with pytest.raises(ValueError, match=r"are pixels, .*those of the checkpoint rows, "):
         other.setup()
 
@@ -287,7 +287,7 @@ def test_weights_are_not_tied_and_examples_not_held_out_otherwise_than_in_traini
     ],
 )
 def test_evaluation_says_what_is_wrong(translator, tmp_path, words, expected):
-    from tasks import messages
+    from tasks.run import errors
 
     best = (translator / "checkpoints/best.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(best[: len(best) // 2])
@@ -297,7 +297,7 @@ def test_evaluation_says_what_is_wrong(translator, tmp_path, words, expected):
         words = [word.replace(name, str(place)) for word in words]
     with pytest.raises(Exception) as caught:  # noqa: PT011
         evaluate.main(words)
-    told = messages.explain(caught.value)
+    told = errors.explain(caught.value)
     assert expected in told
     assert not told.startswith(("TypeError", "KeyError", "AttributeError"))
 

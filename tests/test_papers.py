@@ -9,7 +9,7 @@ from conftest import ROOT, options
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from data.streams import Recipe
+from data.audio.utterance_batches import FrameConfig
 
 # Networks of this project beside one another, of which no paper has a number.
 OWN = ("enwik8_4mb_", "ptb_small_", "multi30k_", "fsdd_", "librispeech_", "smnist_sru", "psmnist_sru")
@@ -66,14 +66,14 @@ def build(cfg):
         "squad": {"vocab_size": 90_000, "num_features": 4 + 50 + 18},
     }
     if cfg.choices.task == "hybrid":
-        recipe = Recipe("speaker", cfg.data.delay, cfg.data.segment, cfg.data.right, 83, torch.ones(8802), None)
-        dims = recipe.dims
+        recipe = FrameConfig("speaker", cfg.data.delay, cfg.data.segment, cfg.data.right, 83, torch.ones(8802), None)
+        kwargs = recipe.model_kwargs
     else:
-        dims = sizes[cfg.choices.task]
+        kwargs = sizes[cfg.choices.task]
     with torch.device("meta"):
         if cfg.choices.task in ("classification", "squad"):
-            dims = {**dims, "vectors": torch.zeros(90_000, 300)}
-        return instantiate(cfg.task)(encoder=instantiate(cfg.model), **dims)
+            kwargs = {**kwargs, "vectors": torch.zeros(90_000, 300)}
+        return instantiate(cfg.task)(encoder=instantiate(cfg.model), **kwargs)
 
 
 def millions(parameters):

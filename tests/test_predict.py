@@ -146,7 +146,7 @@ def test_a_checkpoint_of_another_size_is_refused(trained, tmp_path):
         predict.load(str(copy_of(trained, tmp_path / "run", model__hidden_size=24)))
 
 
-@pytest.mark.parametrize("target", ["os.system", "tasks.record.write_text", "data.lm.Text", "torch.nn.Linear"])
+@pytest.mark.parametrize("target", ["os.system", "tasks.run.files.write_text", "data.lm.Text", "torch.nn.Linear"])
 def test_a_folder_from_a_stranger_builds_none_of_its_classes(trained, tmp_path, target):
     with pytest.raises(ValueError, match="not of this project, nothing built"):
         predict.load(str(copy_of(trained, tmp_path / "one", model___target_=target)))

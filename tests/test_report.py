@@ -47,7 +47,7 @@ def rows():
 def write_row(configure, tmp_path):
     """write_row(name, accuracy, *overrides): a finished run, as train.py leaves it, of that experiment."""
 
-    def written(name, accuracy, *overrides):
+    def write(name, accuracy, *overrides):
         cfg = configure("experiment=classification_sru_2l", *overrides)
         folder = tmp_path / "runs" / name
         write_run(folder, accuracy, seconds=1800.0, examples_per_second=700.0)
@@ -56,7 +56,7 @@ def write_row(configure, tmp_path):
         (folder / "run.json").write_text(json.dumps(origin))
         return folder
 
-    return written
+    return write
 
 
 def found(*paths):

@@ -90,7 +90,7 @@ def test_every_metric_of_the_report_is_one_that_runs_log(tmp_path):
         assert name in text
         assert f'"{name}"' in source
     assert '"published/test/bpc"' in text
-    counted = re.findall(r'    counted = "(\w+)"', source)
+    counted = re.findall(r'    unit = "(\w+)"', source)
     assert {f"{name}_per_second" for name in counted} == set(wandb_report.SPEEDS)
 
 

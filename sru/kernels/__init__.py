@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sru.kernels import ops, portable, reference
+from sru.kernels import dispatch, ops, portable, reference  # noqa: F401  ops registers the operators
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 BACKENDS = ("auto", "cpu", "cuda", "reference")
@@ -90,16 +90,16 @@ def recurrence(
         return reference.recurrence(u, x, v, b, c0, **options)
     if torch.compiler.is_exporting():
         return portable.recurrence(u, x, v, b, c0, **options)
-    transforms, compiling = ops.transforms_are_active(), torch.compiler.is_compiling()
+    transforms, compiling = dispatch.transforms_are_active(), torch.compiler.is_compiling()
     # What no operator of ours has: forward derivatives, and transforms within compiled code.
-    without_operator = ops.forward_mode_is_active() or (transforms and compiling)
+    without_operator = dispatch.forward_mode_is_active() or (transforms and compiling)
     if torch.jit.is_tracing() or without_operator or not has_kernel(u):
         return reference.recurrence(u, x, v, b, c0, **options)
     from sru.kernels import autograd
 
     through = "transform" if transforms else ""
-    watched = u.is_meta or compiling or ops.modes_are_active()
-    if not transforms and (watched or not ops.have_memory(u, x, v, b, c0, mask, pad, weight)):
+    watched = u.is_meta or compiling or dispatch.modes_are_active()
+    if not transforms and (watched or not dispatch.have_memory(u, x, v, b, c0, mask, pad, weight)):
         through = "operators"
     return autograd.recurrence(u, x, v, b, c0, through=through, **options)
 

@@ -1,26 +1,12 @@
 """The fused kernels under autograd: which module runs them, in which dtypes, and the gradient of a gradient."""
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sru.kernels import ops, reference
-
-HALVES = torch.float16, torch.bfloat16
-ACTIVATIONS = list(reference.ACTIVATIONS)  # kernels know them by their places
-
-
-def kernels(device: torch.device) -> ModuleType:
-    """The module with `run_forward` and `run_backward` for a device; imported here, where it is needed."""
-    if device.type == "cuda":
-        from sru.kernels import cuda
-
-        return cuda
-    from sru.kernels import cpu
-
-    return cpu
+from sru.kernels.dispatch import ACTIVATIONS, HALVES, is_batched, kernels
 
 
 def recurrence(
@@ -81,11 +67,6 @@ class Recurrence(torch.autograd.Function):
             gh, gc_last, *ctx.saved_tensors, *ctx.options, needs_x=ctx.needs_input_grad[1]
         )
         return *grads, *[None] * 6
-
-
-def is_batched(grad: Tensor) -> bool:
-    """Whether a gradient stands for many."""
-    return torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def differentiate_reference(gh, gc_last, u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves):

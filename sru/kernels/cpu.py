@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sru.kernels.cpu_kernels import BLOCK, NUMBERS, backward, compiled, forward, packed, transpose
+from sru.kernels.cpu_kernels import BLOCK, NUMBERS, backward, compile_kernel, forward, pack, transpose
 
 READS_HALVES = False  # u and x come in float32 or float64
 TILE_BATCH = 4  # sequences of a tile
@@ -64,7 +64,7 @@ def launch(kernel: Callable, inputs: "Inputs", zoneout: float, options: list[int
     """Run a pass. The options follow the inputs' arguments; the tensors are those whose addresses they hold."""
     arguments = [0, inputs.tiles, *inputs.arguments, *options]
     run_tiles(
-        kernel, inputs.dtype, packed(inputs.dtype, inputs.scale, zoneout, arguments), inputs.elements, (inputs, tensors)
+        kernel, inputs.dtype, pack(inputs.dtype, inputs.scale, zoneout, arguments), inputs.elements, (inputs, tensors)
     )
 
 
@@ -73,7 +73,7 @@ def run_tiles(kernel: Callable, dtype: torch.dtype, memory: array, elements: int
 
     memory: the packed arguments; tensors: those whose addresses they hold.
     """
-    function, address = compiled(kernel, dtype)
+    function, address = compile_kernel(kernel, dtype)
     tiles = memory[NUMBERS + 1]
     start = memory.buffer_info()[0]
     threads = min(tiles, torch.get_num_threads()) if elements >= SERIAL_ELEMENTS else 1
@@ -203,12 +203,12 @@ def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, scale, c, zoneout, acti
     return gu, gskip if needs_x else None, gv, gb, gc
 
 
-def transposed(matrix: Tensor) -> Tensor:
+def transpose_matrix(matrix: Tensor) -> Tensor:
     """matrix.t().contiguous() of a float32 matrix with rows that lie together, twice as fast as torch makes it."""
     rows, columns = matrix.shape
     result = new_empty(matrix, columns, rows)
     tiles = -(-rows // BLOCK) * -(-columns // BLOCK)
     arguments = [rows, columns, 4, matrix.data_ptr(), matrix.stride(0), result.data_ptr()]
-    memory = packed(torch.float32, 1.0, 0.0, [0, tiles, *arguments])
+    memory = pack(torch.float32, 1.0, 0.0, [0, tiles, *arguments])
     run_tiles(transpose, torch.float32, memory, matrix.numel(), (matrix, result))
     return result

@@ -426,7 +426,7 @@ def transpose(like):
 
 
 @functools.cache
-def compiled(kernel: Callable, dtype: torch.dtype) -> tuple[Callable, int]:
+def compile_kernel(kernel: Callable, dtype: torch.dtype) -> tuple[Callable, int]:
     """The kernel as a C function and its address; compiled at the first call and kept on disk for the next process."""
     signature = types.void(types.CPointer(types.float32 if dtype == torch.float32 else types.float64))
     options: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
@@ -440,7 +440,7 @@ def compiled(kernel: Callable, dtype: torch.dtype) -> tuple[Callable, int]:
     return function, address
 
 
-def packed(dtype: torch.dtype, scale: float, zoneout: float, arguments: list[int]) -> array.array:
+def pack(dtype: torch.dtype, scale: float, zoneout: float, arguments: list[int]) -> array.array:
     """The arguments of a kernel in one piece of memory; good for one run, which uses up the counter."""
     memory = array.array("q", [0] * NUMBERS + arguments)
     struct.pack_into("3f" if dtype == torch.float32 else "3d", memory, 0, 1.0, scale, zoneout)

@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from sru.kernels.cpu_kernels import C_LAST, INPUT, H, U, add_product, compiled, integers, packed, row, step
+from sru.kernels.cpu_kernels import C_LAST, INPUT, H, U, add_product, compile_kernel, integers, pack, row, step
 
 MAX_SEQUENCES = 8  # with more, a library's matrix product is faster
 MAX_WEIGHT = 2**22  # numbers above which it is too, by its threads
@@ -81,6 +81,6 @@ def run(x: Tensor, c0: Tensor, layers: list, activation: int) -> tuple[Tensor, T
             return None
         arguments += [weight.data_ptr(), v.data_ptr(), bias.data_ptr(), weight.shape[1], weight.shape[0] // size]
         arguments.append(0 if alpha is None else alpha.data_ptr())
-    memory = packed(x.dtype, 1.0, 0.0, arguments)
-    compiled(one_step(activation), x.dtype)[0](memory.buffer_info()[0])
+    memory = pack(x.dtype, 1.0, 0.0, arguments)
+    compile_kernel(one_step(activation), x.dtype)[0](memory.buffer_info()[0])
     return h, c_last

@@ -98,7 +98,9 @@ def probe(device: int) -> str:
             cupy.cuda.runtime.setDevice(device)
             # A kernel that will be used: some need instructions that an older GPU has not.
             kinds = torch.float32, torch.float32, torch.float32
-            compiled(plan(torch.Size((8, 1, 3, 32)), 1, 1, kinds, True, False, True, False, 0, False)[0]).compile()
+            compile_variant(
+                plan(torch.Size((8, 1, 3, 32)), 1, 1, kinds, True, False, True, False, 0, False)[0]
+            ).compile()
     except Exception as error:  # CuPy raises what its libraries do
         installed = sorted(set(importlib.metadata.packages_distributions().get("cupy", [])))
         advice = f"pip uninstall {' '.join(installed)}, pip install {wheel}"
@@ -137,7 +139,7 @@ class Variant(NamedTuple):
 
 
 @functools.cache
-def compiled(variant: Variant):
+def compile_variant(variant: Variant):
     """A kernel, which CuPy compiles at its first call on a device, and keeps on disk for the next process."""
     import cupy
 
@@ -156,7 +158,7 @@ def launch(variant: Variant, blocks: int, shared: int, arguments: bytes, device:
         runtime.setDevice(device.index)
     by_value = np.frombuffer(arguments, dtype=f"V{len(arguments)}")
     stream = Stream(torch._C._cuda_getCurrentRawStream(device.index))
-    compiled(variant)((blocks,), (variant.cut.threads,), (by_value,), shared_mem=shared, stream=stream)
+    compile_variant(variant)((blocks,), (variant.cut.threads,), (by_value,), shared_mem=shared, stream=stream)
 
 
 @functools.lru_cache(4096)
@@ -211,7 +213,7 @@ def run(backward: bool, inputs: list[Any], options: tuple, outputs: list[Any], k
     launch(variant, blocks, shared, arguments, u.device)
 
 
-def prepared(u, x, v, b, c0, mask, pad, scale) -> list[Any]:
+def prepare(u, x, v, b, c0, mask, pad, scale) -> list[Any]:
     """The inputs as the kernels take them: the skip, wherever it comes from, and rows that lie together."""
     skip = u[:, :, 3] if u.shape[2] == 4 else x
     mask, pad = None if mask is None else with_rows(mask), None if pad is None else pad.contiguous()
@@ -226,7 +228,7 @@ def run_forward(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, *
     if h.numel() == 0:
         return h, c, c_last.copy_(c0)
     outputs = [h, c, c_last, *[None] * 6]
-    run(False, prepared(u, x, v, b, c0, mask, pad, scale), (zoneout, activation, halves), outputs, keep)
+    run(False, prepare(u, x, v, b, c0, mask, pad, scale), (zoneout, activation, halves), outputs, keep)
     return h, c, c_last
 
 
@@ -240,7 +242,7 @@ def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, scale, c, zoneout, acti
         gc0.copy_(gc_last)
         sums.zero_()
     else:
-        inputs = prepared(u, x, v, b, c0, mask, pad, scale)
+        inputs = prepare(u, x, v, b, c0, mask, pad, scale)
         outputs = [None, c.contiguous(), None, with_rows(gh), with_rows(gc_last), gu, gx, gc0, sums]
         run(True, inputs, (zoneout, activation, halves), outputs)
     total = sums[0] if batch == 1 else sums.sum(0)

@@ -11,8 +11,13 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from sru.kernels import HAS_NUMBA
-from sru.kernels.autograd import is_batched
-from sru.kernels.ops import forward_mode_is_active, have_memory, modes_are_active, transforms_are_active
+from sru.kernels.dispatch import (
+    forward_mode_is_active,
+    have_memory,
+    is_batched,
+    modes_are_active,
+    transforms_are_active,
+)
 
 # Below this many rows oneDNN's reordering of the weight costs more than it saves.
 MIN_ROWS = 32
@@ -129,15 +134,15 @@ class _Linear(torch.autograd.Function):
 def gradient_of_weight(grad: Tensor, x: Tensor) -> Tensor:
     """The transpose of grad (R, m) times x (R, n), with the fewest numbers copied to transpose them."""
     if x.numel() + x.shape[1] * grad.shape[1] < grad.numel():
-        return transposed(linear(transposed(x), grad.t()))
-    return linear(transposed(grad), x.t())
+        return transpose(linear(transpose(x), grad.t()))
+    return linear(transpose(grad), x.t())
 
 
-def transposed(matrix: Tensor) -> Tensor:
+def transpose(matrix: Tensor) -> Tensor:
     """The transpose, contiguous where that helps: oneDNN would have torch copy it, which takes longer."""
     large = matrix.dim() == 2 and matrix.numel() >= MIN_TRANSPOSED and matrix.stride(1) == 1
     if not large or torch.is_grad_enabled() or not HAS_NUMBA or not is_faster(matrix.t(), matrix):
         return matrix.t()
     from sru.kernels import cpu
 
-    return cpu.transposed(matrix)
+    return cpu.transpose_matrix(matrix)

@@ -4,10 +4,9 @@ Eager code goes past them, for speed: sru/kernels/autograd.py.
 """
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
 
-PLAIN = (Tensor, torch.nn.Parameter)
+from sru.kernels.dispatch import kernels
+
 INPUTS = "Tensor u, Tensor? x, Tensor v, Tensor b, Tensor c0, Tensor? mask, Tensor? pad, Tensor? scale"
 OPTIONS = "float zoneout, int activation, int halves"
 # A name of our own: a process may hold the official package too, which takes sru_cpu and sru_cuda.
@@ -19,37 +18,8 @@ library.define(
 )
 
 
-def transforms_are_active() -> bool:
-    """Whether a transform of torch.func is at work."""
-    return getattr(torch._C, "_are_functorch_transforms_active", lambda: False)()
-
-
-def modes_are_active() -> bool:
-    """Whether something watches torch's operators, such as FakeTensorMode or a counter of operations."""
-    return getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)() > 0
-
-
-def forward_mode_is_active() -> bool:
-    """Whether forward derivatives are taken, which no operator of ours has."""
-    return getattr(forward_ad, "_current_level", -1) >= 0
-
-
-def have_memory(*tensors: Tensor | None) -> bool:
-    """Whether the tensors are numbers in memory, and do not stand for other tensors."""
-    return all(a is None or type(a) in PLAIN for a in tensors)
-
-
-def has_numbers(tensor: Tensor) -> bool:
-    """Whether Python may look at the numbers of a tensor: it has some, and nothing that watches would see less."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
-        return False
-    return have_memory(tensor) and not modes_are_active() and not transforms_are_active()
-
-
 def run(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep):
     """h, c and c_last; c is what the backward pass needs, and has no steps where it is not kept."""
-    from sru.kernels.autograd import kernels
-
     h, c, c_last = kernels(u.device).run_forward(
         u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep=keep
     )
@@ -63,8 +33,6 @@ def run_fake(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep
 
 def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, scale, c, *options):
     """The gradients; gx has no steps where there is no x."""
-    from sru.kernels.autograd import kernels
-
     run = kernels(u.device).run_backward
     gu, gx, gv, gb, gc0 = run(gh, gc_last, u, x, v, b, c0, mask, pad, scale, c, *options, needs_x=x is not None)
     return gu, u.new_empty(0) if gx is None else gx, gv.clone(), gb.clone(), gc0

@@ -7,9 +7,15 @@ import torch
 from torch import Tensor
 
 from sru.kernels import HAS_NUMBA, recurrence
-from sru.kernels.autograd import ACTIVATIONS, is_batched
+from sru.kernels.dispatch import (
+    ACTIVATIONS,
+    forward_mode_is_active,
+    have_memory,
+    is_batched,
+    modes_are_active,
+    transforms_are_active,
+)
 from sru.kernels.linear import gradient_of_weight, linear, product
-from sru.kernels.ops import forward_mode_is_active, have_memory, modes_are_active, transforms_are_active
 
 
 class Layer(NamedTuple):

@@ -1,0 +1,1 @@
+"""Sound: features, labels, Kaldi's files and batches of utterances."""

@@ -1,0 +1,1 @@
+"""Texts: files, words, subwords and the tables made from them."""

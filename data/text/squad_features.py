@@ -1,0 +1,228 @@
+"""How passages and questions become batches: words to numbers, features, windows of long passages."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.text import squad_tables
+from data.text.lines import decode
+from data.text.spacy_tagger import Tagger
+from data.text.squad_tables import Reading, check_text
+from data.text.word_vectors import UNK
+
+Window = tuple[int, int, int]  # a question's number, and the tokens of its passage from the first to before the second
+
+
+class Item(NamedTuple):
+    """What evaluation needs to know of a question: its id, its passage, and the answers to compare with.
+
+    starts, ends: characters of the window's tokens in the passage's text.
+    """
+
+    id: str
+    text: str
+    starts: np.ndarray
+    ends: np.ndarray
+    answers: list[str]
+
+
+class Batch(NamedTuple):
+    """Windows of passages with a question each, padded at the end with 0.
+
+    passage (T, B), question (Q, B): numbers of words; features (T, B, num_features); first, last (B,): the tokens that
+    answer, or -1 where none do.
+    """
+
+    passage: Tensor
+    features: Tensor
+    question: Tensor
+    first: Tensor
+    last: Tensor
+    items: list[Item]
+
+
+class Reader:
+    """How texts become what the network takes; needs no corpus.
+
+    words: the vocabulary, which begins with <pad> and <unk>; lowercase: they are of lower case.
+    tags, entities: the parts of speech and kinds of names that are features.
+    spacy_model, identity: the pipeline that gives them, and which one it was; None without.
+    window: tokens that the network reads at once; a longer passage is read in windows that overlap by half, so that an
+        answer of up to half a window lies whole in one.
+    """
+
+    def __init__(
+        self,
+        *,
+        words: Sequence[str],
+        lowercase: bool,
+        tags: Sequence[str],
+        entities: Sequence[str],
+        spacy_model: str | None,
+        identity: list[Any] | None,
+        window: int,
+        vector_size: int | None,
+    ) -> None:
+        self.options: dict[str, Any] = {
+            "words": list(words),
+            "lowercase": lowercase,
+            "tags": list(tags),
+            "entities": list(entities),
+            "spacy_model": spacy_model,
+            "identity": identity,
+            "window": window,
+            "vector_size": vector_size,
+        }
+        if type(window) is not int or window < 1:
+            raise ValueError(f"the window of a reader must be a whole number, 1 or more, not {window!r}")
+        self.index = {word: i for i, word in enumerate(words)}
+        self.lowercase, self.window = lowercase, window
+        self.tags, self.entities = list(tags), list(entities)
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """What a network must know: vocab_size, num_features, and vectors, whose numbers a checkpoint has."""
+        width = self.options["vector_size"]
+        return {
+            "vocab_size": len(self.index),
+            "num_features": 3 if self.options["identity"] is None else 4 + len(self.tags) + len(self.entities),
+            "vectors": None if width is None else torch.zeros(len(self.index), width),
+        }
+
+    def check(self, tagger: Tagger | None) -> None:
+        """Refuse other tags than those of training."""
+        identity = None if tagger is None else tagger.identity
+        if identity != self.options["identity"]:
+            raise ValueError(
+                f"the network was trained with the tags of {self.options['identity']}, "
+                f"installed is {identity}: install what it was trained with"
+            )
+
+    def text(self, content: bytes, name: str) -> str:
+        """The text of a file."""
+        return decode(content, name)
+
+    def batches(self, passage: str, question: str, batch_size: int = 32) -> Iterator[Batch]:
+        """One question on one passage, in windows."""
+        for name, value in {"passage": passage, "question": question}.items():
+            check_text(value, name)
+            if not value.strip():
+                raise ValueError(f"the {name} is empty: type {name}='some text'")
+        tagger = None
+        if self.options["identity"] is not None:
+            self.check(tagger := Tagger(self.options["spacy_model"]))
+        node = {"context": passage, "qas": [{"id": "0", "question": question, "answers": []}]}
+        tables, meta = squad_tables.build([node], tagger)
+        view = View(self, Reading(*tables, meta))
+        windows = view.windows(0)
+        for i in range(0, len(windows), batch_size):
+            yield view.batch(windows[i : i + batch_size])
+
+
+class View:
+    """A reading in the numbers of a reader."""
+
+    def __init__(self, reader: Reader, reading: Reading) -> None:
+        self.reading, self.window = reading, reader.window
+        lower = [form.lower() for form in reading.forms]
+        numbers: dict[str, int] = {}
+        words = lower if reader.lowercase else reading.forms
+        self.unknown = reader.index[UNK]
+        # The last two are what -1 and -2 lead to, which fill up passages and questions: no word of either is the
+        # other's, and both are padding.
+        self.numbers = np.array([*(reader.index.get(word, self.unknown) for word in words), 0, 0])
+        self.lower = np.array([*(numbers.setdefault(word, len(numbers)) for word in lower), -2, -1])
+        self.one_hot = {
+            name: one_hot(getattr(reading, name), getattr(reader, name))
+            for name in ("tags", "entities")
+            if name in reading.passages
+        }
+
+    def windows(self, question: int) -> list[Window]:
+        """The windows that a question's passage is read in, at least one."""
+        size = int(self.reading.passages["words"].sizes[self.reading.questions["passage"][question]])
+        if size <= self.window:
+            return [(question, 0, size)]
+        half = (self.window + 1) // 2
+        return [
+            (question, begin, begin + self.window)
+            for begin in [*range(0, size - self.window, half), size - self.window]
+        ]
+
+    def training_window(self, question: int) -> Window | None:
+        """The window in which the answer is farthest from the ends; None for a question that cannot be learnt from."""
+        first, last = (int(self.reading.questions[name][question]) for name in ("first", "last"))
+        if first < 0 or not len(self.reading.questions["words"][question]) or last - first >= self.window:
+            return None
+        size = int(self.reading.passages["words"].sizes[self.reading.questions["passage"][question]])
+        begin = max(0, min((first + last + 1 - self.window) // 2, size - self.window))
+        return question, begin, min(size, begin + self.window)
+
+    def batch(self, windows: Sequence[Window]) -> Batch:
+        passages, questions = self.reading.passages, self.reading.questions
+        steps = max(1, *(end - begin for _, begin, end in windows))
+        words = questions["words"]
+        question_steps = max(1, *(len(words[number]) for number, _, _ in windows))
+        owners = [int(questions["passage"][number]) for number, _, _ in windows]
+
+        def padded(name: str, fill: float, dtype: Any = np.int64) -> np.ndarray:
+            array = np.full((steps, len(windows)), fill, dtype)
+            for column, (_, begin, end) in enumerate(windows):
+                array[: end - begin, column] = passages[name][owners[column]][begin:end]
+            return array
+
+        def padded_questions(name: str) -> np.ndarray:
+            array = np.full((question_steps, len(windows)), -2)
+            for column, (number, _, _) in enumerate(windows):
+                row = questions[name][number]
+                array[: len(row), column] = row
+            return array
+
+        p, q = padded("words", -1), padded_questions("words")
+        features = [occurs(p, q), occurs(self.lower[p], self.lower[q]), padded("frequencies", 0, np.float32)[..., None]]
+        if "lemmas" in passages:
+            features.append(occurs(padded("lemmas", -1), padded_questions("lemmas")))
+            features += [vectors[padded(name, -1)] for name, vectors in self.one_hot.items()]
+        question = self.numbers[q]
+        question[0, question[0] == 0] = self.unknown  # an empty question is an unknown word
+        first, last = (
+            np.array([relative(int(questions[name][number]), window) for number, *window in windows])
+            for name in ("first", "last")
+        )
+        missing = (first < 0) | (last < 0)  # or cut off by the window
+        first[missing] = last[missing] = -1
+        items = [
+            Item(
+                questions["id"][number].as_py(),
+                passages["text"][owner].as_py(),
+                passages["starts"][owner][begin:end],
+                passages["ends"][owner][begin:end],
+                questions["answers"][number].as_py(),
+            )
+            for owner, (number, begin, end) in zip(owners, windows, strict=True)
+        ]
+        arrays = self.numbers[p], np.concatenate(features, axis=2), question, first, last
+        return Batch(*map(torch.from_numpy, arrays), items)  # type: ignore[call-arg, arg-type]
+
+
+def occurs(passage: np.ndarray, question: np.ndarray) -> np.ndarray:
+    """(T, B, 1): whether a number of passage (T, B) is among those of question (Q, B)."""
+    return (passage[:, None] == question).any(axis=1).astype(np.float32)[..., None]
+
+
+def one_hot(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
+    """A row for each name, with a 1 where `known` has it; the last row, all 0, is that of padding."""
+    rows = np.zeros((len(names) + 1, len(known)), np.float32)
+    for row, name in enumerate(names):
+        if name in known:
+            rows[row, known.index(name)] = 1
+    return rows
+
+
+def relative(token: int, window: Sequence[int]) -> int:
+    """A passage's token in a window of it; -1 if it is none, or elsewhere."""
+    begin, end = window
+    return token - begin if begin <= token < end else -1

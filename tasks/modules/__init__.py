@@ -1,0 +1,1 @@
+"""Parts of the tasks' networks, their losses and their searches."""

@@ -1,0 +1,104 @@
+"""Exact match and F1 of answers, as SQuAD's official evaluation counts them (Rajpurkar et al., 2016; section 6.1)."""
+
+import gzip
+import json
+import re
+import string
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+MARKS = str.maketrans("", "", string.punctuation)
+
+
+def normalise(text: str) -> list[str]:
+    """The words of an answer in lower case, without ASCII's marks and without a, an and the."""
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(MARKS)).split()
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """1 if the two are the same words, else 0."""
+    return float(normalise(answer) == normalise(reference))
+
+
+def f1(answer: str, reference: str) -> float:
+    """The harmonic mean of precision and recall of words, each counted as often as both have it."""
+    given, wanted = Counter(normalise(answer)), Counter(normalise(reference))
+    common = (given & wanted).total()
+    return 2 * common / (given.total() + wanted.total()) if common else 0.0
+
+
+def scores(answer: str, references: Sequence[str]) -> tuple[float, float]:
+    """Exact match and F1, each against the reference that it is best with; 0 without one."""
+    return tuple(max((metric(answer, text) for text in references), default=0.0) for metric in (exact_match, f1))  # type: ignore[return-value]
+
+
+def evaluate(references: Mapping[str, Sequence[str]], predictions: Mapping[str, str]) -> dict[str, float]:
+    """Means over all questions, in per cent: em and f1. A question without a prediction scores 0.
+
+    Also counts them: unanswered, and predictions for unknown ids, which count for nothing.
+    """
+    pairs = [scores(predictions[id], texts) for id, texts in references.items() if id in predictions]
+    return {
+        "em": 100 * sum(em for em, _ in pairs) / len(references),
+        "f1": 100 * sum(f for _, f in pairs) / len(references),
+        "questions": len(references),
+        "unanswered": len(references) - len(pairs),
+        "unknown": len(predictions.keys() - references.keys()),
+    }
+
+
+def read_json(path: str) -> Any:
+    """What a JSON file holds, which may be a .gz."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(Path(path).expanduser(), "rb") as file:
+            return json.loads(file.read())
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON, plain or .gz ({error})") from error
+    except OSError as error:
+        raise FileNotFoundError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def references_of(path: str) -> dict[str, list[str]]:
+    """The answers of each question of a file in SQuAD's format; ValueError for another format, or an id that recurs."""
+    references: dict[str, list[str]] = {}
+    try:
+        for article in read_json(path)["data"]:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    id, texts = question["id"], [answer["text"] for answer in question["answers"]]
+                    if not all(isinstance(value, str) for value in (id, *texts)):
+                        raise TypeError(f"the id {id!r} and its answers {texts!r:.60} must be texts")
+                    if id in references:
+                        raise TypeError(f"two questions have the id {id!r}")
+                    references[id] = texts
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not in SQuAD's format ({type(error).__name__}: {error}); expected "
+            '{"data": [{"paragraphs": [{"qas": [{"id": "...", "answers": [{"text": "..."}]}]}]}]}'
+        ) from error
+    return references
+
+
+def command(words: Sequence[str]) -> None:
+    """Print EM and F1 of a file of predictions."""
+    if len(words) != 2:
+        raise ValueError(
+            "type python -m tasks.squad DEV.json PREDICTIONS.json; predictions are {question's id: answer's text}"
+        )
+    references, predictions = references_of(words[0]), read_json(words[1])
+    pairs = predictions.items() if isinstance(predictions, dict) else [(None, predictions)]
+    for id, text in pairs:
+        if not isinstance(id, str) or not isinstance(text, str):
+            where = f"of {id!r} it has" if id else "it is"
+            raise ValueError(f'{words[1]} must be {{"question\'s id": "answer\'s text", ...}}; {where} {text!r:.60}')
+    if not references:
+        raise ValueError(f"{words[0]} has no questions")
+    found = evaluate(references, predictions)
+    print(f"EM {found['em']:.2f}  F1 {found['f1']:.2f}  of {found['questions']:,} questions")
+    if found["unanswered"]:
+        print(f"{found['unanswered']:,} questions have no prediction, and score 0")
+    if found["unknown"]:
+        print(f"{found['unknown']:,} predictions are for ids that are not in {words[0]}, and count for nothing")

@@ -1,0 +1,199 @@
+"""What a run reports: metrics.csv, metrics.json and the closing summary."""
+
+import contextlib
+import csv
+import difflib
+import io
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+from tasks.run import distributed
+from tasks.run.files import write_text
+from tasks.run.throughput import ThroughputMonitor, peak_memory
+
+TESTED = {"average.ckpt": "the mean of several checkpoints", "best.ckpt": "the best epoch", None: "the last weights"}
+
+
+class Monitors(pl.Callback):
+    """Tells a metric that a callback waits for and no validation has, before Lightning does in words of its own."""
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        there = [name for name in trainer.callback_metrics if name.startswith("val/")]
+        for callback in trainer.callbacks:
+            wanted = str(getattr(callback, "monitor", None))
+            if there and wanted.startswith("val/") and wanted not in there:
+                typed = [word.lstrip("+").partition("=") for word in distributed.overrides()]
+                key = next((k for k, _, value in typed if k.endswith(".monitor") and value == wanted), None)
+                near = difflib.get_close_matches(wanted, there, n=1, cutoff=0.5)
+                raise ValueError(
+                    f"no validation has the metric {wanted}, by which {type(callback).__name__} goes; there are: "
+                    f"{', '.join(there)}. Type {key or 'callbacks.best.monitor'}={(near or there)[0]}"
+                )
+
+
+class MetricsFile(Logger):
+    """metrics.csv in the run folder: a row an epoch and one for the test, whole after every epoch.
+
+    A resumed run goes on in the same file: rows that lie after the checkpoint it starts from are replaced.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.rows: dict[tuple[bool, int], dict[str, Any]] = {}
+        if self.path.exists():
+            try:
+                with self.path.open(newline="", encoding="utf-8") as file:
+                    for row in csv.DictReader(file):
+                        cells = {key: value for key, value in row.items() if value != ""}
+                        self.rows[self.key(cells, int(row["step"]))] = cells
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.path} is damaged; move it away to go on without its rows.") from error
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @staticmethod
+    def key(metrics: dict[str, Any], step: int) -> tuple[bool, int]:
+        """The place of a row: the test comes last."""
+        return any(name.startswith("test/") for name in metrics), step
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The run folder holds config.yaml already."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        step = step or 0
+        key = self.key(metrics, step)
+        self.rows = {k: row for k, row in self.rows.items() if k <= key}
+        self.rows.setdefault(key, {"step": step}).update(metrics)
+
+    @rank_zero_only
+    def save(self) -> None:
+        columns = list(dict.fromkeys(name for row in self.rows.values() for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(self.rows[key] for key in sorted(self.rows))
+        write_text(self.path, text.getvalue())
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+
+def result(trainer: Any, task: Any) -> dict[str, Any]:
+    """What metrics.json says of a run that was trained; its metric is the best epoch's."""
+    best = trainer.checkpoint_callback
+    clock = next(callback for callback in trainer.callbacks if isinstance(callback, ThroughputMonitor))
+    metrics = {}
+    best_epoch = None  # how many epochs of training it saw
+    if best.best_model_path:
+        metrics[best.monitor] = float(best.best_model_score)
+        checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True, mmap=True)
+        best_epoch = round(checkpoint["callbacks"]["Clock"]["epochs"], 3)
+    return {
+        "metrics": metrics,
+        "monitor": best.monitor,
+        "best_epoch": best_epoch,
+        "epochs": round(clock.epochs, 3),
+        "seconds": clock.seconds,
+        "seconds_per_epoch": (seconds_per_epoch := clock.seconds / clock.epochs if clock.epochs else 0.0),
+        "encoder_seconds_per_epoch": clock.encoder_share * seconds_per_epoch,
+        f"{task.unit}_per_second": clock.speed,
+        **clock.step_milliseconds(),
+        "peak_memory_mb": peak_memory(task.device),
+    }
+
+
+def sizes(task: Any) -> dict[str, int]:
+    """The numbers of parameters, of a network that is not yet parted among processes."""
+    return {
+        "parameters": sum(p.numel() for p in task.parameters()),
+        "encoder_parameters": sum(p.numel() for encoder in task.encoders for p in encoder.parameters()),
+    }
+
+
+def processor() -> str:
+    """What this machine's processor is called."""
+    with contextlib.suppress(OSError):  # of Linux alone, where `platform` knows no more than x86_64
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def provenance(*, on_gpu: bool) -> dict[str, Any]:
+    """What a repetition of the run needs beside its configuration."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = None
+    if shutil.which("git"):
+        commit = git("rev-parse", "HEAD") + ("-modified" if git("status", "--porcelain") else "")
+    return {
+        "commit": commit,
+        "overrides": distributed.overrides(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": torch.cuda.get_device_name() if on_gpu and torch.cuda.is_available() else processor(),
+        "processes": distributed.world_size(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def summary_table(outcome: dict[str, Any], folder: Path) -> str:
+    """The closing table of a run, for people."""
+    rows = [(name, f"{value:.4g}") for name, value in outcome["metrics"].items()]
+    rows += [
+        ("parameters", f"{outcome['parameters']:,} ({outcome['encoder_parameters']:,} in the encoder)"),
+        ("wall time", f"{outcome['wall_seconds']:.1f} s for this call; training {outcome['seconds']:.1f} s in all"),
+        (
+            "epochs",
+            f"{outcome['epochs']:g}, "
+            + ("no best one" if outcome["best_epoch"] is None else f"the best is {outcome['best_epoch']:g}"),
+        ),
+        (
+            "an epoch",
+            f"{outcome['seconds_per_epoch']:.1f} s, {outcome['encoder_seconds_per_epoch']:.1f} s in the encoder",
+        ),
+        *((f"{name.removesuffix('_per_second')}/s", f"{outcome[name]:.0f}") for name in outcome if "_per_s" in name),
+        ("tested", TESTED.get(outcome["tested"], outcome["tested"])),
+        ("run folder", str(folder) if (folder / "metrics.json").exists() else "none: fast_dev_run keeps nothing"),
+    ]
+    place, id_file = Path(os.environ.get("WANDB_DIR") or folder), folder / "wandb_id.txt"
+    own = "*" if place == folder else f"*-{id_file.read_text(encoding='utf-8')}" if id_file.exists() else ""
+    if own and list(place.glob(f"wandb/offline-run-{own}")):
+        rows.append(("to upload", f"wandb sync {shlex.quote(str(place))}/wandb/offline-run-{own}"))
+    return table(rows)
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Names and values, for people."""
+    width = max(len(name) for name, _ in rows)
+    line = "-" * (width + 2 + max(len(value) for _, value in rows))
+    return "\n".join([line, *(f"{name:<{width}}  {value}" for name, value in rows), line])
+
+
+def write_result(outcome: dict[str, Any], folder: Path) -> None:
+    write_text(folder / "metrics.json", json.dumps(outcome, indent=2) + "\n")

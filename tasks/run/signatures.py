@@ -1,0 +1,150 @@
+"""Outlines of classes and functions: their names, bases and arguments, read from their source.
+
+A command with a wrong word gets its answer from these: importing torch and Lightning takes seconds.
+"""
+
+import ast
+import inspect
+from functools import cache
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+OURS = ("sru", "tasks", "data")
+PACKAGES = (*OURS, "torch", "pytorch_lightning", "lightning_fabric")  # whose import is slow
+KNOWN: dict[str, dict[str, Any]] = {}  # the names of the modules that were read
+
+
+@cache
+def outline(target: str) -> Any:
+    """A class or function with the name, signature and literal attributes of the one that a dotted path names.
+
+    None where the source does not say all of that, so that the import decides. Bases that add no argument are left out.
+    """
+    module, _, name = target.rpartition(".")
+    if target.partition(".")[0] not in PACKAGES or (defined := definition(module, name)) is None:
+        return None
+    module, node = defined
+    if isinstance(node, ast.FunctionDef):
+        return None if node.decorator_list else function(node, module)
+    methods = {each.name: each for each in node.body if isinstance(each, ast.FunctionDef)}
+    content: dict[str, Any] = {
+        name: None for name in methods if name[:2] != "__"
+    }  # properties hide a base's attributes
+    for each in node.body:
+        if isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name) and each.targets[0].id[:2] != "__":
+            content[each.targets[0].id] = literal(each.value, module)
+    bases = [full_name(base, module) for base in node.bases]
+    if "__init__" in methods:
+        content["__init__"] = function(methods["__init__"], module)
+        bases = [base for base in bases if base.partition(".")[0] in OURS]
+    if node.decorator_list or node.keywords or "__new__" in methods or f"{module}.{node.name}" in bases:
+        return None
+    outlines = [outline(base) for base in bases if base != "abc.ABC"]
+    if not all(isinstance(each, type) for each in outlines):
+        return None
+    content |= {"__module__": module, "__qualname__": node.name}
+    found = type(node.name, tuple(outlines), content)
+    if (call := names(module).get(f"{node.name}.__signature__")) is not None:
+        return widen(found, call, module)
+    return found
+
+
+def widen(found: type, call: Any, module: str) -> type | None:
+    """A class of sru/ that hands its **options on: by signature(CLASS.__init__, OTHER, without), of sru/layer.py."""
+    match call:
+        case ast.Call(func=ast.Name("signature"), args=[_, other, without]):
+            more, left_out = outline(full_name(other, module)), literal(without, module)
+            if more is None or left_out is None:
+                return None
+            given = inspect.signature(found.__init__).parameters.items()  # type: ignore[misc]
+            own = {n: p for n, p in given if n != "self" and p.kind is not p.VAR_KEYWORD}
+            others = inspect.signature(more).parameters.items()
+            every = [*own.values(), *(p for n, p in others if n not in {*own, *left_out})]
+            found.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+            return found
+    return None
+
+
+def definition(module: str, name: str) -> tuple[str, ast.ClassDef | ast.FunctionDef] | None:
+    """The module that defines what another one calls by that name, and the statement."""
+    seen = set()
+    while isinstance(node := names(module).get(name), str):
+        if node in seen:  # a package that imports its own module
+            return None
+        seen.add(node)
+        module, _, name = node.rpartition(".")
+    return (module, node) if isinstance(node, (ast.ClassDef, ast.FunctionDef)) else None
+
+
+def names(module: str) -> dict[str, Any]:
+    """What a module defines, by name: the statement or value, as ast has it; of what it imports, the dotted path."""
+    if module in KNOWN:  # perhaps in part only, where modules import one another, as in Python
+        return KNOWN[module]
+    found = KNOWN[module] = {}
+    path = source(module)
+    package = module if path and path.name == "__init__.py" else module.rpartition(".")[0]
+    try:
+        statements = ast.parse(path.read_bytes()).body if path else []
+    except (SyntaxError, ValueError):  # the import tells
+        statements = []
+    for node in statements:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            found[node.name] = node
+        elif isinstance(node, ast.ImportFrom):
+            within = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            origin = ".".join(filter(None, [within, node.module]))
+            every = names(origin) if node.names[0].name == "*" else ()
+            found.update({name: f"{origin}.{name}" for name in every})
+            found.update({alias.asname or alias.name: f"{origin}.{alias.name}" for alias in node.names})
+        elif isinstance(node, ast.Import):
+            first = {alias.name.partition(".")[0] for alias in node.names if not alias.asname}
+            found.update({name: name for name in first} | {a.asname: a.name for a in node.names if a.asname})
+        elif isinstance(node, ast.Assign):
+            found.update({ast.unparse(target): node.value for target in node.targets})
+    return found
+
+
+@cache
+def source(module: str) -> Path | None:
+    """The file of a module; nothing is imported, as importlib.util.find_spec would import the packages around it."""
+    package, places = "", None
+    for part in module.split("."):
+        package = f"{package}.{part}".lstrip(".")
+        spec = PathFinder.find_spec(package, places)
+        if spec is None:
+            return None
+        places = spec.submodule_search_locations
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+
+
+def full_name(node: ast.expr, module: str) -> str:
+    """The dotted path of a base class, as the module's own imports have it."""
+    if isinstance(node, ast.Subscript):  # Generic[T]
+        node = node.value
+    first, dot, rest = ast.unparse(node).partition(".")
+    known = names(module).get(first)
+    return f"{known if isinstance(known, str) else f'{module}.{first}'}{dot}{rest}"
+
+
+def function(node: ast.FunctionDef, module: str) -> Any:
+    """A function with the same arguments, which does nothing; of the annotations it has bool, of the defaults none."""
+    given = node.args
+    for argument in filter(None, (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg)):
+        if argument.annotation and ast.unparse(argument.annotation) != "bool":
+            argument.annotation = None
+    given.defaults = [ast.Constant(None) for _ in given.defaults]
+    given.kw_defaults = [default and ast.Constant(None) for default in given.kw_defaults]
+    stub = ast.FunctionDef(node.name, given, [ast.Pass()], [], lineno=0, col_offset=0)
+    content: dict[str, Any] = {"__name__": module}
+    exec(compile(ast.fix_missing_locations(ast.Module([stub], [])), module, "exec"), content)
+    return content[node.name]
+
+
+def literal(node: ast.expr, module: str) -> Any:
+    """The value of an expression, or of the name of one; None of what only running it would tell."""
+    value = names(module).get(node.id) if isinstance(node, ast.Name) else node
+    try:
+        return ast.literal_eval(value) if isinstance(value, ast.expr) else None
+    except ValueError:
+        return None

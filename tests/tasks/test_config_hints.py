@@ -1,0 +1,339 @@
+"""What a command is answered whose words do not fit: where a plus belongs, what was meant, what null chooses."""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+import train
+from tasks.run import config_checks, config_hints, errors, run_dir
+
+TINY = ("task=image", "depth=1", "width=8", "epochs=1", "logger=csv", "trainer.enable_progress_bar=false")
+TINY += ("trainer.limit_train_batches=2", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2")
+STOP = "+callbacks.stop._target_=pytorch_lightning.callbacks.EarlyStopping"
+
+
+@pytest.fixture
+def answer(monkeypatch, tmp_path):
+    """answer("words of a command"): the error, or else the last configuration; nothing is trained."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def run(cfg):
+        config_hints.drop_null(cfg)
+        config_checks.check(cfg)
+        config_hints.check(cfg)
+        seen.append(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
+
+    monkeypatch.setattr(train, "run", run)
+
+    def answered(words):
+        monkeypatch.delenv("HYDRA_FULL_ERROR")
+        monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(words)])
+        try:
+            errors.guard(train.command)
+        except SystemExit as ended:
+            if isinstance(ended.code, str):
+                return ended.code.partition("\n")[0].removeprefix("error: ")
+        finally:
+            HydraConfig.instance().cfg = None
+        (failed,) = tmp_path.rglob("failed.json") if list(tmp_path.rglob("failed.json")) else (None,)
+        return json.loads(failed.read_text())["error"] if failed else seen[-1]
+
+    return answered
+
+
+@pytest.mark.parametrize(
+    ("words", "plus"),
+    [
+        ("task=image task.optimizer.weight_decay=0.1", "+task.optimizer.weight_decay=0.1"),
+        ("task.optimizer.betas=[0.9,0.98]", "'+task.optimizer.betas=[0.9,0.98]'"),
+        ("task.optimizer._target_=torch.optim.SGD task.optimizer.nesterov=true", "+task.optimizer.nesterov=true"),
+        ("trainer.profiler=simple", "+trainer.profiler=simple"),
+        ("trainer.overfit_batches=0.1", "+trainer.overfit_batches=0.1"),
+        ("callbacks.best.save_last=true", "+callbacks.best.save_last=true"),
+        ("+trainer.profiler=simple +trainer.profiler=advanced", "trainer.profiler=advanced"),
+        ("model.layer_norm=true", "+model.layer_norm=true"),
+        ("task=lm data.unit=bytes", "+data.unit=bytes"),
+        (STOP.lstrip("+"), STOP),
+        (f"{STOP} callbacks.stop.patience=3", "+callbacks.stop.patience=3"),
+        ("-m depth=1,2 task.optimizer.weight_decay=0,0.1", "+task.optimizer.weight_decay=0,0.1"),
+        ("-m task=lm,squad task.scheduler._target_=a.noam", "+task.scheduler._target_=a.noam"),
+        (
+            "task=lm task.scheduler.warmup=9",
+            "+task.scheduler._target_=CLASS +task.scheduler._partial_=true, and then +task.scheduler.warmup=9",
+        ),
+        (
+            "task=image task.scheduler.gamma=0.5",
+            "+task.scheduler._target_=CLASS +task.scheduler._partial_=true, and then +task.scheduler.gamma=0.5",
+        ),
+        (
+            "task=image task.scheduler._target_=torch.optim.lr_scheduler.StepLR",
+            "+task.scheduler._target_=torch.optim.lr_scheduler.StepLR +task.scheduler._partial_=true",
+        ),
+    ],
+)
+def test_what_a_class_takes_and_the_configuration_has_not_is_answered_with_the_plus(answer, words, plus):
+    assert f"type {plus}" in answer(words) or f"first, {plus}" in answer(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("model=lstm model.zoneout=0.1", "sru.LSTM takes no 'zoneout'. There are: model.hidden_size,"),
+        ("task=lm task.cutofs=[9]", "tasks.lm.LanguageModelling takes no 'cutofs'. Did you mean: task.cutoffs?"),
+        ("task=lm task.max_answer=9", "tasks.lm.LanguageModelling takes no 'max_answer'. There are: task."),
+        ("-m task=squad,lm task.max_answer=9", "tasks.lm.LanguageModelling takes no 'max_answer'."),
+        ("weight_decay=0.1", "Did you mean: +task.optimizer.weight_decay?"),
+        ("lr=0.1", "Did you mean: task.optimizer.lr?"),
+        ("modle=sru", "Did you mean: model?"),
+        ("logger.wandb.project=a", "Did you mean: loggers.wandb.project,"),
+        ("logger=csv loggers.wandb.project=a", "There is no loggers.wandb yet: type logger=wandb, or add"),
+        ("callbacks.stop.patience=3", "There is no callbacks.stop yet: type trainer=patient, or add"),
+        ("data.root.x=3", "data.root is one value"),
+        ("paper.value=3", "paper is null: type +paper.value=3"),
+        ("hydra.foo=3", "type +hydra.foo=3"),
+        ("hydra/launcher=jobli", "There is no hydra/launcher=jobli. Did you mean: joblib?"),
+        ("+depth=3", "depth is there already: leave out the plus, type depth=3"),
+        ("+model=lstm", "model is there already: leave out the plus, type model=lstm"),
+        ("+experiment=squad_sru_4l", "leave out the plus, type experiment=squad_sru_4l"),
+        ("++logger=csv", "leave out the plus, type logger=csv"),
+        ("~task.optimizer.lrr", "There is no key 'task.optimizer.lrr' to remove. Did you mean: task.optimizer.lr?"),
+        ("~epochs=3", "epochs is 100 and not 3"),
+        ("~seed", "perhaps a run needs what ~seed removes"),
+        ("~callbacks.clock", "callbacks.clock is missing, and every run needs it"),
+        ("callbacks=null", "type callbacks.NAME=null for one of them"),
+        ("+task.optimizer.weigth_decay=1", "Did you mean: +task.optimizer.weight_decay, "),
+        ("++trainer.max_epoch=1", "pytorch_lightning.Trainer takes no 'max_epoch'. Did you mean: trainer.max_epochs, "),
+        ("+callbacks.best.save_top_k=3", "best.ckpt is one file. To keep more, type +callbacks.top._target_="),
+        ("model.batch_first=true", "model.batch_first is not for a run: time comes first in every task"),
+        ("+model.dtype=float64", "model.dtype=float64: the trainer chooses it, by trainer.precision=64-true"),
+        ("+callbacks.best.save_weights_only=true", "a resume and the test need the whole checkpoint. Leave it out"),
+        ("callbacks.last.save_weights_only=true", "a resume and the test need the whole checkpoint. Leave it out"),
+        ("trainer.callbacks.rate._target_=a.B", "made of callbacks; type +callbacks.rate._target_=a.B"),
+        ("+trainer.callbacks.rate=3", "type +callbacks.rate._target_=CLASS to add one, callbacks.rate=null to take"),
+        ("trainer.callbacks=[]", "type +callbacks.NAME._target_=CLASS to add one"),
+        ("trainer.logger=false", "made of loggers; type logger=csv"),
+        ("task.optimizer=sgd", "task.optimizer=sgd must have a class; type task.optimizer._target_=torch.optim.SGD"),
+        ("task.optimizer=null", "must have a class; type task.optimizer._target_=torch.optim.SGD"),
+        ("optimizer=adamw", "type task.optimizer._target_=torch.optim.AdamW"),
+        ("task=lm task.scheduler=noam", "type +task.scheduler._target_=tasks.schedules.noam +task.scheduler._partial_"),
+        ("task=image +task.scheduler.gamma=1", "task.scheduler must have a class; type +task.scheduler._target_=CLASS"),
+        ("+trainer.strategy=ddp", "trainer.strategy=ddp: leave that out, and type trainer=ddp"),
+        ("trainer.num_nodes=2", "type trainer=ddp"),
+        ("callbacks.best.monitor=null", "callbacks.best.monitor=None must be a metric of the validation"),
+        ("callbacks.best.mode=up", "callbacks.best.mode=up must be min or max"),
+        ("~trainer.max_epochs", "trainer.max_epochs is missing, without which a run has no end"),
+        ("~logger.wandb", "type ~loggers.wandb, or logger=csv"),
+        ("logger.wandb=null", "type loggers.wandb=null, or logger=csv"),
+        ("+callbacks.last.save_top_k=0", "last.ckpt is one file, and a resume needs it; leave that out"),
+        ("+epoch=3", "Nothing reads 'epoch'. Did you mean: epochs, depth?"),
+        ("+model.input_size=3", "model.input_size is not for the configuration, the program gives it"),
+        (STOP, "EarlyStopping needs monitor; type +callbacks.stop.monitor=VALUE"),
+        (f"{STOP}s", "cannot be imported. Did you mean: pytorch_lightning.callbacks.EarlyStopping"),
+        ("+callbacks.x=3", "callbacks.x must have a class"),
+        ("task=lm +task.scheduler._target_=tasks.schedules.noam", "type +task.scheduler._partial_=true"),
+    ],
+)
+def test_what_nothing_takes_is_answered_by_what_this_command_has(answer, words, said):
+    assert said in answer(words)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "logger=null",
+        "~logger",
+        "logger=None",
+        "logger=",
+        "logger=[]",
+        "+logger=null",
+        "~logger=wandb",
+        "loggers=null",
+        "~loggers",
+        "loggers.wandb=null",
+        "~loggers.wandb",
+        "-m logger=null,csv",
+        "logger=[null]",
+        "logger=[null,csv]",
+    ],
+)
+def test_no_logger_is_the_file_alone(answer, word):
+    assert list(answer(word).loggers) == ["csv"]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "ablation=null",
+        "~ablation",
+        "experiment=null",
+        "~experiment",
+        "sweep=null",
+        "~sweep",
+        "-m ablation=[no_vc],null",
+        "ablation=[null]",
+        "-m ablation=[no_vc],[null,null]",
+        "resume=null",
+        "resume=",
+        "trainer=patient callbacks.stop=null",
+    ],
+)
+def test_nothing_of_a_group_is_as_if_nothing_was_said(answer, word):
+    plain, cfg = answer(""), answer(word)
+    for part in ("choices", "data", "model", "task", "ablations"):
+        assert cfg[part] == plain[part]
+    assert list(cfg.callbacks) == list(plain.callbacks)
+
+
+def test_a_null_in_a_list_is_left_out(answer):
+    assert answer("'ablation=[no_vc,null,no_highway]'").choices.ablation == ["no_vc", "no_highway"]
+
+
+def test_what_no_run_can_use_is_not_suggested(configure):
+    for name in config_hints.choices("model"):
+        known = [key.rpartition(".")[2] for key in config_hints.candidates(configure(f"model={name}"))]
+        assert not {*config_checks.LIBRARY, "save_weights_only", "save_top_k", "strategy", "num_nodes"} & set(known)
+
+
+@pytest.mark.parametrize("task", config_hints.choices("task"))
+def test_every_task_refuses_a_batch_that_comes_first(configure, task):
+    with pytest.raises(ValueError, match=r"model\.batch_first=True: time comes first in every task"):
+        config_checks.check(configure(f"task={task}", "model=sru", "+model.batch_first=true"))
+    config_checks.check(configure(f"task={task}", "model=sru", "+model.batch_first=false"))
+
+
+def test_a_metric_that_is_nowhere_is_told_before_the_first_epoch(configure, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"no validation has the metric val/acc, .* there are: val/loss, val/accuracy"):
+        train.run(configure(*TINY, "trainer=patient", "callbacks.best.monitor=val/acc"))
+    assert "epoch 1" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["image", "squad", "translation"])
+def test_a_metric_that_is_typed_changes_no_number(configure, tmp_path, task):
+    words = [word for word in TINY if not word.startswith("task=")] + [f"task={task}"]
+    words += ["data=squad_sample"] if task == "squad" else []
+    found = []
+    for i, monitor in enumerate([["callbacks.best.monitor=val/loss"], ["+callbacks.best.verbose=false"]]):
+        train.run(configure(*words, "callbacks.best.mode=min", *monitor, f"run_dir={tmp_path / str(i)}"))
+        found.append(json.loads((tmp_path / f"{i}/metrics.json").read_text())["metrics"]["test/loss"])
+    assert found[0] == found[1]
+
+
+def test_a_bar_is_left_out_where_none_is_shown(configure, tmp_path):
+    bar = "+callbacks.p._target_=pytorch_lightning.callbacks.RichProgressBar"
+    train.run(configure(*TINY, bar))
+    assert "p" not in OmegaConf.load(tmp_path / "run/config.yaml").callbacks
+
+
+def test_a_bar_is_left_out_of_what_a_process_was_handed(configure):
+    cfg = configure("+callbacks.p._target_=pytorch_lightning.callbacks.TQDMProgressBar")
+    handed = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    config_hints.drop_bars(handed)
+    assert len(handed.trainer.callbacks) == len(handed.callbacks) == len(cfg.callbacks) - 1
+
+
+def test_batches_to_overfit_are_the_same_in_every_epoch(configure, tmp_path, monkeypatch):
+    from tasks.base import Task
+
+    seen, step = [], Task.training_step
+    monkeypatch.setattr(
+        Task, "training_step", lambda self, batch: (seen.append(float(batch[0].double().sum())), step(self, batch))[1]
+    )
+    words = (*TINY, "+trainer.overfit_batches=2")
+    train.run(configure(*words, "epochs=2"))
+    train.run(configure(*words, "epochs=3", f"resume={tmp_path / 'run'}"))
+    assert len(seen) == 6
+    assert seen == 3 * seen[:2]
+    assert seen[0] != seen[1]
+
+
+def test_an_experiment_is_taken_back(answer):
+    assert answer("experiment=classification_sru_8l experiment=null").choices.experiment is None
+
+
+@pytest.mark.parametrize("group", ["task", "data", "model", "trainer"])
+def test_a_group_that_a_run_needs_is_answered_with_its_choices(answer, group):
+    names = config_hints.choices(group)
+    for word in (f"{group}=null", f"~{group}", f"{group}=none", f"-m {group}=null,{names[0]}"):
+        assert f"a run needs {group}=NAME, where NAME is one of: {', '.join(names)}" in answer(word)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("~logger=csv", "There is no logger=csv to remove"),
+        ("-m experiment=null,squad_sru_4l", "null is no choice of a sweep"),
+        ("logger=csv loggers.wandb=null", "no loggers.wandb to take away"),
+        ("hydra/launcher=null", "hydra/launcher=null: null is no file"),
+    ],
+)
+def test_nothing_that_is_nowhere_is_told(answer, word, said):
+    assert said in answer(word)
+
+
+@pytest.mark.parametrize("name", ["classification", "lm", "hybrid"])
+def test_what_is_suggested_for_a_task_is_taken(configure, name):
+    """Each suggestion with a plus composes and passes the door, whatever its value."""
+    cfg = configure(f"task={name}")
+    known = [
+        key
+        for key in config_hints.candidates(cfg)
+        if key.startswith(("+task.optimizer.", "+model.", "+callbacks.clock"))
+    ]
+    assert "+task.optimizer.maximize" in known
+    for key in known:
+        config_hints.check(configure(f"task={name}", f"{key}=null"))
+
+
+@pytest.mark.parametrize("group", ["task", "model", "trainer", "logger", "data"])
+def test_the_files_of_conf_hold_what_their_classes_take(configure, group):
+    for name in config_hints.choices(group):
+        config_hints.check(configure(f"{group}={name}"))
+
+
+def test_a_profiler_reports_and_a_monitor_of_the_rate_is_in_the_file(configure, tmp_path, caplog, capfd):
+    import logging
+
+    logging.getLogger("pytorch_lightning").propagate = True
+    monitor = "+callbacks.rate._target_=pytorch_lightning.callbacks.LearningRateMonitor"
+    decay = ("+task.optimizer.weight_decay=0.1", "+task.optimizer.betas=[0.9,0.98]")
+    train.run(configure(*TINY, "+trainer.profiler=simple", monitor, *decay, "+trainer.overfit_batches=2"))
+    assert "FIT Profiler Report" in caplog.text + capfd.readouterr().err
+    assert "lr-Adam" in (tmp_path / "run/metrics.csv").read_text().splitlines()[0]
+    # It goes on, with the words of the run, too: what was recorded can be read again.
+    train.run(configure(*TINY, "+trainer.profiler=simple", monitor, *decay, "epochs=2", f"resume={tmp_path / 'run'}"))
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["epochs"] == 2
+
+
+@pytest.mark.parametrize("logger", ["csv", "wandb"])
+def test_fast_dev_run_ends_and_keeps_nothing(configure, tmp_path, capsys, logger):
+    assert train.run(configure(*TINY, f"logger={logger}", "+trainer.fast_dev_run=true")) is None
+    told = capsys.readouterr().out
+    assert "none: fast_dev_run keeps nothing" in told
+    assert "test/accuracy" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_fast_dev_run_does_not_touch_a_run_that_is_there(configure, tmp_path):
+    train.run(configure(*TINY))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="leave it out, or resume="):
+        train.run(configure(*TINY, "+trainer.fast_dev_run=true", f"resume={tmp_path / 'run'}"))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_plus_that_is_typed_again_for_a_resume_counts_once(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"overrides": ["+trainer.profiler=simple", "depth=1"]}))
+    found = run_dir.add_recorded_words(
+        [f"resume={tmp_path}", "+trainer.profiler=simple", "+trainer.detect_anomaly=true"]
+    )
+    assert found[:3] == ["+trainer.profiler=simple", "depth=1", "+trainer.detect_anomaly=true"]
+    assert Path(found[3].partition("=")[2].strip("'")) == tmp_path

@@ -1,0 +1,118 @@
+"""What a command reads from the source is what the import would say, and help and refusals import no torch."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from hydra.utils import get_object
+
+from tasks.run import imports, signatures
+
+NAMED = {name for path in ROOT.glob("conf/**/*.yaml") for name in re.findall(r"_target_: ([\w.]+)", path.read_text())}
+# What a person may type.
+TYPED = (
+    "pytorch_lightning.callbacks.LearningRateMonitor",
+    "pytorch_lightning.callbacks.ModelCheckpoint",
+    "pytorch_lightning.callbacks.RichProgressBar",
+    "sru.SRUpp",
+    "torch.optim.AdamW",
+    "torch.optim.LBFGS",
+    "torch.optim.lr_scheduler.ReduceLROnPlateau",
+    "torch.optim.lr_scheduler.StepLR",
+)
+HEAVY = {"torch", "pytorch_lightning", "wandb", "datasets", "torchtext", "numba", "scipy"}
+
+
+def shape(found):
+    """The arguments, and of each class of this project its own."""
+    ours = [c for c in inspect.getmro(found) if "__init__" in vars(c)] if isinstance(found, type) else []
+    ours = [c for c in ours if c.__module__.partition(".")[0] in signatures.OURS]
+    return [
+        (getattr(each, "__qualname__", ""), p.name, p.kind, p.default is p.empty, p.annotation is bool)
+        for each in (found, *ours)
+        for p in inspect.signature(each).parameters.values()
+    ]
+
+
+@pytest.mark.parametrize(
+    "target", sorted({*NAMED, *TYPED} - {"hydra.utils.get_class", "tasks.run.sweep.SweepCallback"})
+)
+def test_an_outline_says_what_the_class_says(target):
+    found, real = signatures.outline(target), get_object(target)
+    assert shape(found) == shape(real)
+    assert isinstance(getattr(found, "MODEL_KWARGS", ()), tuple) == isinstance(getattr(real, "MODEL_KWARGS", ()), tuple)
+    if isinstance(getattr(real, "MODEL_KWARGS", None), tuple):
+        assert found.MODEL_KWARGS == real.MODEL_KWARGS
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "hydra.utils.get_class",  # of another package
+        "tasks.run.sweep.SweepCallback",  # its base is
+        "torch.nn.functional.dropou",
+        "torch.Tensor",  # its base has no source
+        "sru",
+        "nothing",
+    ],
+)
+def test_what_the_source_does_not_say_is_left_to_the_import(target):
+    assert signatures.outline(target) is None
+
+
+def test_the_optimisers_of_a_hint_are_those_of_torch():
+    import torch
+
+    real = {name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)}
+    every = signatures.names("torch.optim")
+    assert {name for name in every if isinstance(signatures.outline(f"torch.optim.{name}"), type)} == real
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--help",
+        "data=trec --cfg job",
+        "data=nosuch",
+        "depth=0",
+        "task.nonsense=1",
+        "modle=lstm model=lstm",
+        "lr=0.1",
+        "+task.optimizer.weigth_decay=1",
+        "task.optimizer=adamw",
+        "+model.batch_first=true",
+        "callbacks.best.mode=up",
+        "logger=csv trainer.devices=2",
+    ],
+)
+def test_help_and_a_refusal_import_nothing_heavy(tmp_path, words):
+    code = (
+        "import sys, train\nfrom tasks import messages\n"
+        "try:\n    messages.guard(train.command)\nexcept SystemExit:\n    pass\n"
+        f"assert not {HEAVY} & set(sys.modules), 'heavy import'"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("WANDB_MODE")
+    command = [sys.executable, "-c", code, *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_one_who_imports_scipy_signal_after_lightning_gets_it():
+    code = (
+        "import sys\nfrom tasks import imports\nimports.import_lightning()\n"
+        "assert not any(name.startswith('scipy.signal') for name in sys.modules)\n"
+        "import scipy.signal, torchmetrics\nassert scipy.signal.lfilter"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_an_import_of_lightning_leaves_what_is_there():
+    import scipy.signal
+
+    imports.import_lightning()
+    assert sys.modules["scipy.signal"] is scipy.signal
