@@ -111,7 +111,11 @@ def check_state(c0: Any, shape: tuple[int, ...], meaning: str, x: Tensor) -> Non
 
 def refuse(name: str, owner: Callable) -> NoReturn:
     """TypeError for an argument that the class or method has not, with what to type instead."""
-    names = [n for n, p in inspect.signature(owner).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    owners: list[Any] = [owner]
+    if inspect.isclass(owner):  # one that takes **options hands them to the class that it extends
+        owners = [each for each in owner.__mro__ if "__init__" in vars(each) and each.__module__.startswith("sru.")]
+    parameters = [p for each in owners for p in inspect.signature(each).parameters.values()]
+    names = list(dict.fromkeys(p.name for p in parameters if p.kind is not p.VAR_KEYWORD))
     close = difflib.get_close_matches(name, names, 1)
     hint = ANSWERS.get(name) or (f"did you mean {close[0]}?" if close else f"it takes {', '.join(names)}")
     raise TypeError(f"{owner.__qualname__} has no argument {name}: {hint}")

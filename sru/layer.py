@@ -1,7 +1,6 @@
 """The stack of SRU layers, in the shapes of torch.nn.LSTM."""
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -51,7 +50,7 @@ class SRU(nn.Module):
         projection_size: as in SRUCell, one for all layers or a sequence of one for each.
         transform_module: as in SRUCell: a sequence of one for each layer (None for a layer of matrices), or a module of
             which every layer gets a copy.
-        options: those of SRUCell.
+        rnn_dropout, bidirectional, activation, ..., dtype: as in SRUCell.
     """
 
     def __init__(
@@ -67,19 +66,38 @@ class SRU(nn.Module):
         projection_size: int | Sequence[int] = 0,
         transform_module: nn.Module | Sequence[nn.Module | None] | None = None,
         custom_m: nn.Module | Sequence[nn.Module | None] | None = None,
-        **options: Any,
+        rnn_dropout: float = 0.0,
+        bidirectional: bool = False,
+        activation: str = "identity",
+        layer_norm: bool = False,
+        normalize_after: bool = False,
+        highway_bias: float = 0.0,
+        forget_bias: float = 0.0,
+        has_skip_term: bool = True,
+        project_skip: bool = False,
+        rescale: bool = True,
+        has_vc_term: bool = True,
+        weight_c_init: float | None = None,
+        zoneout: float = 0.0,
+        backend: str = "auto",
+        use_tanh: bool = False,
+        v1: bool = False,
+        amp_recurrence_fp16: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
         check_sizes(1, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         check_flags(batch_first=batch_first, nn_rnn_compatible_return=nn_rnn_compatible_return)
         check_flags(proj_input_to_hidden_first=proj_input_to_hidden_first)
-        if "n_proj" in options:
+        if "n_proj" in unknown:
             raise TypeError("SRU has no n_proj: it is called projection_size (n_proj in SRUCell)")
-        for name in options.keys() - inspect.signature(SRU).parameters.keys():
-            refuse(name, SRU)
+        for name in unknown:
+            refuse(name, type(self))
         if transform_module is not None and custom_m is not None:
             raise ValueError("custom_m is another name of transform_module: give one of them")
-        self.bidirectional = bool(options.get("bidirectional"))
+        self.bidirectional = bool(bidirectional)
         self.dropout = dropout
         self.num_directions = 2 if self.bidirectional else 1
         self.input_size = input_size
@@ -89,9 +107,7 @@ class SRU(nn.Module):
         self.batch_first = batch_first
         self.nn_rnn_compatible_return = nn_rnn_compatible_return
         self.input_to_hidden = (
-            nn.Linear(
-                input_size, self.output_size, bias=False, device=options.get("device"), dtype=options.get("dtype")
-            )
+            nn.Linear(input_size, self.output_size, bias=False, device=device, dtype=dtype)
             if proj_input_to_hidden_first
             else None
         )
@@ -109,7 +125,25 @@ class SRU(nn.Module):
                 dropout=dropout if i < num_layers - 1 else 0.0,
                 projection_size=sizes[i],
                 transform_module=modules[i],
-                **options,
+                rnn_dropout=rnn_dropout,
+                bidirectional=bidirectional,
+                activation=activation,
+                layer_norm=layer_norm,
+                normalize_after=normalize_after,
+                highway_bias=highway_bias,
+                forget_bias=forget_bias,
+                has_skip_term=has_skip_term,
+                project_skip=project_skip,
+                rescale=rescale,
+                has_vc_term=has_vc_term,
+                weight_c_init=weight_c_init,
+                zoneout=zoneout,
+                backend=backend,
+                use_tanh=use_tanh,
+                v1=v1,
+                amp_recurrence_fp16=amp_recurrence_fp16,
+                device=device,
+                dtype=dtype,
             )
             for i in range(num_layers)
         )
@@ -318,14 +352,3 @@ class SRU(nn.Module):
     def extra_repr(self) -> str:
         names = ("batch_first", "nn_rnn_compatible_return")
         return ", ".join(f"{name}=True" for name in names if getattr(self, name))
-
-
-def signature(init: Callable, more: Callable, without: set[str]) -> inspect.Signature:
-    """The arguments of a constructor, with those of another, but for some, in the place of **options."""
-    own = inspect.signature(init).parameters
-    known = {n: p for n, p in own.items() if n not in ("self", "options")}
-    others = inspect.signature(more).parameters
-    return inspect.Signature([*known.values(), *(p for n, p in others.items() if n not in {*known, *without})])
-
-
-SRU.__signature__ = signature(SRU.__init__, SRUCell, {"unknown", "n_proj"})  # type: ignore[attr-defined]

@@ -1,6 +1,5 @@
 """SRU++: the stack of recurrent layers that attend (Lei, EMNLP 2021; section 2 of the paper)."""
 
-import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -11,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from sru.attention import Attention, Cache, LooksIntoSource, Projection, Source, SourceAttention
 from sru.checks import check_flags, check_mask, check_probabilities, check_sizes, refuse
-from sru.layer import SRU, signature
+from sru.layer import SRU
 from sru.padding import clear, join, padding_first
 
 NOT_HERE = {"transform_module", "custom_m", "projection_size", "n_proj"}  # of SRU's arguments
@@ -34,7 +33,7 @@ class SRUpp(LooksIntoSource, SRU):
         causal: without an attn_mask, a step sees itself, what came before it, and memory; False: all steps.
         memory_length: how many steps before it a step of `step` sees; None for all.
         source_size: features of a source's steps, which every layer then attends to; None for a stack without one.
-        input_size, hidden_size, num_layers, options: as in SRU.
+        input_size, hidden_size, num_layers, batch_first, ..., dtype: as in SRU.
     """
 
     def __init__(
@@ -62,7 +61,21 @@ class SRUpp(LooksIntoSource, SRU):
         weight_c_init: float | None = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: Any,
+        batch_first: bool = False,
+        nn_rnn_compatible_return: bool = False,
+        rnn_dropout: float = 0.0,
+        activation: str = "identity",
+        layer_norm: bool = False,
+        normalize_after: bool = False,
+        forget_bias: float = 0.0,
+        project_skip: bool = False,
+        has_vc_term: bool = True,
+        zoneout: float = 0.0,
+        backend: str = "auto",
+        use_tanh: bool = False,
+        v1: bool = False,
+        amp_recurrence_fp16: bool = False,
+        **unknown: Any,
     ) -> None:
         check_sizes(1, input_size=input_size, hidden_size=hidden_size, proj_size=proj_size, num_layers=num_layers)
         check_sizes(1, num_heads=num_heads, attention_every_n_layers=attention_every_n_layers)
@@ -75,10 +88,10 @@ class SRUpp(LooksIntoSource, SRU):
             check_sizes(1, source_size=source_size)
         if proj_size % num_heads:
             raise ValueError(f"proj_size = {proj_size} cannot be shared among num_heads = {num_heads}")
-        for name in NOT_HERE & options.keys():
-            raise TypeError(f"SRUpp has no {name}: its matrices attend, through proj_size features")
-        for name in options.keys() - inspect.signature(SRU).parameters.keys():
-            refuse(name, SRUpp)
+        for name in unknown:
+            if name in NOT_HERE:
+                raise TypeError(f"SRUpp has no {name}: its matrices attend, through proj_size features")
+            refuse(name, type(self))
         if causal and bidirectional:
             raise ValueError("causal and bidirectional contradict each other")
         last = num_layers if attention_last_n_layers == -1 else attention_last_n_layers
@@ -122,7 +135,20 @@ class SRUpp(LooksIntoSource, SRU):
             weight_c_init=weight_c_init,
             device=device,
             dtype=dtype,
-            **options,
+            batch_first=batch_first,
+            nn_rnn_compatible_return=nn_rnn_compatible_return,
+            rnn_dropout=rnn_dropout,
+            activation=activation,
+            layer_norm=layer_norm,
+            normalize_after=normalize_after,
+            forget_bias=forget_bias,
+            project_skip=project_skip,
+            has_vc_term=has_vc_term,
+            zoneout=zoneout,
+            backend=backend,
+            use_tanh=use_tanh,
+            v1=v1,
+            amp_recurrence_fp16=amp_recurrence_fp16,
         )
         self.proj_size = proj_size
         self.causal = causal
@@ -334,7 +360,3 @@ def last(past: Tensor, now: Tensor, length: int | None) -> Tensor:
     """The last `length` steps of both, None for all; without a copy where nothing of the past is among them."""
     first = 0 if length is None else max(0, len(past) + len(now) - length)
     return now[first - len(past) :] if first >= len(past) else torch.cat([past[first:].to(now.dtype), now])
-
-
-SRUpp.__signature__ = signature(SRUpp.__init__, SRU, NOT_HERE)  # type: ignore[attr-defined]
-SRUppEncoder.__signature__ = signature(SRUppEncoder.__init__, SRUpp, set())  # type: ignore[attr-defined]

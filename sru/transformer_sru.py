@@ -8,7 +8,6 @@ from sru.baselines.transformer import Transformer
 from sru.cell import SRUCell
 from sru.checks import state_dtype
 from sru.kernels.linear import affine
-from sru.layer import signature
 
 
 class TransformerSRU(Transformer):
@@ -67,6 +66,3 @@ class RecurrentFeedForward(nn.Module):
     def forward(self, x: Tensor, state: tuple[Tensor, ...], pad: Tensor | None) -> tuple[Tensor, tuple[Tensor]]:
         h, c = self.cell(x, state[0][0].to(state_dtype(x)) if state else None, pad)
         return affine(h, self.outer), (c[None],)
-
-
-TransformerSRU.__signature__ = signature(TransformerSRU.__init__, Transformer, set())  # type: ignore[attr-defined]

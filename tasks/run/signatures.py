@@ -4,7 +4,6 @@ A command with a wrong word gets its answer from these: importing torch and Ligh
 """
 
 import ast
-import inspect
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -44,26 +43,7 @@ def outline(target: str) -> Any:
     if not all(isinstance(each, type) for each in outlines):
         return None
     content |= {"__module__": module, "__qualname__": node.name}
-    found = type(node.name, tuple(outlines), content)
-    if (call := names(module).get(f"{node.name}.__signature__")) is not None:
-        return widen(found, call, module)
-    return found
-
-
-def widen(found: type, call: Any, module: str) -> type | None:
-    """A class of sru/ that hands its **options on: by signature(CLASS.__init__, OTHER, without), of sru/layer.py."""
-    match call:
-        case ast.Call(func=ast.Name("signature"), args=[_, other, without]):
-            more, left_out = outline(full_name(other, module)), literal(without, module)
-            if more is None or left_out is None:
-                return None
-            given = inspect.signature(found.__init__).parameters.items()  # type: ignore[misc]
-            own = {n: p for n, p in given if n != "self" and p.kind is not p.VAR_KEYWORD}
-            others = inspect.signature(more).parameters.items()
-            every = [*own.values(), *(p for n, p in others if n not in {*own, *left_out})]
-            found.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
-            return found
-    return None
+    return type(node.name, tuple(outlines), content)
 
 
 def definition(module: str, name: str) -> tuple[str, ast.ClassDef | ast.FunctionDef] | None:

@@ -229,7 +229,7 @@ def test_what_is_printed_can_be_typed():
 def test_the_signature_of_the_stack_names_every_option():
     names = set(inspect.signature(SRU).parameters)
     assert {"dropout", "bidirectional", "highway_bias", "batch_first", "projection_size"} <= names
-    assert set(inspect.signature(SRUCell).parameters) - names == {"unknown", "n_proj"}
+    assert set(inspect.signature(SRUCell).parameters) - names == {"n_proj"}
 
 
 def test_parameters_are_made_where_and_as_they_are_wanted():

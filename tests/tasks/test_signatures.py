@@ -91,8 +91,8 @@ def test_the_optimisers_of_a_hint_are_those_of_torch():
 )
 def test_help_and_a_refusal_import_nothing_heavy(tmp_path, words):
     code = (
-        "import sys, train\nfrom tasks import messages\n"
-        "try:\n    messages.guard(train.command)\nexcept SystemExit:\n    pass\n"
+        "import sys, train\nfrom tasks.run import errors\n"
+        "try:\n    errors.guard(train.command)\nexcept SystemExit:\n    pass\n"
         f"assert not {HEAVY} & set(sys.modules), 'heavy import'"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -104,7 +104,7 @@ def test_help_and_a_refusal_import_nothing_heavy(tmp_path, words):
 
 def test_the_one_who_imports_scipy_signal_after_lightning_gets_it():
     code = (
-        "import sys\nfrom tasks import imports\nimports.import_lightning()\n"
+        "import sys\nfrom tasks.run import imports\nimports.import_lightning()\n"
         "assert not any(name.startswith('scipy.signal') for name in sys.modules)\n"
         "import scipy.signal, torchmetrics\nassert scipy.signal.lfilter"
     )
