@@ -1,11 +1,11 @@
-# train, test, check, slow, bench, gpu, results: each sets up its own environment.
+# train, test, check, slow, bench, gpu, results, docs: each sets up its own environment.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= train,sweeps,tensorboard,word2vec,spacy,onnx,report,dev
 RUNS ?= runs
 
-.PHONY: setup train test slow check bench gpu results
+.PHONY: setup train test slow check bench gpu results docs
 
 # One stamp a set of requirements: a second call finds it and installs nothing.
 STAMP := $(VENV)/installed-$(EXTRAS)
@@ -38,3 +38,7 @@ gpu: setup
 
 results: setup
 	$(BIN)/python scripts/results.py $(RUNS) --png $(RUNS)/curves.png
+
+docs:
+	$(MAKE) setup EXTRAS=docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

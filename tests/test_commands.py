@@ -1,31 +1,52 @@
-"""The commands of docs/: each `python train.py ...` composes, and those of the quick start run, in their order."""
+"""The commands of README.md and docs/: `python train.py ...` composes, other scripts have the options, and those of the
+quick start run, in their order."""
 
 import ast
+import inspect
 import re
 import shlex
 import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import ROOT
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import get_class
 
+import evaluate
 from tasks.run import config_checks
 
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
 QUICKSTART = [
     shlex.split(line, comments=True)
-    for block in re.findall(r"^```bash\n(.*?)^```$", PAGES["quickstart.md"], re.MULTILINE | re.DOTALL)
+    for block in re.findall(r"^```bash\n(.*?)^```$", PAGES["docs/quickstart.md"], re.MULTILINE | re.DOTALL)
     for line in block.splitlines()
 ]
+ENTRIES = ("train.py", "predict.py", "evaluate.py")
 
 
-def commands(text):
-    """The words after `python train.py`, of lines, rows of tables and code within a sentence."""
-    text = re.sub(r"\\\n\s*", "", text)
-    of_lines = re.findall(r"^(?: {4}|> )?python train\.py(.*)$", text, re.MULTILINE)
-    of_sentences = re.findall(r"`python train\.py([^`]*)`", text)
+def with_variables(text):
+    """The text with each $NAME that an earlier line sets in the shell's way, NAME=value, in its place."""
+    values: dict[str, str] = {}
+    lines = []
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+        line = re.sub(r"\$([A-Z]+)\b", lambda found: values.get(found[1], found[0]), line)
+        if assigned := re.fullmatch(r"([A-Z]+)=(\"?)([^\"]*)\2", line.strip()):
+            values[assigned[1]] = assigned[3]
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def commands(text, script="train.py"):
+    """The words after `python SCRIPT`, of lines, rows of tables and code within a sentence."""
+    text, script = with_variables(text), re.escape(script)
+    of_lines = re.findall(rf"^(?: {{4}}|> )?(?:[A-Z_]+=\S+ )*(?:[^`\n]*\| )?python {script}(.*)$", text, re.MULTILINE)
+    of_sentences = re.findall(rf"`(?:[A-Z_]+=\S+ )*python {script}([^`]*)`", text)
     return [shlex.split(words, comments=True) for words in [*of_lines, *of_sentences]]
 
 
@@ -36,6 +57,15 @@ def is_row(words):
 
 ALL = sorted({(name, shlex.join(words)) for name, text in PAGES.items() for words in commands(text) if words})
 TRAIN = [(name, words) for name, words in ALL if not is_row(shlex.split(words))]
+OTHERS = sorted(
+    {
+        (name, script, shlex.join(words))
+        for name, text in PAGES.items()
+        for script in [*ENTRIES[1:], *(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py"))]
+        for words in commands(text, script)
+        if words
+    }
+)
 
 
 @pytest.mark.parametrize(("page", "words"), TRAIN)
@@ -49,6 +79,8 @@ def test_a_command_of_the_documents_composes(configure, page, words):
         config_checks.check(configure(*given))
         return
     given = ["task=image" if word == "task=forecast" else word for word in given]
+    if any(word.startswith("loggers.wandb.") for word in given):
+        given.append("logger=wandb")  # the default, which `configure` replaces
     # Without -m a value with commas is an error, as on the command line.
     if "-m" in shlex.split(words):
         overrides = OverridesParser.create().parse_overrides(given)
@@ -62,15 +94,62 @@ def test_a_command_of_the_documents_composes(configure, page, words):
 
 def test_commands_are_found_on_every_page_that_has_some():
     found = {page for page, _ in ALL}
-    assert found >= {
-        "sru_2018.md",
-        "sru_2017.md",
-        "srupp_2021.md",
-        "quickstart.md",
-        "own_task.md",
-        "troubleshooting.md",
-    }
+    tasks = {f"docs/tasks/{name}.md" for name in ("classification", "lm", "squad", "translation", "speech", "image")}
+    papers = {f"docs/{name}.md" for name in ("sru_2017", "sru_2018", "srupp_2021")}
+    others = {f"docs/{name}.md" for name in ("quickstart", "own_task", "troubleshooting", "runs", "sweeps", "cluster")}
+    assert found >= {"README.md", "docs/results.md", "docs/kaldi.md", *tasks, *papers, *others}
     assert len(QUICKSTART) > 8
+
+
+def test_variables_of_the_shell_are_replaced():
+    text = 'R=a,b\nR="$R c=1"\nOMP_NUM_THREADS=1 python train.py x=$R \\\n  y=$OTHER  # z'
+    assert commands(text) == [["x=a,b", "c=1", "y=$OTHER"]]
+
+
+def predict_options():
+    """The options of predict.py, of all tasks."""
+    names = {"checkpoint", "device"}
+    for path in (ROOT / "conf/task").glob("*.yaml"):
+        task = get_class(yaml.safe_load(path.read_text(encoding="utf-8"))["task"]["_target_"])
+        if hasattr(task, "predict"):
+            names |= set(inspect.signature(task.predict).parameters) - {"self", "vocabulary"}
+    return names
+
+
+@pytest.fixture(scope="module")
+def told():
+    """told(script): what it prints with --help."""
+    told = {}
+
+    def help_of(script):
+        if script not in told:
+            command = [sys.executable, str(ROOT / script), "--help"]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+            told[script] = done.stdout
+        return told[script]
+
+    return help_of
+
+
+@pytest.mark.parametrize(("page", "script", "words"), OTHERS)
+def test_a_command_of_the_documents_has_the_options_of_its_script(configure, told, page, script, words):
+    given = shlex.split(words)
+    keys = [word.partition("=")[0] for word in given]
+    if script == "predict.py":
+        assert set(keys) <= predict_options()
+    elif script == "evaluate.py":
+        assert all(key in evaluate.OWN or re.match(r"(data|task|model)\.\w", key) for key in keys)
+    elif script == "scripts/download.py":
+        config_checks.check(configure(*(word for word in given if "..." not in word)))
+    else:
+        options = {word for word in given if word.startswith("--")}
+        sections = set(given[:1]) - options if script == "scripts/benchmark.py" else set()
+        assert options | sections <= set(re.findall(r"--\w+|\w+", told(script)))
+
+
+def test_commands_of_every_script_are_found():
+    scripts = {f"scripts/{name}.py" for name in ("benchmark", "convert", "download", "results", "wandb_report")}
+    assert {script for _, script, _ in OTHERS} >= {*ENTRIES[1:], *scripts}
 
 
 def test_every_script_that_a_block_of_the_quick_start_runs_exists():
@@ -114,15 +193,16 @@ def templates(path):
 
 MESSAGES = [
     line
-    for block in re.findall(r"^```text\n(.*?)^```$", PAGES["troubleshooting.md"], re.MULTILINE | re.DOTALL)
+    for block in re.findall(r"^```text\n(.*?)^```$", PAGES["docs/troubleshooting.md"], re.MULTILINE | re.DOTALL)
     for line in block.splitlines()
 ]
 
 
 @pytest.fixture(scope="module")
 def said():
-    files = [ROOT / "predict.py", *(path for name in ("sru", "tasks", "data") for path in (ROOT / name).rglob("*.py"))]
-    return {text for path in files for text in templates(path)}
+    folders = ("sru", "tasks", "data", "scripts")
+    files = [path for name in folders for path in (ROOT / name).rglob("*.py")]
+    return {text for path in [*files, *(ROOT / entry for entry in ENTRIES)] for text in templates(path)}
 
 
 @pytest.mark.parametrize("message", MESSAGES)

@@ -1,4 +1,4 @@
-"""The documents: every Python block runs, and the table of arguments is that of the code.
+"""The documents: every Python block runs, links lead somewhere, and the table of arguments matches the code.
 
 The blocks of a file are one program, in order, in a directory of its own. A block whose first line is
 `# needs NAME ...` is skipped where one of these modules cannot be imported.
@@ -10,11 +10,12 @@ import inspect
 import re
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from sru import SRU, SRUCell
 
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}
 BLOCKS = {name: [(match.start(1), match[1]) for match in BLOCK.finditer(text)] for name, text in TEXTS.items()}
@@ -90,14 +91,53 @@ def test_every_class_of_the_table_is_known():
     assert {row["class"] for row in arguments().values()} == {"both", "`SRU`", "`SRUCell`"}
 
 
-def test_links_between_the_documents_lead_somewhere():
-    for path, text in zip(FILES, TEXTS.values(), strict=True):
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
+LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)")
+
+
+def anchors(path):
+    """The anchors of a page's headings, as forges and MkDocs write them."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_between_the_documents_lead_somewhere(name):
+    for target, anchor in LINK.findall(TEXTS[name]):
+        path = ROOT / name if not target else (ROOT / name).parent / target
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+def test_a_link_to_a_missing_page_or_heading_is_found():
+    assert LINK.findall("[a](b.md) ![c](d.png) [e](#f) [g](h.md#i) [j](https://k.l)") == [
+        ("b.md", ""),
+        ("d.png", ""),
+        ("", "f"),
+        ("h.md", "i"),
+    ]
+    assert "against-the-official-package" in anchors(ROOT / "docs/speed.md")
+
+
+def test_the_site_has_every_page_once():
+    def pages(entry):
+        entries = entry.values() if isinstance(entry, dict) else entry
+        return [entry] if isinstance(entry, str) else [page for each in entries for page in pages(each)]
+
+    outside = {"CONTRIBUTING.md", "CHANGELOG.md", "bench/NOTES.md"}
+    named = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert len(named) == len(set(named))
+    there = {str(path.relative_to(ROOT / "docs")) for path in FILES[1:]}
+    assert set(named) == there | outside, "mkdocs.yml must list every page of docs/"
+    assert all((ROOT / page).is_file() for page in outside)
+
+
+def test_the_readme_is_short():
+    assert len(TEXTS["README.md"].splitlines()) <= 200
 
 
 def test_every_test_that_the_documents_name_exists():
-    there = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    there = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     named = {name for text in TEXTS.values() for name in re.findall(r"`(test_\w+)`", text)}
     assert named
     assert not {name for name in named if f"def {name}(" not in there}
