@@ -140,7 +140,7 @@ def test_transcripts_longer_than_the_sound_are_left_out_of_training(listed, capl
 
 
 def test_nothing_to_learn_is_told_before_features_are_computed(listed, monkeypatch):
-    monkeypatch.setattr("data.speech.prepared", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr("data.speech.prepare", lambda *_: pytest.fail("computed"))
     for split, options, message in (
         ("train", {}, "transcripts to train on are all empty"),
         ("train", {"unit": "bpe"}, "transcripts to train on are all empty"),

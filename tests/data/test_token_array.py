@@ -128,12 +128,12 @@ TOGETHER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from data.text.token_array import Source, prepared
+from data.text.token_array import Source, prepare
 
 print("ready", flush=True)
 sys.stdin.readline()
 folder = Path({path!r})
-tokens, arrays = prepared({{"all": Source(root=folder, name="file")}}, folder / "cache" / "text", "bytes", 1)
+tokens, arrays = prepare({{"all": Source(root=folder, name="file")}}, folder / "cache" / "text", "bytes", 1)
 print(len(tokens), len(arrays["all"]), int(arrays["all"].sum()))
 """
 

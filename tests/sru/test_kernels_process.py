@@ -120,7 +120,7 @@ def test_what_no_thread_takes_up_the_caller_does(refused, threads, monkeypatch):
 def test_a_call_waits_for_the_slowest_thread(threads, monkeypatch):
     arguments = inputs(9, 16, 64)
     expected = recurrence(*arguments, backend="cpu")
-    caller, begun, compiled = threading.current_thread(), threading.Event(), cpu.compiled
+    caller, begun, compiled = threading.current_thread(), threading.Event(), cpu.compile_kernel
 
     def slowed(*kind):
         function, address = compiled(*kind)
@@ -136,7 +136,7 @@ def test_a_call_waits_for_the_slowest_thread(threads, monkeypatch):
         return kernel, address
 
     threads(2)
-    monkeypatch.setattr(cpu, "compiled", slowed)
+    monkeypatch.setattr(cpu, "compile_kernel", slowed)
     for e, f in zip(expected, recurrence(*arguments, backend="cpu"), strict=True):
         assert torch.equal(e, f)
     assert begun.is_set()
@@ -154,7 +154,7 @@ def test_an_interrupted_call_leaves_a_thread_the_memory_that_it_works_on(threads
         end.wait(30)
 
     threads(2)
-    monkeypatch.setattr(cpu, "compiled", lambda *_: (kernel, 0))
+    monkeypatch.setattr(cpu, "compile_kernel", lambda *_: (kernel, 0))
     u, *others = inputs(9, 16, 64)
     memory = weakref.ref(u)
     with contextlib.suppress(KeyboardInterrupt):

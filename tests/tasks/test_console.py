@@ -69,7 +69,7 @@ def test_a_typed_text_is_read_as_utf8(monkeypatch):
 
 
 def test_every_command_begins_with_it():
-    commands = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("tasks/*.py")]
+    commands = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *(ROOT / "tasks").rglob("*.py")]
     for path in commands:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) and path.name != "benchmark.py":

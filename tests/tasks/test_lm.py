@@ -98,9 +98,9 @@ def test_a_first_segment_forgets():
 def test_metrics_follow_from_the_mean_of_all():
     """Perplexity is exp of the mean loss, not the mean of the segments' perplexities."""
     means = {"loss": torch.tensor(2.0, dtype=torch.float64)}
-    assert task_of(unit="words").derived(means, "val")["perplexity"] == pytest.approx(math.e**2)
+    assert task_of(unit="words").epoch_metrics(means, "val")["perplexity"] == pytest.approx(math.e**2)
     for unit in ("bytes", "characters"):
-        assert task_of(unit=unit).derived(means, "val")["bpc"] == pytest.approx(2 / math.log(2))
+        assert task_of(unit=unit).epoch_metrics(means, "val")["bpc"] == pytest.approx(2 / math.log(2))
 
 
 def test_a_uniform_model_costs_the_bits_of_its_vocabulary(configure, tmp_path, monkeypatch):

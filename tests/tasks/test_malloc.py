@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CODE = """
 import resource, sys, torch
-from tasks import memory
+from tasks.run import malloc
 if sys.argv[1] == "kept":
-    memory.keep_freed_memory()
+    malloc.keep_freed_memory()
 def use():
     for _ in range(20):
         torch.ones(12, 2**20).add_(1)

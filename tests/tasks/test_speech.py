@@ -346,13 +346,13 @@ def test_error_rates_are_those_of_all_recordings_together(tmp_path):
     task._trainer = SimpleNamespace(default_root_dir=str(tmp_path))
     pairs = {"a": ("one two", "one two three four"), "b": ("five", "five"), "c": ("noise", "")}
     task.hypotheses = dict(pairs)
-    found = task.derived({"loss": torch.tensor(1.0)}, "test")
+    found = task.epoch_metrics({"loss": torch.tensor(1.0)}, "test")
     # Two words are missing, one is too many, of five that were said.
     assert float(found["wer"]) == pytest.approx(100 * 3 / 5)
     said, heard = [said for _, said in pairs.values()], [heard for heard, _ in pairs.values()]
     assert float(found["cer"]) == pytest.approx(100 * jiwer.cer(said, heard))
     assert (tmp_path / "hypotheses.txt").read_text() == "a\tone two\nb\tfive\nc\tnoise\n"
-    assert task.derived({"loss": torch.tensor(1.0)}, "val") == {}
+    assert task.epoch_metrics({"loss": torch.tensor(1.0)}, "val") == {}
 
 
 def test_a_resumed_run_is_one_that_never_stopped(settings, tmp_path):

@@ -47,7 +47,7 @@ def training(monkeypatch):
         monkeypatch.setattr(throughput, "peak_memory", lambda device: 17.0)
         encoder = Encoder(now)
         module = SimpleNamespace(
-            device=torch.device("cpu"), training=True, encoders=[encoder], batch_size=7, counted="examples",
+            device=torch.device("cpu"), training=True, encoders=[encoder], batch_size=7, unit="examples",
             log_dict=logged.update,
         )  # fmt: skip
         progress = SimpleNamespace(is_last_batch=False, current=SimpleNamespace(ready=0))
@@ -114,7 +114,7 @@ def test_the_record_has_the_clocks_numbers_for_an_epoch(training):
     trainer = SimpleNamespace(
         callbacks=[own], checkpoint_callback=SimpleNamespace(best_model_path="", monitor="val/loss")
     )
-    task = SimpleNamespace(counted="examples", device=torch.device("cpu"))
+    task = SimpleNamespace(unit="examples", device=torch.device("cpu"))
     found = metrics.result(trainer, task)
     assert found["seconds_per_epoch"] == pytest.approx(4 * 20)
     assert found["encoder_seconds_per_epoch"] == pytest.approx(4 * 8)

@@ -42,8 +42,8 @@ def translator(encoder="sru", **options):
 
 def test_perplexity_is_of_the_mean_of_all_words_and_not_of_training():
     means = {"loss": torch.tensor(2.0)}
-    assert translator().derived(means, "val")["perplexity"] == pytest.approx(math.e**2)
-    assert translator().derived(means, "train") == {}
+    assert translator().epoch_metrics(means, "val")["perplexity"] == pytest.approx(math.e**2)
+    assert translator().epoch_metrics(means, "train") == {}
 
 
 def sources(*lengths):
