@@ -8,7 +8,7 @@ from sru.transformer import Transformer
 from sru.transformer_sru import TransformerSRU
 from sru.transformer_xl import TransformerXL
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 __all__ = [
     "CNN",
     "GRU",
