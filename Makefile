@@ -25,14 +25,14 @@ else
 	$(BIN)/python train.py task=lm logger=csv run_dir=$(FIRST)
 	@echo; echo 'What it writes after "The ":'; echo
 	@$(BIN)/python predict.py checkpoint=$(FIRST) prompt='The ' length=400 temperature=0.7
-	@echo; $(BIN)/python scripts/results.py $(FIRST) --png $(FIRST)/curves.png
-	@printf '%s\n' '' 'Learning curve: $(FIRST)/curves.png' '' 'Next (in full: docs/quickstart.md):' \
+	@echo; $(BIN)/python scripts/results.py $(FIRST) --png $(FIRST)/curves.png > /dev/null
+	@printf '%s\n' '' 'Next (in full: docs/quickstart.md):' \
 	  '  source $(BIN)/activate' \
-	  '  python train.py resume=$(FIRST) trainer.max_epochs=20    # train on' \
+	  '  python train.py resume=$(FIRST) trainer.max_epochs=20    # train for longer' \
 	  '  python evaluate.py checkpoint=$(FIRST)                   # the test again' \
 	  '  python predict.py checkpoint=$(FIRST) prompt="A class "  # more text' \
-	  '  python train.py task=lm model=lstm width=160 logger=csv  # another model, about as large' \
-	  '  python scripts/results.py runs/ --png runs/curves.png    # compare'
+	  '  python train.py task=lm model=lstm width=160 logger=csv             # an LSTM of that size' \
+	  '  python scripts/results.py runs/ --png runs/curves.png               # compare'
 endif
 
 test: setup
