@@ -9,7 +9,7 @@ from sru.layer import SRU, presets
 from sru.srupp import SRUpp, SRUppEncoder
 from sru.transformer_sru import TransformerSRU
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 __all__ = [
     "CNN",
     "GRU",
