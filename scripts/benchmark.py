@@ -150,7 +150,7 @@ def layer(options: argparse.Namespace) -> None:
     theirs: list[dict[str, float]] = []
     if options.official:
         code = (
-            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import benchmark; "
+            f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import benchmark; "
             f"sys.path.remove({str(ROOT)!r}); benchmark.official({torch.get_num_threads()})"
         )
         command = [options.official, "-W", "ignore", "-c", code]
@@ -345,37 +345,37 @@ train.command()
 
 def lm(options: argparse.Namespace) -> None:
     """Language models of as many parameters: training and generation."""
-    import benchmark_lm
+    from benchmarks import lm
 
-    benchmark_lm.run(options)
+    lm.run(options)
 
 
 def squad(options: argparse.Namespace) -> None:
     """The readers of the 2018 paper's Table 2: training, and the encoders' share of it."""
-    import benchmark_squad
+    from benchmarks import squad
 
-    benchmark_squad.run(options)
+    squad.run(options)
 
 
 def translation(options: argparse.Namespace) -> None:
     """Translators of as many parameters: training, and decoding with and without what a step keeps for the next."""
-    import benchmark_translation
+    from benchmarks import translation
 
-    benchmark_translation.run(options)
+    translation.run(options)
 
 
 def speech(options: argparse.Namespace) -> None:
     """Features, recognisers, streams, and sequences of 16,000 steps."""
-    import benchmark_speech
+    from benchmarks import speech
 
-    benchmark_speech.run(options)
+    speech.run(options)
 
 
 def framework(options: argparse.Namespace) -> None:
     """A step of train.py beside a plain loop's, and that beside its matrix products."""
-    import benchmark_framework
+    from benchmarks import framework
 
-    benchmark_framework.run(options)
+    framework.run(options)
 
 
 SECTIONS = {
@@ -433,9 +433,9 @@ def parse() -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> None:
     if options.device:
-        import benchmark_report
+        from benchmarks import device_report
 
-        return benchmark_report.run(options)
+        return device_report.run(options)
     about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")]
     print(

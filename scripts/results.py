@@ -4,10 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from results_curves import draw
-from results_keep import keep, write_whole
-from results_runs import DamagedError, Found, Group, find_runs, group_runs, read_runs
-from results_table import table
+from reporting.curves import draw
+from reporting.kept_runs import keep, write_whole
+from reporting.runs import DamagedError, Found, Group, find_runs, group_runs, read_runs
+from reporting.table import table
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKE_ONE = "python train.py data=trec model=sru"
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     try:
         if given.readme is not None:
-            from results_readme import pages, rewrite
+            from reporting.markdown import pages, rewrite
 
             for path in given.readme or pages():
                 print(rewrite(path))
@@ -84,12 +84,12 @@ def show(given: argparse.Namespace) -> int:
     found = read_runs(find_runs(places))
     groups = group_runs(found.runs)
     if given.papers or given.html:
-        from results_papers import compose_rows, match, papers_table
+        from reporting.paper_rows import compose_rows, match, papers_table
 
         rows = match(compose_rows(), found.runs)
         text = papers_table(rows)
         if given.html:
-            from results_page import page
+            from reporting.html import page
 
             speeds = [place for place in given.places if is_file(place, ".json")]
             write_whole(given.html, page(rows, groups, found, speeds).encode())

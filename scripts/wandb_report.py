@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from results_papers import RISING
+from reporting.paper_rows import RISING
 
 ROOT = Path(__file__).parent.parent
 STEP = "trainer/global_step"  # as in tasks/dashboard.py

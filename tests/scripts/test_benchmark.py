@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/benchmark.py"
 # A Python that plays the one which measures: the SRU ends it at a graph, the LSTM at any time, and bf16 without a word.
 DYING = """#!{python}
@@ -35,17 +35,17 @@ for mode in order["modes"]:
 @pytest.fixture
 def device(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    import benchmark_device
+    from benchmarks import device
 
-    return benchmark_device
+    return device
 
 
 @pytest.fixture
 def report(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    import benchmark_report
+    from benchmarks import device_report
 
-    return benchmark_report
+    return device_report
 
 
 def run(*words, folder, status=0):
@@ -224,10 +224,10 @@ def test_the_cells_of_a_layer_are_milliseconds_and_how_many_times_as_long_the_ls
 def test_a_step_of_the_framework_and_its_products(tmp_path, monkeypatch):
     pytest.importorskip("hydra")
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    import benchmark_framework
+    from benchmarks import framework
 
-    words = ("task=image", "data._target_=benchmark_framework.Rows")
-    run = benchmark_framework.Run(benchmark_framework.configuration(tmp_path, *words), steps=2)
+    words = ("task=image", "data._target_=benchmarks.framework.Rows")
+    run = framework.Run(framework.configuration(tmp_path, *words), steps=2)
     assert run.plain() > 0
     assert run.framed()["step"] > 0
     # The pixels need no gradient; the first layer has four matrices, since its sizes differ, the second one three.

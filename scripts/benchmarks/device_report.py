@@ -1,6 +1,6 @@
 """Speed on one device, the SRU beside what else maps a sequence: `python scripts/benchmark.py --device cuda`.
 
-Processes of their own measure (scripts/benchmark_device.py), one a shape, so that a kernel that ends its process costs
+Processes of their own measure (scripts/benchmarks/device.py), one a shape, so that a kernel that ends its process costs
 one cell.
 """
 
@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from benchmark import ROOT
-from benchmark_device import DTYPES, EAGER, KINDS
+
+from benchmarks.device import DTYPES, EAGER, KINDS
 
 NAMED = {"A": "32x32x128", "B": "128x32x512", "C": "256x64x2048", "D": "1024x4x3072", "E": "16384x1x1024"}
 SHAPES = {
@@ -64,7 +65,7 @@ def measure_apart(python: str, order: dict, cells: dict[str, dict]) -> list[dict
     """
     code = f"import json, sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import benchmark\n"
     code += f"sys.path.remove({str(ROOT)!r})\n" if order["official"] else ""
-    code += "import benchmark_device; benchmark_device.work(json.loads(sys.argv[1]))"
+    code += "from benchmarks import device; device.work(json.loads(sys.argv[1]))"
     modes, refused, eager, machines = list(cells), dict[str, str](), list[str](), list[dict]()
     while modes:
         argument = json.dumps(order | {"modes": modes, "refused": refused, "eager": eager})

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import results
-import results_papers
+from reporting import paper_rows
 from test_report import EVIL, report
 from test_results import write_run
 
@@ -39,12 +39,12 @@ def opened(browser, tmp_path, monkeypatch):
     write_run(runs / "lstm", 70.0, {"choices.model": "lstm"}, examples_per_second=300.0)
     lm = {"choices.task": "lm", "choices.data": EVIL, "width": 10**40}
     write_run(runs / "lm", 70.0, lm, curve=[(float(i), 90 - math.sqrt(i)) for i in range(1, 400)])
-    rows = results_papers.match(results_papers.compose_rows("classification_[ls]*_2l"), [])
+    rows = paper_rows.match(paper_rows.compose_rows("classification_[ls]*_2l"), [])
     sru = [row for row in rows if row.model == "sru"]
     found = results.read_runs(results.find_runs([runs])).runs
     sru[0].runs, sru[1].runs = ([run for run in found if run.value == value] for value in (80.0, 81.0))
     sru[1].value = 81.0
-    monkeypatch.setattr(results_papers, "match", lambda rows, _: rows)
+    monkeypatch.setattr(paper_rows, "match", lambda rows, _: rows)
     report(tmp_path, lambda: rows, monkeypatch, runs)
 
     def page(width, scheme):

@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from results_charts import COLOURS, Bar, Mark, bar_chart, line_chart
-from results_curves import mean_curves
-from results_runs import Group
-from results_table import mean_and_std
+from reporting.charts import COLOURS, Bar, Mark, bar_chart, line_chart
+from reporting.curves import mean_curves
+from reporting.runs import Group
+from reporting.table import mean_and_std
 
 POINTS = 150  # of a curve on the page
 # What an ablation changes, and the names of parts.

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from benchmark import medians, table
-from benchmark_lm import of_size
 from torch import Tensor
 
 import sru
+from benchmarks.lm import of_size
 from sru.kernels.linear import linear
 from tasks.memory import keep_freed_memory
 from tasks.search import beam_search

@@ -5,11 +5,11 @@ import re
 import shlex
 from pathlib import Path
 
-from results_keep import write_whole
-from results_runs import IDENTITY, DamagedError, Group, Run, find_runs, group_runs, read_runs
-from results_table import markdown, mean_and_std
+from reporting.kept_runs import write_whole
+from reporting.runs import IDENTITY, DamagedError, Group, Run, find_runs, group_runs, read_runs
+from reporting.table import markdown, mean_and_std
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(
     r"(?P<start>^<!-- results: (?P<words>[^\n]*?) -->\n)(?P<body>.*?)(?P<end>^<!-- end -->$)", re.M | re.S
 )
@@ -106,7 +106,7 @@ def table(words: str, root: Path) -> list[str]:
 
 def paper_table(runs: list[Run], source: str, words: str) -> list[str]:
     """The lines of a paper's table: a row an experiment, a column a data set; ours, the number of runs, published."""
-    from results_papers import compose_rows, match, measured, orders, published
+    from reporting.paper_rows import compose_rows, match, measured, orders, published
 
     experiments = sorted({json.loads(run.options.get("choices.experiment", "null")) or "" for run in runs} - {""})
     rows = match([row for name in experiments for row in compose_rows(name) if row.source == source], runs)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from results_runs import LoadYAML, Run, flatten
-from results_table import markdown, mean_and_std
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+from reporting.runs import LoadYAML, Run, flatten
+from reporting.table import markdown, mean_and_std
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
 RISING = ("accuracy", "em", "f1", "bleu", "chrf")  # metrics of which more is better
 # Names of parts, of which the options say all; and what only picks the hardware.
 PROCESSES = ("trainer.devices", "trainer.num_nodes")

@@ -1,6 +1,6 @@
 """The measuring part of `python scripts/benchmark.py --device cuda`: one process, one shape.
 
-The SRU beside what else maps a sequence. scripts/benchmark_report.py starts these processes and tells what they found.
+The SRU beside what else maps a sequence; scripts/benchmarks/device_report.py starts these processes.
 """
 
 import contextlib

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import results
-import results_readme
-from results_runs import DamagedError, find_runs, group_runs, read_runs
-from results_table import table
+from reporting import markdown
+from reporting.runs import DamagedError, find_runs, group_runs, read_runs
+from reporting.table import table
 from test_results import PAPER, write_run
 
 
@@ -171,7 +171,7 @@ def kept(tmp_path):
 
 
 def test_a_table_of_the_readme_is_written_between_its_markers(kept):
-    text = results_readme.filled(MARKED, kept)
+    text = markdown.filled(MARKED, kept)
     assert text.splitlines()[2:] == [
         MARKED.splitlines()[2],
         "",
@@ -182,24 +182,24 @@ def test_a_table_of_the_readme_is_written_between_its_markers(kept):
         "",
         "<!-- end -->",
     ]
-    assert results_readme.filled(text, kept) == text
+    assert markdown.filled(text, kept) == text
 
 
 def test_a_table_may_have_several_metrics(kept):
     words = (
         "kept.jsonl rows=model metric=test/accuracy,encoder_parameters places=1,0 cell=mean data=cr task=classification"
     )
-    assert results_readme.table(words, kept)[0] == "| model | test/accuracy | encoder_parameters |"
-    assert results_readme.table(words, kept)[-1] == "| sru | 81.0 | 203,776 |"
+    assert markdown.table(words, kept)[0] == "| model | test/accuracy | encoder_parameters |"
+    assert markdown.table(words, kept)[-1] == "| sru | 81.0 | 203,776 |"
     with pytest.raises(DamagedError, match="columns= and several metrics"):
-        results_readme.table(f"{words} columns=data", kept)
+        markdown.table(f"{words} columns=data", kept)
 
 
 def test_a_column_may_have_a_title_and_an_option_that_some_models_lack(kept):
     write_run(kept / "runs/e", 75.0, {"model.bias": "2"})
     results.main([str(kept / "runs"), "--keep", str(kept / "kept.jsonl")])
     words = "kept.jsonl rows=model,model.bias:bias metric=test/accuracy:score data=cr model=gru,sru task=classification"
-    lines = results_readme.table(words, kept)
+    lines = markdown.table(words, kept)
     assert lines[0] == "| model | bias | score |"
     assert lines[2:] == ["| sru |  | 81.0 ± 1.4 |", "| sru | 2 | 75.0 |"]
 
@@ -234,10 +234,10 @@ def test_the_command_rewrites_the_file_once(kept, monkeypatch, capsys):
 )
 def test_a_marker_that_asks_for_nothing_is_refused(kept, old, new, message):
     with pytest.raises(results.DamagedError, match=message):
-        results_readme.filled(MARKED.replace(old, new), kept)
+        markdown.filled(MARKED.replace(old, new), kept)
 
 
-@pytest.mark.parametrize("page", results_readme.pages(), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", markdown.pages(), ids=lambda page: page.name)
 def test_the_tables_of_the_documents_are_those_of_the_kept_runs(page):
     text = page.read_text(encoding="utf-8")
-    assert results_readme.filled(text) == text, "python scripts/results.py --readme"
+    assert markdown.filled(text) == text, "python scripts/results.py --readme"

@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from results_figures import ablations, belongs, curves, speed, tag
-from results_papers import NOTES, STATES, Row, cells, orders, published
-from results_runs import DamagedError, Found, Group, Place
-from results_table import row
+from reporting.figures import ablations, belongs, curves, speed, tag
+from reporting.paper_rows import NOTES, STATES, Row, cells, orders, published
+from reporting.runs import DamagedError, Found, Group, Place
+from reporting.table import row
 
 HERE = Path(__file__).parent
 SIGNS = {"reached": "✓", "not reached": "✗", "run with substitutes": "≈", "not run": "–"}
@@ -172,7 +172,7 @@ def page(rows: list[Row], groups: list[Group], found: Found, speeds: list[Path])
         )
         for name, title, said, content in sections
     )
-    style, script = (HERE / f"results_page.{kind}" for kind in ("css", "js"))
+    style, script = (HERE / f"page.{kind}" for kind in ("css", "js"))
     controls = select("task", tasks) + select("model", models)
     controls += radios("axis", "Curves by", ("time", "steps")) + radios("theme", "Look", ("auto", "light", "dark"))
     nav = " · ".join(f'<a href="#{name}">{title}</a>' for name, title, _, _ in sections)

@@ -12,7 +12,7 @@ import pytest
 import results
 import yaml
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG: dict[str, Any] = {
     "seed": 1,
     "depth": 2,

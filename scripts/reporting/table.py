@@ -1,7 +1,8 @@
 """The Markdown table of finished runs, beside the published numbers."""
 
 import numpy as np
-from results_runs import IDENTITY, Group
+
+from reporting.runs import IDENTITY, Group
 
 
 def mean_and_std(values: list[float]) -> tuple[float, float | None]:

@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
             size: [*corpus, f"data.vectors={write_vectors(folder, corpus, size)}", f"data.cache={folder}/{size}"]
             for size in VECTOR_SIZES
         }
-        rows = ["task=image", "data._target_=benchmark_framework.Rows"]
+        rows = ["task=image", "data._target_=benchmarks.framework.Rows"]
         runs = {
             f"{options.data}, fixed vectors of {size}": Run(configuration(folder / f"words{size}", *words[size]))
             for size in VECTOR_SIZES

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from results_keep import write_whole
-from results_runs import DamagedError, Group, Run
+
+from reporting.kept_runs import write_whole
+from reporting.runs import DamagedError, Group, Run
 
 Panel = tuple[str, str, str]  # data, task, metric
 

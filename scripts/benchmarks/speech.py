@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from benchmark import medians, table
-from benchmark_lm import of_size
 
 import sru
+from benchmarks.lm import of_size
 from data.audio import Frontend, StepStream
 from data.synthesis import WORDS, spoken
 from tasks.classification import Classification

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from results_runs import FILES, PLACES, DamagedError, Run, find_runs, read_runs
+from reporting.runs import FILES, PLACES, DamagedError, Run, find_runs, read_runs
 
 POINTS = 200  # of a kept learning curve, at most
 PATH = re.compile(r"(?:^|(?<=[=\[,'\" ]))(?:~?/|[A-Za-z]:\\)[^,'\"\]]*")  # not the slash of val/loss
