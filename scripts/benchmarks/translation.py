@@ -1,4 +1,4 @@
-"""What `scripts/benchmark.py translation` measures: translators of as many parameters beside one another."""
+"""Translators of as many parameters side by side: training, and decoding with and without a decoder's state."""
 
 import argparse
 from collections.abc import Callable
@@ -6,11 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmark import medians, table
 from torch import Tensor
 
 import sru
-from benchmarks.lm import of_size
+from benchmarks.timing import Call, Comparison, medians, one_thread, training_step
 from sru.kernels.linear import linear
 from tasks.memory import keep_freed_memory
 from tasks.search import beam_search
@@ -18,9 +17,7 @@ from tasks.translation import Translation
 
 VOCABULARY, BOS, EOS = 8000, 2, 3
 WORDS, SENTENCES = 30, 64  # of a batch in training
-TRANSLATED, BEAM = 16, 5  # sentences, of as many words, that are decoded at once
-
-
+TRANSLATED, BEAM = 16, 5  # sentences, of as many words, decoded at once
 ENCODERS: dict[str, Callable[..., Any]] = {
     "Transformer": partial(sru.Transformer, num_heads=4),
     "Transformer + SRU": partial(sru.TransformerSRU, num_heads=4),
@@ -32,7 +29,7 @@ ENCODERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def network(name: str, depth: int, width: int) -> Translation:
+def build(name: str, depth: int, width: int) -> Translation:
     """A translator with one matrix for all words."""
     return Translation(
         encoder=partial(ENCODERS[name], hidden_size=width, num_layers=depth),
@@ -48,26 +45,17 @@ def network(name: str, depth: int, width: int) -> Translation:
     )
 
 
-def sentences(count: int) -> Tensor:
+def draw_sentences(count: int) -> Tensor:
     """(WORDS, count) of random words."""
     return torch.randint(4, VOCABULARY, (WORDS, count))
 
 
-def training(task: Translation) -> Callable[[], None]:
-    """Forward and backward of a batch of pairs."""
-    source, target = sentences(SENTENCES), sentences(SENTENCES)
-    task.train()
-
-    def step() -> None:
-        for parameter in task.parameters():
-            parameter.grad = None
-        task.loss((source, target, []))[0].backward()
-
-    return step
+def prepare_training(task: Translation) -> Call:
+    return training_step(task, (draw_sentences(SENTENCES), draw_sentences(SENTENCES), []))
 
 
 class Recomputing:
-    """A decoder that keeps the words alone: each step reads all of them, and what the encoder gave, again."""
+    """A decoder whose state is the words alone: each step decodes all of them again."""
 
     def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
@@ -77,9 +65,9 @@ class Recomputing:
         return self.decoder(words, None, None, self.decoder.read(*source))[0][-1], (words,)
 
 
-def decoding(task: Translation, decoder: Any, beam: int) -> Callable[[], None]:
+def prepare_decoding(task: Translation, decoder: Any, beam: int) -> Call:
     """Translations of exactly WORDS words: the end of a sentence is made unlikely."""
-    source = sentences(TRANSLATED)
+    source = draw_sentences(TRANSLATED)
 
     def step(words: Tensor, state: Any, seen: Any) -> tuple[Tensor, Any]:
         h, state = decoder.step(task.target_embedding(words), state, seen)
@@ -102,39 +90,33 @@ def decoding(task: Translation, decoder: Any, beam: int) -> Callable[[], None]:
 
 def run(options: argparse.Namespace) -> None:
     keep_freed_memory()  # as train.py does
-    depth, size = options.depth or 3, int(options.parameters or 6e6)
-    chosen = {name: of_size(partial(network, name, depth), size) for name in ENCODERS}
-    trained = medians({name: training(task) for name, (_, task) in chosen.items()}, seconds=options.seconds * 4)
-    calls: dict[Any, Callable[[], object]] = {}
-    for name, (_, task) in chosen.items():
-        calls[name, "greedy"] = decoding(task, task.decoder, 1)
-        calls[name, "beam"] = decoding(task, task.decoder, BEAM)
-        calls[name, "without"] = decoding(task, Recomputing(task.decoder), BEAM)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a step is some hundred small calls: a second thread gains a quarter, and noise
-    with torch.inference_mode():
-        decoded = medians(calls, seconds=options.seconds)
-    torch.set_num_threads(threads)
-    print(
-        f"Translators of {depth} layers a side and about {size / 1e6:g}M parameters, float32, {VOCABULARY} words; "
-        f"training: forward and backward of {SENTENCES} pairs of {WORDS} words; decoding: {TRANSLATED} sentences of "
-        f"{WORDS} words at once, by one thread.\n"
+    models = Comparison(
+        options,
+        [*ENCODERS],
+        build,
+        prepare_training,
+        (WORDS - 1) * SENTENCES,
+        "tokens",
+        depth=3,
+        parameters=6e6,
+        baseline="LSTM, attention",
     )
-    rows = []
-    for name, (width, task) in chosen.items():
-        beam = decoded[name, "beam"]
-        rows.append(
-            [
-                name,
-                str(width),
-                f"{sum(p.numel() for p in task.parameters()) / 1e6:.2f}M",
-                f"{(WORDS - 1) * SENTENCES / trained[name]:,.0f}",
-                f"{trained['LSTM, attention'] / trained[name]:.2f}x",
-                f"{TRANSLATED / decoded[name, 'greedy']:,.0f}",
-                f"{TRANSLATED / beam:,.0f}",
-                f"{decoded['LSTM, attention', 'beam'] / beam:.2f}x",
-                f"{decoded[name, 'without'] / beam:.1f}x",
-            ]
-        )
-    head = ["model", "width", "parameters", "training, tokens/s", "/ LSTM's", "greedy, sentences/s"]
-    table([*head, f"beam {BEAM}, sentences/s", "/ LSTM's", "without a state: slower by"], rows)
+    calls: dict[Any, Call] = {}
+    for name, task in models.tasks.items():
+        calls[name, "greedy"] = prepare_decoding(task, task.decoder, 1)
+        calls[name, "beam"] = prepare_decoding(task, task.decoder, BEAM)
+        calls[name, "without"] = prepare_decoding(task, Recomputing(task.decoder), BEAM)
+    with one_thread():
+        decoded = medians(calls, seconds=options.seconds)
+    beam = {name: decoded[name, "beam"] for name in ENCODERS}
+    models.print(
+        f"Translators of {models.depth} layers a side and {models.size}, {VOCABULARY} words; training: forward and "
+        f"backward of {SENTENCES} pairs of {WORDS} words; decoding: {TRANSLATED} sentences of {WORDS} words at once, "
+        "by one thread.",
+        {
+            "greedy, sentences/s": lambda name: f"{TRANSLATED / decoded[name, 'greedy']:,.0f}",
+            f"beam {BEAM}, sentences/s": lambda name: f"{TRANSLATED / beam[name]:,.0f}",
+            "beam / LSTM's": lambda name: models.ratio(beam, name),
+            "without a state: slower by": lambda name: f"{decoded[name, 'without'] / beam[name]:.1f}x",
+        },
+    )
