@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 from reporting.curves import draw
-from reporting.kept_runs import keep, write_whole
+from reporting.kept_runs import keep, replace_file
 from reporting.runs import DamagedError, Found, Group, find_runs, group_runs, read_runs
-from reporting.table import table
+from reporting.table import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKE_ONE = "python train.py data=trec model=sru"
@@ -59,9 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     try:
         if given.readme is not None:
-            from reporting.markdown import pages, rewrite
+            from reporting.markdown import find_pages, rewrite
 
-            for path in given.readme or pages():
+            for path in given.readme or find_pages():
                 print(rewrite(path))
             return 0
         return show(given)
@@ -84,21 +84,21 @@ def show(given: argparse.Namespace) -> int:
     found = read_runs(find_runs(places))
     groups = group_runs(found.runs)
     if given.papers or given.html:
-        from reporting.paper_rows import compose_rows, match, papers_table
+        from reporting.paper_rows import compose_rows, match, tabulate_papers
 
         rows = match(compose_rows(), found.runs)
-        text = papers_table(rows)
+        text = tabulate_papers(rows)
         if given.html:
-            from reporting.html import page
+            from reporting.html import build_page
 
             speeds = [place for place in given.places if is_file(place, ".json")]
-            write_whole(given.html, page(rows, groups, found, speeds).encode())
+            replace_file(given.html, build_page(rows, groups, found, speeds).encode())
             print(f"{given.html} was written", file=sys.stderr)
     elif not any(vars(found).values()):
         below = ", ".join(map(str, given.places))
         return fail(f"no run (a folder with config.yaml) below {below}. Make one: {MAKE_ONE}")
     else:
-        text = "\n".join([*([table(groups)] if groups else []), *left_out(found)])
+        text = "\n".join([*([tabulate(groups)] if groups else []), *list_left_out(found)])
     if given.papers or not given.html:
         print(text)
     return write(given, groups, found, text)
@@ -111,14 +111,14 @@ def write(given: argparse.Namespace, groups: list[Group], found: Found, text: st
             f"or make one: {MAKE_ONE}"
         )
     if given.output:
-        write_whole(given.output, f"{text}\n".encode())
+        replace_file(given.output, f"{text}\n".encode())
     messages = keep(found.runs, given.keep, given.places) if given.keep else []
     for message in [*messages, *(draw(groups, given.png, given.curve) if given.png else [])]:
         print(message, file=sys.stderr)
     return 0
 
 
-def left_out(found: Found) -> list[str]:
+def list_left_out(found: Found) -> list[str]:
     """Lines that count and name the runs that the table does not show."""
     text = []
     for word, places in (

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from reporting.kept_runs import write_whole
+from reporting.kept_runs import replace_file
 from reporting.runs import DamagedError, Group, Run
 
 Panel = tuple[str, str, str]  # data, task, metric
@@ -25,7 +25,7 @@ def read_curve(run: Run, metric: str) -> dict[int, tuple[float, float]]:
         return points
 
 
-def mean_curves(
+def average_curves(
     groups: list[Group], metric: str | None = None
 ) -> tuple[dict[Panel, list[tuple[Group, Any]]], list[str]]:
     """The curves of each panel, as arrays of (step, seconds, metric), and messages about unreadable ones.
@@ -62,7 +62,7 @@ def draw(groups: list[Group], path: Path, metric: str | None = None) -> list[str
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels, messages = mean_curves(groups, metric)
+    panels, messages = average_curves(groups, metric)
     if not panels:
         return [*messages, f"{path} was not drawn: no run has a learning curve"]
     columns = min(3, len(panels))
@@ -86,5 +86,5 @@ def draw(groups: list[Group], path: Path, metric: str | None = None) -> list[str
         axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14))
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120)
-    write_whole(path, drawn.getvalue())
+    replace_file(path, drawn.getvalue())
     return [*messages, f"{path} was drawn"]

@@ -1,79 +1,115 @@
-"""The figures of the page of results: learning curves, the model without parts, and speed."""
+"""The Plotly charts of the page of results: learning curves, ablations and speed."""
 
 import json
 import math
 import sys
+import textwrap
 from collections import Counter
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from reporting.charts import COLOURS, Bar, Mark, bar_chart, line_chart
-from reporting.curves import mean_curves
+import plotly.graph_objects as go
+
+from reporting.curves import average_curves
 from reporting.runs import Group
 from reporting.table import mean_and_std
 
 POINTS = 150  # of a curve on the page
-# What an ablation changes, and the names of parts.
+# Colours that can be read on white and on black; then come other dashes.
+COLOURS = ["#3b82c4", "#d9730d", "#2a9d74", "#c2559d", "#a68a00", "#8b6fd1", "#d1495b", "#5c8a8a"]
+DASHES = ["solid", "dash", "dot", "dashdot"]
+# The options that an ablation changes, and the names of groups.
 ABLATED = ("model.has_vc_term", "model.has_skip_term", "model.rescale", "ablations.", "choices.")
-# The models that a speed benchmark's contenders are, by how their names begin.
+ABLATIONS = ["", "no_vc", "no_highway", "no_scaling"]
+# The model of a contender in a speed benchmark, by the start of its name.
 CONTENDERS = {"SRU++": "srupp", "SRU": "sru", "LSTM": "lstm", "GRU": "gru", "QRNN": "qrnn", "Conv": "cnn"}
-NOTHING = "Nothing here fits the filter."
 
 
-def belongs(task: str, model: str) -> str:
-    return f'data-task="{escape(task)}" data-model="{escape(model)}"'
+@dataclass
+class Chart:
+    """A figure with its caption. Each trace's `meta` holds its task and model, and a curve's steps, for the filters."""
+
+    title: str
+    subtitle: str
+    figure: go.Figure
+
+    def specification(self) -> dict[str, Any]:
+        figure = self.figure.to_plotly_json()
+        figure["layout"].pop("template", None)  # the page sets the colours
+        return figure
 
 
-def tag(name: str, content: str, attributes: str = "") -> str:
-    return f"<{name}{' ' if attributes else ''}{attributes}>{content}</{name}>"
+def wrap(text: str, width: int, lines: int = 99) -> str:
+    """Text in at most so many lines, for Plotly, which reads a few tags of HTML."""
+    wrapped = textwrap.wrap(text, width, max_lines=lines, placeholder=" …")
+    return "<br>".join(escape(line, quote=False) for line in wrapped)
 
 
-def curves(groups: list[Group]) -> str:
-    """A figure for each data set, with a chart by time and one by steps, and a legend whose entries toggle lines."""
-    panels, messages = mean_curves(groups)
+def lay_out(x: str, y: str, *, plot: int, legend: list[str] | None = None, **options: Any) -> dict[str, Any]:
+    """A layout with titles of both axes and a plot of `plot` pixels, above a legend of these names if there are any."""
+    lines = min(14, sum(1 + name.count("<br>") for name in legend or []))
+    axes = {
+        key: {"title": {"text": wrap(title, 48)}, "automargin": True} for key, title in (("xaxis", x), ("yaxis", y))
+    }
+    return axes | {
+        "height": plot + 80 + 20 * lines,
+        "margin": {"l": 48, "r": 12, "t": 24, "b": 56 + 20 * lines},
+        "showlegend": bool(legend),
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "xref": "container", "x": 0}
+        | {"entrywidth": 1, "entrywidthmode": "fraction", "font": {"size": 11}},
+        "hovermode": "closest",
+        "uirevision": "kept",  # a zoom outlives a filter
+        **options,
+    }
+
+
+def style_of(number: int) -> tuple[str, str]:
+    return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+
+
+def thin(points: Any) -> Any:
+    """At most POINTS of the points, with the first and the last."""
+    last = len(points) - 1
+    return points[sorted({round(i * last / (POINTS - 1)) for i in range(POINTS)})] if last >= POINTS else points
+
+
+def draw_curves(groups: list[Group]) -> list[Chart]:
+    """A chart for each data set, a line for each group, over time; `meta` has the steps for the page's switch."""
+    panels, messages = average_curves(groups)
     for message in messages:
         print(message, file=sys.stderr)
     labels = list(dict.fromkeys(group.label for lines in panels.values() for group, _ in lines))
-    figures = []
+    charts = []
     for (data, task, monitor), lines in panels.items():
-        charts: dict[str, list[Any]] = {"time": [], "steps": []}
-        legend = []
+        figure, names = go.Figure(), []
         for i, (group, mean) in enumerate(lines):
-            # A model looks alike in all panels, as long as there are enough colours.
-            style = labels.index(group.label) if len(labels) <= COLOURS else i
-            mark = Mark(group.label, task, group.runs[0].names["model"], style, str(i))
-            last = len(mean) - 1
-            points = mean[sorted({round(j * last / (POINTS - 1)) for j in range(POINTS)})] if last >= POINTS else mean
-            charts["time"].append((mark, [(x, y) for _, x, y in points]))
-            charts["steps"].append((mark, [(x, y) for x, _, y in points]))
-            sample = (
-                f'<svg {mark.attributes} viewBox="0 0 30 8" aria-hidden="true"><path class="line" d="M1 4H29"/></svg>'
+            # A model looks the same in all panels, as long as there are enough styles.
+            colour, dash = style_of(labels.index(group.label) if len(labels) <= len(COLOURS) * len(DASHES) else i)
+            points = thin(mean)
+            runs = f"{len(group.runs)} run{'s' if len(group.runs) > 1 else ''}"
+            names.append(wrap(f"{group.label} ({runs})", 36))
+            figure.add_scatter(
+                x=points[:, 1].tolist(),
+                y=points[:, 2].tolist(),
+                mode="lines+markers" if len(points) < 30 else "lines",
+                line={"color": colour, "dash": dash, "width": 2},
+                marker={"size": 5},
+                name=names[-1],
+                uid=f"line{i}",
+                meta={"task": task, "model": group.runs[0].names["model"], "steps": points[:, 0].tolist()},
+                hovertemplate="%{fullData.name}: %{y:.5g} at %{x:.4g}<extra></extra>",
             )
-            runs = f"{len(group.runs)} runs" if len(group.runs) > 1 else "1 run"
-            button = f'<button type="button" aria-pressed="true" data-toggles="{i}">{sample}<span>'
-            button += f"{escape(group.label)} ({runs})</span></button>"
-            legend.append(tag("li", button, belongs(task, mark.model)))
-        caption = f"{escape(data)}<small>{escape(task)}: {escape(monitor)}, mean over runs</small>"
-        drawn = [
-            line_chart(f"{monitor} on {data} by {kind}", label, monitor, charts[kind], f"by-{kind}")
-            for kind, label in (("time", "training time (s)"), ("steps", "steps of the optimiser"))
-        ]
-        inside = tag("figcaption", caption) + "".join(drawn) + tag("ul", "".join(legend), 'class="legend"')
-        figures.append(tag("figure", inside, "data-box"))
-    return panelled(figures, "No run here has a learning curve.")
+        figure.update_layout(
+            lay_out("training time (s)", monitor, plot=280, legend=names, meta={"steps": "steps of the optimiser"})
+        )
+        charts.append(Chart(data, f"{task}: {monitor}, mean over runs", figure))
+    return charts
 
 
-def panelled(figures: list[str], none: str) -> str:
-    hidden = " hidden" if figures else ""
-    return (
-        tag("div", "".join(figures), 'class="panels"')
-        + f'<p class="empty"{hidden}>{none if not figures else NOTHING}</p>'
-    )
-
-
-def ablations(groups: list[Group]) -> str:
-    """Figure 5: for each data set, the model whole and without parts, in clusters by depth and what else differs."""
+def draw_ablations(groups: list[Group]) -> list[Chart]:
+    """Figure 5: for each data set, the model whole and without parts, in clusters by depth and other options."""
     alike: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Group]]] = {}
     for group in groups:
         first = group.runs[0]
@@ -81,98 +117,125 @@ def ablations(groups: list[Group]) -> str:
         names = tuple(first.names[key] for key in ("task", "data", "model", "metric"))
         key = (first.names["depth"], json.dumps(options, sort_keys=True))
         alike.setdefault(names, {}).setdefault(key, []).append(group)
-    order = ["", "no_vc", "no_highway", "no_scaling"]
-    figures = []
+    charts = []
     for (task, data, model, metric), kinds in alike.items():
-        kinds = {
-            key: members for key, members in kinds.items() if len({m.runs[0].names["ablation"] for m in members}) > 1
-        }
-        depths = Counter(key[0] for key in kinds)
-        clusters: list[tuple[str, list[Bar]]] = []
+        kinds = {key: same for key, same in kinds.items() if len({g.runs[0].names["ablation"] for g in same}) > 1}
+        depths, seen = Counter(key[0] for key in kinds), Counter[int]()
+        bars: dict[str, list[tuple[str, float, float | None, int]]] = {}
         for (depth, _), members in kinds.items():
-            seen = Counter(heading for heading, _ in clusters)
-            number = f" ({sum(h.startswith(f'{depth} layers') for h in seen) + 1})" if depths[depth] > 1 else ""
-            bars = []
+            seen[depth] += 1
+            cluster = f"{depth} layers" + (f" ({seen[depth]})" if depths[depth] > 1 else "")
             for group in members:
-                name = group.runs[0].names["ablation"]
-                style = order.index(name) if name in order else len(order)
-                bars.append((style, bar_of(group, Mark(name or "full", task, model, style))))
-            clusters.append((f"{depth} layers{number}", [bar for _, bar in sorted(bars, key=lambda pair: pair[0])]))
-        if clusters:
-            chart = bar_chart(f"{metric} on {data} without parts", metric, clusters, from_zero=False)
-            caption = f"{escape(data)}<small>{escape(task)}: {escape(model)}, {escape(metric)}, ± one deviation</small>"
-            figures.append(tag("figure", tag("figcaption", caption) + chart, "data-box"))
-    return panelled(
-        figures,
-        "No model was run both whole and without a part. Make such runs: "
-        "<code>python train.py -m 'ablation=[],[no_vc],[no_highway],[no_scaling]'</code>",
-    )
+                mean, std = mean_and_std([run.value for run in group.runs])
+                bars.setdefault(group.runs[0].names["ablation"], []).append((cluster, mean, std, len(group.runs)))
+        if bars:
+            order = sorted(bars, key=lambda name: ABLATIONS.index(name) if name in ABLATIONS else len(ABLATIONS))
+            subtitle = f"{task}: {model}, {metric}, ± one standard deviation"
+            charts.append(Chart(data, subtitle, draw_parts({name: bars[name] for name in order}, task, model, metric)))
+    return charts
 
 
-def bar_of(group: Group, mark: Mark) -> Bar:
-    mean, std = mean_and_std([run.value for run in group.runs])
-    text = f"{mean:.4g}" + (f" ± {std:.2g}" if std is not None and math.isfinite(std) else "")
-    return Bar(mark, mean, std if std is not None and math.isfinite(std) else None, text, f", n={len(group.runs)}")
+def draw_parts(
+    bars: dict[str, list[tuple[str, float, float | None, int]]], task: str, model: str, metric: str
+) -> go.Figure:
+    """Bars (cluster, mean, deviation, number of runs) for each ablation, on an axis that starts below the smallest."""
+    figure, names = go.Figure(), [wrap(name or "full", 36) for name in bars]
+    for i, cluster in enumerate(bars.values()):
+        clusters, means, deviations, _ = zip(*cluster, strict=True)
+        figure.add_bar(
+            x=clusters,
+            y=means,
+            error_y={"type": "data", "array": [std or 0.0 for std in deviations]},
+            marker={"color": style_of(i)[0]},
+            name=names[i],
+            uid=f"bars{i}",
+            meta={"task": task, "model": model},
+            text=[format_value(mean, std, count) for _, mean, std, count in cluster],
+            textposition="none",
+            hovertemplate="%{x}, %{fullData.name}: %{text}<extra></extra>",
+        )
+    ends = [m + sign * (s or 0.0) for cluster in bars.values() for _, m, s, _ in cluster for sign in (-1, 1)]
+    ends = [end for end in ends if math.isfinite(end)] or [0.0, 1.0]
+    low, span = min(ends), (max(ends) - min(ends)) or abs(max(ends)) or 1.0
+    start = low - 0.35 * span
+    figure.update_layout(lay_out("", f"{metric} (the axis starts at {start:.3g})", plot=260, legend=names))
+    figure.update_yaxes(range=[start, max(ends) + 0.1 * span])
+    return figure
 
 
-def measured_speed(files: list[Path]) -> list[str]:
-    """Figure 1: one layer's passes, from what scripts/benchmark.py --device wrote."""
-    figures = []
+def format_value(mean: float, std: float | None, count: int) -> str:
+    return f"{mean:.4g}" + (f" ± {std:.2g}" if std is not None and math.isfinite(std) else "") + f", n={count}"
+
+
+def draw_benchmarks(files: list[Path]) -> list[Chart]:
+    """Figure 1: one layer's passes, from the files that scripts/benchmark.py --device writes."""
+    charts = []
     for file in files:
         try:
             found = json.loads(file.read_bytes())
             device = str(found["machines"][0]["device"])
-            for each in found["levels"].get("layer", []):
-                steps, batch, size = each["shape"]
-                clusters = []
-                for name, passes in each["cells"].items():
-                    model = next((known for start, known in CONTENDERS.items() if name.startswith(start)), "other")
-                    bars = []
-                    for style, kind, label in ((0, "infer", "forward"), (1, "train", "and backward")):
-                        cell = passes.get(kind, {})
-                        if "eager" in cell:
-                            ms = cell.get("device", cell["eager"])["median"] * 1e3
-                            bars.append(Bar(Mark(label, "", model, style), ms, None, f"{ms:.3g}"))
-                    if bars:
-                        clusters.append((name, bars))
-                title = f"One layer: {steps} steps, {batch} sequences, {size} features, {each['mode']}"
-                chart = bar_chart(title, "ms", clusters, from_zero=True)
-                caption = (
-                    f"{escape(title)}<small>{escape(device)}; forward alone, and with backward; less is faster</small>"
-                )
-                figures.append(tag("figure", tag("figcaption", caption) + chart, "data-box"))
+            charts += [draw_layer(each, device) for each in found["levels"].get("layer", [])]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             print(f"skipped: {file}: {error!r} is not what scripts/benchmark.py writes", file=sys.stderr)
-    return figures
+    return charts
 
 
-def speed(groups: list[Group], files: list[Path]) -> str:
-    figures = measured_speed(files)
-    if figures:
-        return tag("p", "Measured by scripts/benchmark.py.") + panelled(figures, "")
-    panels: dict[tuple[str, str, str], list[Bar]] = {}
+def draw_layer(row: dict[str, Any], device: str) -> Chart:
+    """Bars of the forward pass, and of forward and backward, for each contender at one shape."""
+    (steps, batch, size), figure, names = row["shape"], go.Figure(), []
+    for i, (name, passes) in enumerate(row["cells"].items()):
+        cells = {label: passes.get(kind, {}) for kind, label in (("infer", "forward"), ("train", "and backward"))}
+        times = {
+            label: cell.get("device", cell["eager"])["median"] * 1e3 for label, cell in cells.items() if "eager" in cell
+        }
+        if times:
+            names.append(wrap(name, 36))
+            model = next((known for start, known in CONTENDERS.items() if name.startswith(start)), "other")
+            figure.add_bar(
+                x=[*times],
+                y=[*times.values()],
+                name=names[-1],
+                uid=f"bars{i}",
+                marker={"color": style_of(i)[0]},
+                meta={"task": "", "model": model},
+                hovertemplate="%{fullData.name}, %{x}: %{y:.3g} ms<extra></extra>",
+            )
+    figure.update_layout(lay_out("", "ms", plot=260, legend=names))
+    title = f"One layer: {steps} steps, {batch} sequences, {size} features, {row['mode']}"
+    return Chart(title, f"{device}; forward alone, and with backward; less is faster", figure)
+
+
+def draw_logged_speed(groups: list[Group]) -> list[Chart]:
+    """The speed that whole runs logged: a chart for each data set, a bar for each group."""
+    panels: dict[tuple[str, str, str], list[tuple[Group, list[float]]]] = {}
     for group in groups:
         first = group.runs[0]
         unit = next((name for name in first.record if name.endswith("_per_second")), "")
         speeds = [run.record[unit] for run in group.runs if isinstance(run.record.get(unit), int | float)]
         if speeds:
-            mean, std = mean_and_std(speeds)
-            machines = sorted({str(run.origin.get("machine", "?")) for run in group.runs})
-            mark = Mark(group.label, first.names["task"], first.names["model"], 0)
-            about = f", n={len(speeds)}, on {', '.join(machines)}"
             panel = (first.names["data"], first.names["task"], unit.removesuffix("_per_second"))
-            panels.setdefault(panel, []).append(Bar(mark, mean, std, number_text(mean), about))
-    for (data, task, unit), bars in sorted(panels.items()):
-        chart = bar_chart(f"{unit} a second on {data}", f"{unit}/s", [("", bars)], from_zero=True)
-        caption = f"{escape(data)}<small>{escape(task)}: {escape(unit)} a second of training; more is faster</small>"
-        figures.append(tag("figure", tag("figcaption", caption) + chart, "data-box"))
-    said = (
-        "There is no output of scripts/benchmark.py, so these are the speeds that whole runs logged: embedding, "
-        "softmax and optimiser are in them, and runs beside other work, or on other machines, do not compare. "
-        "Figure 1's kind is made by <code>python scripts/benchmark.py layer --device cpu</code>."
-    )
-    return tag("p", said) + panelled(figures, "No run has logged its speed.")
-
-
-def number_text(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+            panels.setdefault(panel, []).append((group, speeds))
+    charts = []
+    for (data, task, unit), bars in sorted(panels.items(), key=lambda panel: panel[0]):
+        figure = go.Figure()
+        for i, (group, speeds) in enumerate(bars):
+            mean, std = mean_and_std(speeds)
+            machines = ", ".join(sorted({str(run.origin.get("machine", "?")) for run in group.runs}))
+            figure.add_bar(
+                x=[mean],
+                y=[str(i)],
+                orientation="h",
+                name=wrap(group.label, 36),
+                error_x={"type": "data", "array": [std or 0.0]},
+                marker={"color": COLOURS[0]},
+                meta={"task": task, "model": group.runs[0].names["model"]},
+                text=[wrap(f"{mean:,.4g} {unit}/s, n={len(speeds)}, on {machines}", 36)],
+                textposition="none",
+                hovertemplate="%{fullData.name}: %{text}<extra></extra>",
+            )
+        figure.update_layout(lay_out(f"{unit}/s", "", plot=40 + 44 * len(bars)))
+        labels = [wrap(group.label, 24, lines=3) for group, _ in bars]
+        ticks = {"tickvals": [str(i) for i in range(len(bars))], "ticktext": labels, "tickfont": {"size": 11}}
+        figure.update_yaxes(autorange="reversed", type="category", title=None, **ticks)
+        charts.append(Chart(data, f"{task}: {unit} a second of training; more is faster", figure))
+    return charts

@@ -2,97 +2,88 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
-from reporting.figures import ablations, belongs, curves, speed, tag
-from reporting.paper_rows import NOTES, STATES, Row, cells, orders, published
+from plotly.io.json import to_json_plotly
+from plotly.offline import get_plotlyjs
+
+from reporting.figures import Chart, draw_ablations, draw_benchmarks, draw_curves, draw_logged_speed
+from reporting.paper_rows import NOTES, STATES, Row, describe_runs, format_published, judge_orders
 from reporting.runs import DamagedError, Found, Group, Place
-from reporting.table import row
+from reporting.table import describe_group
 
-HERE = Path(__file__).parent
 SIGNS = {"reached": "✓", "not reached": "✗", "run with substitutes": "≈", "not run": "–"}
+NO_ABLATION = """No model was run both whole and without a part. Make such runs:
+<code>python train.py -m 'ablation=[],[no_vc],[no_highway],[no_scaling]'</code>"""
+LOGGED = """There is no output of scripts/benchmark.py, so these are the speeds that whole runs logged. They include
+embedding, softmax and optimiser; runs beside other work, or on other machines, do not compare.
+<code>python scripts/benchmark.py layer --device cpu</code> measures as Figure 1 does."""
+STANDING = """The failed.json in a failed run's folder gives the reason. Unfinished runs are still training, or
+continue with <code>python train.py resume=FOLDER</code>.
+Runs tested in part (trainer=debug) appear in nothing above."""
+Line = tuple[dict[str, str], dict[str, str]]  # the attributes of a row, and its cells by column
 
 
-def table(head: list[str], body: str, numbers: Iterable[str], label: str) -> str:
-    ths = "".join(
-        tag("th", escape(name), 'scope="col"' + (' class="number"' if name in numbers else "")) for name in head
-    )
-    inside = f"<table><thead><tr>{ths}</tr></thead>{body}</table>"
-    return tag("div", inside, f'class="scroll" role="region" tabindex="0" aria-label="{escape(label)}"')
+def write_table(label: str, columns: list[str], numbers: set[str], bodies: dict[str, list[Line]]) -> str:
+    """A table that scrolls, with a heading for each body that has a name."""
+    text = "".join(f'<th scope="col"{" class=number" * (name in numbers)}>{escape(name)}</th>' for name in columns)
+    text = f"<thead><tr>{text}</tr></thead>"
+    for title, lines in bodies.items():
+        text += "<tbody>"
+        text += f'<tr><th scope="rowgroup" colspan="{len(columns)}">{escape(title)}</th></tr>' if title else ""
+        for attributes, cells in lines:
+            text += "".join(["<tr", *(f' {key}="{escape(value)}"' for key, value in attributes.items()), ">"])
+            for name in columns:
+                kind = "number" if name in numbers else name.split()[0]
+                text += f'<td class="{kind}">{escape(cells.get(name, ""))}</td>'
+            text += "</tr>"
+        text += "</tbody>"
+    scroll = f'class="scroll" role="region" tabindex="0" aria-label="{escape(label)}"'
+    return f"<div {scroll}><table>{text}</table></div>"
 
 
-def papers(rows: list[Row]) -> str:
+def write_papers(rows: list[Row]) -> str:
     """The papers' rows, a body of the table for each of their tables."""
-    head = ["state", "experiment", "data", "metric", "published", "measured", "n", "difference", "substitute", "hours"]
-    head += ["hardware", "command"]
-    numbers = {"published", "measured", "n", "difference", "hours"}
-
-    def line(known: dict[str, str], attributes: str) -> str:
-        tds = []
-        for name in head:
-            kind = "number" if name in numbers else "wide" if known.get("wide") == name else ""
-            tds.append(tag("td", known.get(name, ""), f'class="{kind}"' if kind else ""))
-        return tag("tr", "".join(tds), attributes)
-
-    def shown(of: Row, runs: list[Any]) -> dict[str, str]:
-        found = {name: escape(text) for name, text in cells(of, runs).items()}
-        return found | {"measured": found["mean"] + (f" ± {found['std']}" if found["std"] else "")}
-
-    sources: dict[str, list[str]] = {}
+    columns = ["state", "experiment", "data", "metric", "published", "measured", "n", "difference", "substitute"]
+    bodies: dict[str, list[Line]] = {}
     # The tables of which something was run come first.
-    ran = {each.source for each in rows if each.runs or each.others}
-    for each in sorted(rows, key=lambda each: each.source not in ran):
-        sign = f'<span aria-hidden="true">{SIGNS[each.state]}</span> {each.state}'
-        known = {"state": tag("span", sign, f'class="badge {each.state.replace(" ", "-")}"')}
-        known |= {"experiment": escape(each.experiment), "data": escape(each.data), "metric": escape(each.metric)}
-        known |= {"published": escape(published(each)), "command": tag("code", escape(each.command))}
-        known |= {"substitute": escape(each.substitute)}
-        known |= shown(each, each.shown) if each.shown else {}
-        names = f'{belongs(each.task, each.model)} data-state="{each.state}"'
-        lines = sources.setdefault(each.source, [])
-        lines.append(line(known, names))
-        for differs, runs in each.others.items():
-            if differs == each.substitute:
-                continue
-            other = shown(each, runs) | {"experiment": f"↳ with {escape(differs)}", "wide": "experiment"}
-            lines.append(line(other, f'class="other" {names}'))
-    bodies = "".join(
-        tag(
-            "tbody",
-            f'<tr><th scope="rowgroup" colspan="{len(head)}">{escape(source)}</th></tr>{"".join(lines)}',
-            "data-box",
-        )
-        for source, lines in sources.items()
-    )
-    tiles = "".join(
-        f'<button type="button" class="tile" aria-pressed="true" data-state="{state}"><b>'
-        f"{sum(each.state == state for each in rows)}</b>{SIGNS[state]} {state}</button>"
-        for state in STATES
-    )
-    notes = "".join(tag("p", escape(note)) for note in (*orders(rows), *NOTES))
-    group = tag("div", tiles, 'class="tiles" role="group" aria-label="Rows of the papers, by state"')
-    return group + table(head, bodies, numbers, "Rows of the papers") + notes
+    ran = {row.source for row in rows if row.runs or row.others}
+    for row in sorted(rows, key=lambda row: row.source not in ran):
+        attributes = {"data-task": row.task, "data-model": row.model, "data-state": row.state}
+        cells = {"state": f"{SIGNS[row.state]} {row.state}", "experiment": row.experiment, "data": row.data}
+        cells |= {"metric": row.metric, "published": format_published(row), "command": row.command}
+        cells |= {"substitute": row.substitute} | (describe_measured(row, row.shown) if row.shown else {})
+        lines = bodies.setdefault(row.source, [])
+        lines.append((attributes, cells))
+        for differs, runs in row.others.items():
+            if differs != row.substitute:
+                other = {"experiment": f"↳ with {differs}"} | describe_measured(row, runs)
+                lines.append((attributes | {"class": "other"}, other))
+    numbers = {"published", "measured", "n", "difference", "hours"}
+    notes = "".join(f"<p>{escape(note)}</p>" for note in (*judge_orders(rows), *NOTES))
+    return write_table("Rows of the papers", [*columns, "hours", "hardware", "command"], numbers, bodies) + notes
 
 
-def all_groups(groups: list[Group]) -> str:
-    words = ("task", "data", "model", "depth", "ablation", "vectors", "metric")
-    numbers = ("mean", "std", "n", "parameters", "s/epoch")
-    body = ""
+def describe_measured(row: Row, runs: list[Any]) -> dict[str, str]:
+    cells = describe_runs(row, runs)
+    return cells | {"measured": cells["mean"] + (f" ± {cells['std']}" if cells["std"] else "")}
+
+
+def write_groups(groups: list[Group]) -> str:
+    numbers = ["mean", "std", "n", "parameters", "s/epoch"]
+    columns = ["task", "data", "model", "depth", "ablation", "vectors", "metric", *numbers, "differs"]
+    lines = []
     for group in groups:
-        found, first = row(group), group.runs[0]
-        tds = "".join(tag("td", escape(found[name])) for name in words)
-        tds += "".join(tag("td", escape(found[name]), 'class="number"') for name in numbers)
-        tds += tag("td", escape(found["differs"]), 'class="wide"')
-        body += tag("tr", tds, belongs(first.names["task"], first.names["model"]))
-    head = [*words, *numbers, "differs"]
-    return table(head, tag("tbody", body), numbers, "Finished runs, in groups") if body else tag("p", "None.")
+        names = group.runs[0].names
+        lines.append(({"data-task": names["task"], "data-model": names["model"]}, describe_group(group)))
+    return write_table("Finished runs, in groups", columns, set(numbers), {"": lines}) if lines else "<p>None.</p>"
 
 
-def sweeps(found: Found) -> str:
-    """Of every folder and file of runs: how many finished, and how the others stand."""
+def write_folders(found: Found) -> str:
+    """For every folder and file of runs: how many finished, and the state of the others."""
     kinds = ("finished", "failed", "unfinished", "tested in part", "damaged")
     counts: dict[tuple[str, str, str], Counter[str]] = {}
 
@@ -111,90 +102,63 @@ def sweeps(found: Found) -> str:
                 choices = place.read("config.yaml")["choices"]
                 task, model = str(choices["task"]), str(choices["model"])
             count(place, kind, task, model)
-    body = "".join(
-        tag(
-            "tr",
-            "".join(tag("td", escape(text)) for text in key)
-            + "".join(tag("td", str(by_kind[kind] or ""), 'class="number"') for kind in kinds),
-            belongs(key[1], key[2]),
-        )
-        for key, by_kind in sorted(counts.items())
-    )
-    said = (
-        "A failed run's folder has a failed.json, which says why. Unfinished ones are still training, or go on with "
-        "<code>python train.py resume=FOLDER</code>. One tested in part (trainer=debug) is in nothing above."
-    )
-    head = ["folder or file", "task", "model", *kinds]
-    return (table(head, tag("tbody", body), kinds, "Runs by folder") if body else tag("p", "No runs.")) + tag("p", said)
+    lines: list[Line] = []
+    for (where, task, model), by_kind in sorted(counts.items()):
+        cells = {"folder or file": where, "task": task, "model": model}
+        cells |= {kind: str(by_kind[kind] or "") for kind in kinds}
+        lines.append(({"data-task": task, "data-model": model}, cells))
+    columns = ["folder or file", "task", "model", *kinds]
+    table = write_table("Runs by folder", columns, set(kinds), {"": lines}) if lines else "<p>No runs.</p>"
+    return f"{table}<p>{STANDING}</p>"
 
 
-def page(rows: list[Row], groups: list[Group], found: Found, speeds: list[Path]) -> str:
+def write_select(name: str, values: list[str]) -> str:
+    options = "".join(f'<option value="{escape(value)}">{escape(value)}</option>' for value in values)
+    return f'<label>{name.capitalize()} <select name="{name}"><option value="">all</option>{options}</select></label>'
+
+
+def build_page(rows: list[Row], groups: list[Group], found: Found, speeds: list[Path]) -> str:
     """The whole page; `speeds` are .json files of scripts/benchmark.py."""
-    tasks = sorted({each.task for each in rows} | {group.runs[0].names["task"] for group in groups})
-    models = sorted({each.model for each in rows} | {group.runs[0].names["model"] for group in groups})
+    charts: list[Chart] = []
 
-    def select(name: str, values: list[str]) -> str:
-        options = "".join(f'<option value="{escape(value)}">{escape(value)}</option>' for value in values)
-        return (
-            f'<label>{name.capitalize()}<select name="{name}"><option value="">all</option>{options}</select></label>'
-        )
+    def write_charts(drawn: list[Chart], none: str) -> str:
+        figures = ""
+        for chart in drawn:
+            caption = f"{escape(chart.title)}<small>{escape(chart.subtitle)}</small>"
+            figures += f'<figure data-chart="{len(charts)}"><figcaption>{caption}</figcaption><div></div></figure>'
+            charts.append(chart)
+        empty = "Nothing here fits the filter." if drawn else none
+        return f'<div class="charts">{figures}<p class="empty">{empty}</p></div>'
 
-    def radios(name: str, legend: str, values: tuple[str, ...]) -> str:
-        inside = "".join(
-            f'<label><input type="radio" name="{name}" value="{value}"{"" if i else " checked"}> {value}</label>'
-            for i, value in enumerate(values)
-        )
-        return tag("fieldset", f"<legend>{legend}</legend>{inside}")
-
-    sections = (
-        (
-            "papers",
-            "Beside the papers",
-            "Every row of the papers' tables that this repository has an experiment for.",
-            papers(rows),
+    benchmarks = draw_benchmarks(speeds)
+    sections = {
+        "Beside the papers": "<p>Every row of the papers' tables that this repository has an experiment for.</p>"
+        + write_papers(rows),
+        "Learning curves": "<p>Validation during training; a click on a legend's entry hides or shows its line.</p>"
+        + write_charts(draw_curves(groups), "No run here has a learning curve."),
+        "Without parts (Figure 5)": "<p>The same model whole and with one part removed.</p>"
+        + write_charts(draw_ablations(groups), NO_ABLATION),
+        "Speed (Figure 1)": f"<p>{'Measured by scripts/benchmark.py.' if benchmarks else LOGGED}</p>"
+        + write_charts(benchmarks or draw_logged_speed(groups), "No run has logged its speed."),
+        "Finished runs": "<p>Runs that differ in seed or fold only are one line.</p>" + write_groups(groups),
+        "Runs by folder": write_folders(found),
+    }
+    ids = {title: title.split(" (")[0].lower().replace(" ", "-") for title in sections}
+    tasks = {row.task for row in rows} | {group.runs[0].names["task"] for group in groups}
+    models = {row.model for row in rows} | {group.runs[0].names["model"] for group in groups}
+    controls = write_select("task", sorted(tasks)) + write_select("model", sorted(models))
+    controls += write_select("state", [*STATES])
+    controls += """<span role="radiogroup" aria-label="Curves by">Curves by
+<label><input type="radio" name="axis" value="time" checked>time</label>
+<label><input type="radio" name="axis" value="steps">steps</label></span>"""
+    states = Counter(row.state for row in rows)
+    return Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8")).substitute(
+        summary=f"{len(rows)} rows of the papers: {', '.join(f'{states[state]} {state}' for state in STATES)}. "
+        f"{len(found.runs)} finished runs. " + " · ".join(f'<a href="#{ids[title]}">{title}</a>' for title in sections),
+        controls=controls,
+        sections="".join(
+            f'<section id="{ids[title]}"><h2>{title}</h2>{content}</section>' for title, content in sections.items()
         ),
-        (
-            "curves",
-            "Learning curves",
-            "Validation while training; an entry of a legend shows and hides its line.",
-            curves(groups),
-        ),
-        ("ablations", "Without parts (Figure 5)", "The same model whole and with one part removed.", ablations(groups)),
-        ("speed", "Speed (Figure 1)", "", speed(groups, speeds)),
-        ("groups", "Finished runs", "Runs that differ in seed or fold only are one line.", all_groups(groups)),
-        ("sweeps", "Runs by folder", "How the runs of every sweep stand.", sweeps(found)),
+        plotly=get_plotlyjs(),
+        charts=to_json_plotly([chart.specification() for chart in charts]),
     )
-    main = "".join(
-        tag(
-            "section",
-            f'<h2 id="{name}-title">{title}</h2>{tag("p", said) if said else ""}{content}',
-            f'id="{name}" aria-labelledby="{name}-title"',
-        )
-        for name, title, said, content in sections
-    )
-    style, script = (HERE / f"page.{kind}" for kind in ("css", "js"))
-    controls = select("task", tasks) + select("model", models)
-    controls += radios("axis", "Curves by", ("time", "steps")) + radios("theme", "Look", ("auto", "light", "dark"))
-    nav = " · ".join(f'<a href="#{name}">{title}</a>' for name, title, _, _ in sections)
-    return f"""<!doctype html>
-<html lang="en" data-theme="auto">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>SRU: measured beside published</title>
-<style>
-{style.read_text(encoding="utf-8")}</style>
-</head>
-<body data-axis="time">
-<header><h1>Simple Recurrent Units: measured beside published</h1>
-<p>{len(rows)} rows of the papers, {len(found.runs)} finished runs. {nav}</p></header>
-<div class="bar"><form autocomplete="off" aria-label="Filters">{controls}</form></div>
-<main>{main}</main>
-<footer>Written by scripts/results.py --html; the page holds all that it shows and loads nothing.</footer>
-<script>
-{script.read_text(encoding="utf-8")}</script>
-</body>
-</html>
-"""

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from reporting.runs import LoadYAML, Run, flatten
-from reporting.table import markdown, mean_and_std
+from reporting.table import format_table, mean_and_std
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 RISING = ("accuracy", "em", "f1", "bleu", "chrf")  # metrics of which more is better
@@ -53,7 +53,7 @@ class Row:
     @property
     def state(self) -> str:
         if self.runs:
-            return judge(self, measured(self.metric, self.runs)[0])
+            return judge(self, summarise(self.metric, self.runs)[0])
         return "run with substitutes" if self.substitute else "not run"
 
     @property
@@ -67,7 +67,7 @@ class Row:
         return self.runs or self.others.get(self.substitute, [])
 
 
-def measured(metric: str, runs: list[Run]) -> tuple[float, float | None]:
+def summarise(metric: str, runs: list[Run]) -> tuple[float, float | None]:
     """Mean and standard deviation; nan where a run lacks the metric."""
     return mean_and_std([float(run.record["metrics"].get(metric, math.nan)) for run in runs])
 
@@ -79,7 +79,7 @@ def judge(row: Row, mean: float) -> str:
     return "reached" if worse <= max(half + 1e-9, row.std or 0.0) else "not reached"
 
 
-def composed(words: list[str], *keys: str) -> dict[str, Any]:
+def compose_config(words: list[str], *keys: str) -> dict[str, Any]:
     """These keys, or all, of the configuration that train.py would get, as a run's file holds them."""
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
@@ -103,7 +103,7 @@ def compose_rows(names: str = "[!_]*") -> list[Row]:
     """Every row, by experiment and data set; `names` is a pattern of experiments."""
     rows = []
     for path in sorted((CONF / "experiment").glob(f"{names}.yaml")):
-        config = composed([f"experiment={path.stem}"], "paper", "choices", "model")
+        config = compose_config([f"experiment={path.stem}"], "paper", "choices", "model")
         paper, choices = config["paper"] or {}, config["choices"]
         values, spreads = paper.get("value"), paper.get("std")
         for data, value in (values if isinstance(values, dict) else {choices["data"]: values}).items():
@@ -124,11 +124,11 @@ def compose_rows(names: str = "[!_]*") -> list[Row]:
                 parameters=paper.get("parameters"),
                 words=[f"experiment={path.stem}", *([f"data={data}"] if data != choices["data"] else [])],
             )
-            rows += places(row, config) if "values" in paper else [row]
+            rows += split_places(row, config) if "values" in paper else [row]
     return rows
 
 
-def places(row: Row, config: dict[str, Any]) -> list[Row]:
+def split_places(row: Row, config: dict[str, Any]) -> list[Row]:
     """Of an experiment whose published values are by the place of its first layer that attends, a row for each."""
     others = config["model"]["attention_layers"][1:]
     words = [f"model.attention_layers={[place, *others]}".replace(" ", "") for place in range(20)]
@@ -136,10 +136,10 @@ def places(row: Row, config: dict[str, Any]) -> list[Row]:
     return [replace(row, value=value, words=[*row.words, words[n]]) for n, value in values if value is not None]
 
 
-def differences(options: dict[str, str], run: Run) -> dict[str, str | None]:
+def compare_options(options: dict[str, str], run: Run) -> dict[str, str | None]:
     """What a run has otherwise than these options, None for what it lacks, but for chance, places and hardware."""
     ours, theirs = (
-        {k: v for k, v in whole_batch(o).items() if not k.startswith(NAMES)} for o in (run.options, options)
+        {k: v for k, v in multiply_batch(o).items() if not k.startswith(NAMES)} for o in (run.options, options)
     )
     pairs = {key: (ours.get(key), theirs.get(key)) for key in [*ours, *theirs] if ours.get(key) != theirs.get(key)}
     # `epochs` reaches trainer.max_epochs by interpolation: naming it once is enough.
@@ -147,7 +147,7 @@ def differences(options: dict[str, str], run: Run) -> dict[str, str | None]:
     return {key: pair[0] for key, pair in pairs.items() if "." not in key or pair not in sources}
 
 
-def whole_batch(options: dict[str, str]) -> dict[str, str]:
+def multiply_batch(options: dict[str, str]) -> dict[str, str]:
     """The options with data.batch_size, and its like, of all processes together."""
     count = math.prod(int(options.get(name, "1")) for name in PROCESSES if options.get(name, "1").isdigit())
     sizes = ("data.batch_size", "data.tokens_per_batch", "data.frames_per_batch")
@@ -160,9 +160,9 @@ def match(rows: list[Row], runs: list[Run]) -> list[Row]:
     stand_ins: set[str] = set()
     for row in rows:
         here = [run for run in runs if run.names["data"] == row.data]
-        options = flatten(composed(row.words)) if here else {}
+        options = flatten(compose_config(row.words)) if here else {}
         for run in here:
-            other = differences(options, run)
+            other = compare_options(options, run)
             differs = ", ".join(f"without {k}" if v is None else f"{k}={v.strip(chr(34))}" for k, v in other.items())
             if row.metric not in run.record["metrics"]:
                 differs = differs or f"no {row.metric} in it"
@@ -182,7 +182,7 @@ def match(rows: list[Row], runs: list[Run]) -> list[Row]:
     return rows
 
 
-def orders(rows: list[Row]) -> list[str]:
+def judge_orders(rows: list[Row]) -> list[str]:
     """Of each table and data set, whether its rows come in the published order: a sentence each.
 
     Only rows whose runs have the same substitute, or none, are compared.
@@ -197,7 +197,7 @@ def orders(rows: list[Row]) -> list[str]:
     for (source, data, metric, substitute), same in tables.items():
         if len(same) < 3:
             continue
-        pairs = [(row.value, measured(metric, row.shown)[0]) for row in same]
+        pairs = [(row.value, summarise(metric, row.shown)[0]) for row in same]
         ranked = [(a, b) for i, a in enumerate(pairs) for b in pairs[:i] if a[0] != b[0]]
         right = sum((a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in ranked)
         rho = float(spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic)
@@ -208,9 +208,9 @@ def orders(rows: list[Row]) -> list[str]:
     return sentences
 
 
-def cells(row: Row, runs: list[Run]) -> dict[str, str]:
+def describe_runs(row: Row, runs: list[Run]) -> dict[str, str]:
     """What the runs of a row, or of one of its others, have to show."""
-    mean, std = measured(row.metric, runs)
+    mean, std = summarise(row.metric, runs)
     places = row.digits + 1
     origins = [run.origin for run in runs if run.origin]
     hardware = {
@@ -231,31 +231,31 @@ def cells(row: Row, runs: list[Run]) -> dict[str, str]:
     }
 
 
-def published(row: Row) -> str:
+def format_published(row: Row) -> str:
     return (
         f"{row.value:.{row.digits}f}" + (f" ± {row.std}" if row.std is not None else "") + ("" if row.verified else "?")
     )
 
 
-def papers_table(rows: list[Row]) -> str:
+def tabulate_papers(rows: list[Row]) -> str:
     """The Markdown table: a line a row, and below it a line for each way in which its experiment was run otherwise."""
     names = ["state", "row", "data", "metric", "published", "mean", "std", "n", "difference", "substitute", "hours"]
     lines = [[*names, "hardware", "command"]]
     for row in rows:
         known = {"state": row.state, "row": f"{row.source}: {row.experiment}", "data": row.data, "metric": row.metric}
-        known |= {"published": published(row), "command": f"`{row.command}`", "substitute": row.substitute}
-        ours = cells(row, row.shown) if row.shown else {}
+        known |= {"published": format_published(row), "command": f"`{row.command}`", "substitute": row.substitute}
+        ours = describe_runs(row, row.shown) if row.shown else {}
         lines.append([(known | ours).get(name, "") for name in lines[0]])
         for differs, runs in row.others.items():
             if differs == row.substitute:
                 continue
-            other = cells(row, runs) | {"state": "–", "row": f"– with {differs}"}
+            other = describe_runs(row, runs) | {"state": "–", "row": f"– with {differs}"}
             lines.append([other.get(name, "") for name in lines[0]])
     numbers = ("published", "mean", "std", "n", "difference", "hours")
-    text = markdown(lines, [name in numbers for name in lines[0]])
+    text = format_table(lines, [name in numbers for name in lines[0]])
     states = [row.state for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in STATES)
-    text += ["", f"{len(rows)} rows of the papers: {counts}.", *orders(rows), *NOTES]
+    text += ["", f"{len(rows)} rows of the papers: {counts}.", *judge_orders(rows), *NOTES]
     return "\n".join(text)
 
 

@@ -76,7 +76,7 @@ class Place:
     def read(self, name: str) -> Any:
         """What one of FILES holds; metrics.csv is a list of rows. Call it within `reading`."""
         if self.line:
-            held = loaded(self.text)[name]
+            held = parse_json(self.text)[name]
             if name != "metrics.csv":
                 return held
             return [dict(zip(held, cells, strict=True)) for cells in zip(*held.values(), strict=True)]
@@ -84,23 +84,23 @@ class Place:
         if name == "metrics.csv":
             return list(csv.DictReader(text.splitlines()))
         if name != "config.yaml":
-            return loaded(text)
+            return parse_json(text)
         # libyaml ends the process where nesting is too deep for its stack; Python's own reader raises.
         is_odd = len(re.findall(r"[\[{?-]", text)) > 5000
-        return writable(yaml.load(text, yaml.SafeLoader if is_odd else LoadYAML))
+        return check_writable(yaml.load(text, yaml.SafeLoader if is_odd else LoadYAML))
 
 
-def loaded(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """JSON, without whole numbers that no float can hold."""
 
     def whole(digits: str) -> int:
         float(number := int(digits))
         return number
 
-    return writable(json.loads(text, parse_int=whole))
+    return check_writable(json.loads(text, parse_int=whole))
 
 
-def writable(held: Any) -> Any:
+def check_writable(held: Any) -> Any:
     """The same; ValueError where it has half a character, an escape in JSON and YAML, which no file takes."""
     json.dumps(held, default=str, ensure_ascii=False).encode()
     return held

@@ -9,7 +9,7 @@ import pytest
 import results
 from reporting import markdown
 from reporting.runs import DamagedError, find_runs, group_runs, read_runs
-from reporting.table import table
+from reporting.table import tabulate
 from test_results import PAPER, write_run
 
 
@@ -54,7 +54,9 @@ def test_a_kept_run_without_paths_of_its_own_gives_the_table_of_its_folder(tmp_p
         write_run(tmp_path / f"runs/{seed}", 80.0 + seed, {"seed": seed})
     file = tmp_path / "kept.jsonl"
     results.main([str(tmp_path / "runs"), "--keep", str(file)])
-    folders, kept, both = (table(group_runs(found(*p).runs)) for p in ([tmp_path / "runs"], [file], [tmp_path, file]))
+    folders, kept, both = (
+        tabulate(group_runs(found(*p).runs)) for p in ([tmp_path / "runs"], [file], [tmp_path, file])
+    )
     assert "| 81.50 | 0.71 | 2 |" in folders
     assert folders == kept == both  # a run and its copy count once
 
@@ -171,7 +173,7 @@ def kept(tmp_path):
 
 
 def test_a_table_of_the_readme_is_written_between_its_markers(kept):
-    text = markdown.filled(MARKED, kept)
+    text = markdown.fill(MARKED, kept)
     assert text.splitlines()[2:] == [
         MARKED.splitlines()[2],
         "",
@@ -182,24 +184,24 @@ def test_a_table_of_the_readme_is_written_between_its_markers(kept):
         "",
         "<!-- end -->",
     ]
-    assert markdown.filled(text, kept) == text
+    assert markdown.fill(text, kept) == text
 
 
 def test_a_table_may_have_several_metrics(kept):
     words = (
         "kept.jsonl rows=model metric=test/accuracy,encoder_parameters places=1,0 cell=mean data=cr task=classification"
     )
-    assert markdown.table(words, kept)[0] == "| model | test/accuracy | encoder_parameters |"
-    assert markdown.table(words, kept)[-1] == "| sru | 81.0 | 203,776 |"
+    assert markdown.write_table(words, kept)[0] == "| model | test/accuracy | encoder_parameters |"
+    assert markdown.write_table(words, kept)[-1] == "| sru | 81.0 | 203,776 |"
     with pytest.raises(DamagedError, match="columns= and several metrics"):
-        markdown.table(f"{words} columns=data", kept)
+        markdown.write_table(f"{words} columns=data", kept)
 
 
 def test_a_column_may_have_a_title_and_an_option_that_some_models_lack(kept):
     write_run(kept / "runs/e", 75.0, {"model.bias": "2"})
     results.main([str(kept / "runs"), "--keep", str(kept / "kept.jsonl")])
     words = "kept.jsonl rows=model,model.bias:bias metric=test/accuracy:score data=cr model=gru,sru task=classification"
-    lines = markdown.table(words, kept)
+    lines = markdown.write_table(words, kept)
     assert lines[0] == "| model | bias | score |"
     assert lines[2:] == ["| sru |  | 81.0 ± 1.4 |", "| sru | 2 | 75.0 |"]
 
@@ -234,10 +236,10 @@ def test_the_command_rewrites_the_file_once(kept, monkeypatch, capsys):
 )
 def test_a_marker_that_asks_for_nothing_is_refused(kept, old, new, message):
     with pytest.raises(results.DamagedError, match=message):
-        markdown.filled(MARKED.replace(old, new), kept)
+        markdown.fill(MARKED.replace(old, new), kept)
 
 
-@pytest.mark.parametrize("page", markdown.pages(), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", markdown.find_pages(), ids=lambda page: page.name)
 def test_the_tables_of_the_documents_are_those_of_the_kept_runs(page):
     text = page.read_text(encoding="utf-8")
-    assert markdown.filled(text) == text, "python scripts/results.py --readme"
+    assert markdown.fill(text) == text, "python scripts/results.py --readme"

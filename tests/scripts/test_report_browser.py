@@ -1,7 +1,8 @@
-"""The page of scripts/results.py in a browser: its filters, switches and legends, wide and narrow, light and dark."""
+"""The page of scripts/results.py in a browser: its filters and charts, wide and narrow, light and dark."""
 
 import math
 import shutil
+import time
 
 import pytest
 import results
@@ -30,8 +31,8 @@ def browser():
 
 
 @pytest.fixture
-def opened(browser, tmp_path, monkeypatch):
-    """opened(width, scheme): the page of some runs, in a window so wide, where the system asks for light or dark."""
+def open_page(browser, tmp_path, monkeypatch):
+    """open_page(width, scheme): the page of some runs, in a window so wide, where the system asks for light or dark."""
     runs = tmp_path / "runs"
     for i, parts in enumerate([[], ["no_vc"]]):
         changes = {"choices.ablation": parts, "model.has_vc_term": not parts}
@@ -58,15 +59,17 @@ def opened(browser, tmp_path, monkeypatch):
     return page
 
 
-def shown(page, selector):
+def count_shown(page, selector):
     """How many elements a person can see."""
     script = "return [...document.querySelectorAll(arguments[0])].filter(e => e.getClientRects().length).length"
     return page.execute_script(script, selector)
 
 
 def click(page, selector):
-    page.execute_script("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
-    page.find_element("css selector", selector).click()
+    """A click of the mouse, which also reaches what Plotly draws."""
+    element = page.find_element("css selector", selector)
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    page.execute_script("arguments[0].click()", element) if element.tag_name == "input" else element.click()
 
 
 def choose(page, name, value):
@@ -75,69 +78,108 @@ def choose(page, name, value):
     Select(page.find_element("name", name)).select_by_value(value)
 
 
-def background(page):
-    return page.execute_script("return getComputedStyle(document.body).backgroundColor")
+def read_style(page, selector, name):
+    return page.execute_script(
+        "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]", selector, name
+    )
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1300, "light"), (1300, "dark"), (375, "light"), (375, "dark")])
-def test_filters_switches_and_legends_act_and_nothing_is_wider_than_the_window(opened, width, scheme):
-    page = opened(width, scheme)
+def read_axis(page):
+    return page.find_element("css selector", "#learning-curves .xtitle").text
+
+
+@pytest.mark.parametrize("width", [1300, 375])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_filters_act_on_tables_and_charts_and_nothing_is_wider_than_the_window(open_page, width, scheme):
+    page = open_page(width, scheme)
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
-    other = background(page)
-    click(page, f"input[value={'dark' if scheme == 'light' else 'light'}]")
-    assert background(page) != other
-    click(page, f"input[value={scheme}]")
-    assert background(page) == other
-
-    assert shown(page, "#papers tr[data-state]") == 12
-    assert [tile.text.split("\n")[0] for tile in page.find_elements("class name", "tile")] == ["1", "1", "10"]
-    click(page, ".tile[data-state='not run']")
-    assert shown(page, "#papers tr[data-state]") == 2
+    assert count_shown(page, "#beside-the-papers tr[data-state]") == 12
+    states = [cell.text for cell in page.find_elements("css selector", "#beside-the-papers td.state")]
+    assert [states.count(state) for state in ("✓ reached", "✗ not reached", "– not run")] == [1, 1, 10]
+    choose(page, "state", "not reached")
+    assert count_shown(page, "#beside-the-papers tr[data-state]") == 1
+    choose(page, "state", "")
     choose(page, "model", "lstm")
-    assert shown(page, "#papers tr[data-state]") == 0
-    assert [tile.text.split("\n")[0] for tile in page.find_elements("class name", "tile")] == ["0", "0", "6"]
-    assert shown(page, "#curves figure") == 1
-    assert shown(page, "#curves svg .line") == 2  # in the chart, and in the legend
-    assert shown(page, "#ablations figure") == 0
-    assert shown(page, "#ablations .empty") == 1
-    assert shown(page, "#groups tbody tr") == 1
-    assert shown(page, "#speed rect") == 1
-    assert shown(page, "#sweeps tbody tr") == 1
+    assert count_shown(page, "#beside-the-papers tr[data-state]") == 6
+    assert count_shown(page, "#learning-curves figure") == 1
+    assert count_shown(page, "#learning-curves .scatterlayer .trace") == 1
+    assert count_shown(page, "#without-parts figure") == 0
+    assert count_shown(page, "#without-parts .empty") == 1
+    assert count_shown(page, "#finished-runs tr[data-task]") == 1
+    assert count_shown(page, "#speed .barlayer .trace") == 1
+    assert count_shown(page, "#runs-by-folder tr[data-task]") == 1
     choose(page, "model", "")
     choose(page, "task", "lm")
-    assert shown(page, "#curves figure") == 1
-    assert shown(page, "#groups tbody tr") == 1
+    assert count_shown(page, "#learning-curves figure") == 1
+    assert count_shown(page, "#finished-runs tr[data-task]") == 1
     choose(page, "task", "")
-    assert shown(page, "#curves figure") == 2
-    assert shown(page, "#ablations figure") == 1
-    assert shown(page, "#ablations .empty") == 0
-
-    assert (shown(page, "svg.by-time"), shown(page, "svg.by-steps")) == (2, 0)
-    click(page, "input[value=steps]")
-    assert (shown(page, "svg.by-time"), shown(page, "svg.by-steps")) == (0, 2)
-    lines = shown(page, "svg.by-steps .line")
-    click(page, ".legend button")
-    assert shown(page, "svg.by-steps .line") == lines - 1
-    choose(page, "model", "sru")
-    choose(page, "model", "")
-    assert shown(page, "svg.by-steps .line") == lines - 1  # a filter does not bring it back
-    click(page, ".legend button")
-    assert shown(page, "svg.by-steps .line") == lines
-
+    assert count_shown(page, "#learning-curves figure") == 2
+    assert count_shown(page, "#without-parts figure") == 1
+    assert count_shown(page, "#without-parts .empty") == 0
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
-    assert page.execute_script("return document.querySelectorAll('script').length") == 1
+    assert page.execute_script("return document.querySelectorAll('script').length") == 3
     assert page.get_log("browser") == []
 
 
-def test_the_keyboard_reaches_every_switch(opened):
-    page = opened(1300, "light")
+def test_curves_are_over_time_or_steps(open_page):
+    page = open_page(1300, "light")
+    assert read_axis(page) == "training time (s)"
+    click(page, "input[value=steps]")
+    assert read_axis(page) == "steps of the optimiser"
+    x = "return document.querySelector('#learning-curves figure:nth-of-type(2) > div').data[0].x"
+    assert page.execute_script(x) == [0, 1]
+    click(page, "input[value=time]")
+    assert page.execute_script(x) == [1, 2]
+
+
+def test_the_page_follows_the_systems_colours(open_page):
+    found = {}
+    for scheme in ("light", "dark"):
+        page = open_page(1300, scheme)
+        found[scheme] = [
+            read_style(page, "body", "backgroundColor"),
+            read_style(page, "#learning-curves .main-svg", "backgroundColor"),
+            read_style(page, "#learning-curves .xtitle", "fill"),
+        ]
+    assert not set(found["light"]) & set(found["dark"])
+    # A change while the page is open.
+    feature = [{"name": "prefers-color-scheme", "value": "light"}]
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": feature})
+    page.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    assert read_style(page, "#learning-curves .xtitle", "fill") == found["light"][2]
+
+
+def test_a_line_that_the_legend_hides_stays_hidden_through_a_filter(open_page):
+    page = open_page(1300, "light")
+    selector = "#learning-curves figure:nth-of-type(2) .scatterlayer .trace"
+    lines = count_shown(page, selector)
+    click(page, "#learning-curves figure:nth-of-type(2) .legendtoggle")
+    wait_until(lambda: count_shown(page, selector) == lines - 1)  # Plotly waits for a second click
+    choose(page, "model", "sru")
+    choose(page, "model", "")
+    assert count_shown(page, selector) == lines - 1
+
+
+def wait_until(condition):
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_hostile_name_is_shown_as_text(open_page):
+    page = open_page(1300, "light")
+    assert EVIL in page.find_element("css selector", "#learning-curves").text
+    assert EVIL in page.find_element("css selector", "#finished-runs").text
+
+
+def test_the_keyboard_reaches_every_filter_and_table(open_page):
+    page = open_page(1300, "light")
     from selenium.webdriver.common.keys import Keys
 
     reached = []
-    for _ in range(60):
+    for _ in range(30):
         page.switch_to.active_element.send_keys(Keys.TAB)
-        name = "const e = document.activeElement; return e.name || e.className || e.dataset.toggles || e.tagName"
+        name = "const e = document.activeElement; return e.name || e.className || e.tagName"
         reached.append(page.execute_script(name))
-    assert {"task", "model", "axis", "theme", "tile", "scroll", "0"} <= set(reached)
-    page.find_element("class name", "tile").send_keys(Keys.SPACE)
-    assert page.find_element("class name", "tile").get_attribute("aria-pressed") == "false"
+    assert {"task", "model", "state", "axis", "scroll"} <= set(reached)
