@@ -1,4 +1,4 @@
-"""Keeping finished runs as lines of a file that can live in the repository, without the paths of a machine."""
+"""Keeps finished runs as lines of a file for the repository, without the paths of a machine."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def thin(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
 
 
 def write_line(run: Run, tops: list[Path]) -> str:
-    """The run as a line of JSON: its name below the folders that were given, and what its four files hold."""
+    """The run as a line of JSON: its name below the folders `tops`, and the content of its four files."""
     place = run.place
     if place.line:
         return place.text
@@ -71,7 +71,7 @@ def write_line(run: Run, tops: list[Path]) -> str:
     with place.reading("metrics.csv"):
         curve = thin(place.read("metrics.csv")) if place.has("metrics.csv") else {}
     held = (drop_places(config, root), origin, run.record, curve)
-    with place.reading("config.yaml"):  # YAML has dates, which are no JSON
+    with place.reading("config.yaml"):  # YAML has dates, JSON has not
         return json.dumps({"run": name} | dict(zip(FILES, held, strict=True)), ensure_ascii=False)
 
 
@@ -90,7 +90,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def count_lost(file: Path, runs: list[Run]) -> int:
-    """How many runs of a file are not among these: other metrics or other chance make another run."""
+    """How many runs of a file are not among these; other metrics, seeds or folds make another run."""
     if not file.exists():
         return 0
     kept = {json.dumps([run.chance, run.record], sort_keys=True) for run in runs}
@@ -111,11 +111,11 @@ def keep(runs: list[Run], file: Path, tops: list[Path]) -> list[str]:
         except DamagedError as error:
             messages.append(f"not kept: {error}")
     if file.exists() and not file.is_file():
-        # A device or a pipe would be gone, with this file in its place.
-        raise DamagedError(f"--keep {file} is no file; name one, such as bench/results/mine.jsonl")
+        # Replacing a device or a pipe would remove it.
+        raise DamagedError(f"--keep {file} is not a regular file; name one, such as bench/results/mine.jsonl")
     if lost := count_lost(file, runs):
         raise DamagedError(
-            f"--keep {file} has {lost} runs that are not among these, and would lose them; name it too, to keep both: "
+            f"--keep {file} has {lost} runs that are not among these and would be lost; name it too, to keep both: "
             f"python scripts/results.py {' '.join(map(str, tops))} {file} --keep {file}"
         )
     replace_file(file, "".join(f"{text}\n" for text in lines).encode())

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/ that kept runs write, between <!-- results: ... --> and <!-- end -->."""
+"""Writes the tables of README.md and docs/ from kept runs, between <!-- results: ... --> and <!-- end -->."""
 
 import json
 import re
@@ -18,18 +18,18 @@ EXAMPLE = "<!-- results: bench/results/figure5.jsonl rows=model,depth,ablation c
 
 
 def find_pages() -> list[Path]:
-    """The documents that have such tables."""
+    """The documents that contain such tables."""
     paths = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return [path for path in paths if OPENING.search(path.read_text(encoding="utf-8"))]
 
 
 def fill(text: str, root: Path = ROOT) -> str:
-    """The text with its tables written anew; files are named relative to `root`. Raises DamagedError."""
+    """The text with its tables rewritten; files are named relative to `root`. Raises DamagedError."""
     blocks = list(BLOCK.finditer(text))
     if len(OPENING.findall(text)) != len(blocks):
         raise DamagedError(f"a line like `{EXAMPLE}` lacks its line `<!-- end -->`, or does not close with ` -->`")
     for block in reversed(blocks):
-        # Between empty lines, or some renderers show bars instead of a table.
+        # Between empty lines: some renderers need them to see a table.
         lines = "".join(f"{line}\n" for line in ["", *write_table(block["words"], root), ""])
         text = text[: block.start("body")] + lines + text[block.end("body") :]
     return text
@@ -139,7 +139,7 @@ def split_titles(words: str) -> tuple[list[str], list[str]]:
 
 
 def check_names(groups: list[Group], names: list[str]) -> None:
-    """Refuse what no run has; what only some have, as an option of one model, is empty for the others."""
+    """Refuse names that no run has; an option that only some models have is empty for the others."""
     known = {*IDENTITY, "parameters", *(name for group in groups for name in group.runs[0].options)}
     if unknown := [name for name in names if name not in known]:
         raise DamagedError(
@@ -158,7 +158,7 @@ def read_column(group: Group, key: str) -> str:
 
 
 def format_cell(group: Group, metric: str, form: str, places: int) -> str:
-    """The value in the form asked for; one run has no deviation."""
+    """The value in the requested form; without a deviation for a single run."""
     found = [run.record["metrics"] | run.record for run in group.runs]
     if missing := [
         str(run.place)
@@ -174,14 +174,14 @@ def format_cell(group: Group, metric: str, form: str, places: int) -> str:
 
 
 def rewrite(path: Path) -> str:
-    """Write the file's tables anew; returns what was done."""
+    """Rewrite the file's tables; returns a message."""
     try:
         before = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DamagedError(f"--readme {path} is no text ({error.reason}); name a Markdown file") from error
+        raise DamagedError(f"--readme {path} is not text ({error.reason}); name a Markdown file") from error
     after = fill(before)
     count = len(BLOCK.findall(after))
     if after == before:
-        return f"{path}: {count} tables, as they were"
+        return f"{path}: {count} tables, unchanged"
     replace_file(path.resolve(), after.encode())  # a link stays one
-    return f"{path}: {count} tables, written anew"
+    return f"{path}: {count} tables, rewritten"

@@ -8,7 +8,7 @@ from reporting.runs import IDENTITY, Group
 def mean_and_std(values: list[float]) -> tuple[float, float | None]:
     """The sample's standard deviation; None of one value."""
     array = np.array(values)
-    with np.errstate(invalid="ignore"):  # a run that diverged may have left an infinite loss
+    with np.errstate(invalid="ignore"):  # the loss of a run that diverged may be infinite
         return float(array.mean()), float(array.std(ddof=1)) if len(values) > 1 else None
 
 
@@ -38,7 +38,7 @@ def format_table(rows: list[list[str]], right: list[bool]) -> list[str]:
 
 
 def tabulate(groups: list[Group]) -> str:
-    """The Markdown table, a line a group, and the explanation of its marks."""
+    """The Markdown table, a line a group, and a legend of its marks."""
     rows = [describe_group(group) for group in groups]
     columns = [*IDENTITY, "mean", "std", "n", "parameters", "s/epoch"]
     columns += [key for key in ("published", "difference", "differs") if any(cells.get(key) for cells in rows)]
@@ -54,7 +54,9 @@ def tabulate(groups: list[Group]) -> str:
     if any(run.published is not None and not run.verified for run in runs):
         text.append("?: the published value is quoted from memory, not verified in the paper.")
     if not all(run.tested for run in runs):
-        text.append("†: the run has no test value; this is the validation's, not comparable with the published one.")
+        text.append(
+            "†: the run has no test value; this is the validation value, not comparable with the published one."
+        )
     repeats = sum(len(group.runs) - len({run.chance for run in group.runs}) for group in groups)
     if repeats:
         text.append(

@@ -108,7 +108,7 @@ def test_a_file_of_kept_runs_loses_none(tmp_path, capsys):
     write_run(runs / "b", 82.0, {"seed": 2})
     assert results.main([str(runs), "--keep", str(file)]) == 1
     told = capsys.readouterr().err
-    assert "has 1 runs that are not among these, and would lose them; name it too, to keep both: python " in told
+    assert "has 1 runs that are not among these and would be lost; name it too, to keep both: python " in told
     assert f"scripts/results.py {runs} {file} --keep {file}" in told
     assert file.read_text() == before
     assert results.main([str(runs), str(file), "--keep", str(file)]) == 0
@@ -139,7 +139,7 @@ def test_what_is_no_file_is_not_replaced_by_kept_runs(tmp_path, capsys):
     write_run(tmp_path / "runs/a", 80.0)
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert results.main([str(tmp_path / "runs"), "--keep", str(tmp_path / "pipe.jsonl")]) == 1
-    assert "is no file; name one" in capsys.readouterr().err
+    assert "is not a regular file; name one" in capsys.readouterr().err
     assert (tmp_path / "pipe.jsonl").is_fifo()
     assert not list(tmp_path.glob("*.part"))
 
@@ -210,10 +210,10 @@ def test_the_command_rewrites_the_file_once(kept, monkeypatch, capsys):
     path = kept / "README.md"
     path.write_text(MARKED.replace("kept.jsonl", str(kept / "kept.jsonl")), encoding="utf-8")
     assert results.main(["--readme", str(path)]) == 0
-    assert "1 tables, written anew" in capsys.readouterr().out
+    assert "1 tables, rewritten" in capsys.readouterr().out
     assert "81.00 ± 1.41" in path.read_text(encoding="utf-8")
     assert results.main(["--readme", str(path)]) == 0
-    assert "1 tables, as they were" in capsys.readouterr().out
+    assert "1 tables, unchanged" in capsys.readouterr().out
     path.write_text(MARKED)
     assert results.main(["--readme", str(path)]) == 1
     assert "kept.jsonl, which a table names" in capsys.readouterr().err
@@ -243,3 +243,26 @@ def test_a_marker_that_asks_for_nothing_is_refused(kept, old, new, message):
 def test_the_tables_of_the_documents_are_those_of_the_kept_runs(page):
     text = page.read_text(encoding="utf-8")
     assert markdown.fill(text) == text, "python scripts/results.py --readme"
+
+
+def test_tables_are_sought_in_every_folder_of_the_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(markdown, "ROOT", tmp_path)
+    (tmp_path / "docs/tasks").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("no table")
+    (tmp_path / "docs/plain.md").write_text("no table")
+    for name in ("docs/results.md", "docs/tasks/lm.md"):
+        (tmp_path / name).write_text(MARKED)
+    assert [str(path.relative_to(tmp_path)) for path in markdown.find_pages()] == [
+        "docs/results.md",
+        "docs/tasks/lm.md",
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_kept_runs_are_read_as_an_editor_writes_them(tmp_path, encoding):
+    write_run(tmp_path / "runs/a", 80.0, {"choices.model": "a\u2028b"})
+    file = tmp_path / "kept.jsonl"
+    results.main([str(tmp_path / "runs"), "--keep", str(file)])
+    file.write_bytes(file.read_text(encoding="utf-8").replace("\n", "\r\n").encode(encoding))
+    (run,) = found(file).runs
+    assert run.value == 80.0

@@ -4,6 +4,7 @@ import html.parser
 import json
 import math
 import re
+import sys
 import time
 
 import pytest
@@ -316,6 +317,16 @@ def test_two_hundred_runs_make_a_page_of_sensible_size(tmp_path, rows, monkeypat
     assert len(text.encode()) - len(get_plotlyjs().encode()) < 3_000_000
     assert time.perf_counter() - start < 60
     assert [len(trace["x"]) for trace in read_charts(text)[0]["data"]] == [150] * 100
+
+
+def test_a_missing_plotly_says_what_to_type(tmp_path, rows, monkeypatch, capsys):
+    for name in ("reporting.html", "reporting.figures", "plotly.graph_objects"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setattr(paper_rows, "compose_rows", rows)
+    assert results.main([str(tmp_path), "--html", str(tmp_path / "report.html")]) == 1
+    assert re.search(r"this needs plotly\S*: pip install -e '\.\[train\]'", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_page_of_nothing_says_so(tmp_path, rows, monkeypatch):
