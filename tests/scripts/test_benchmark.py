@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import benchmark
 import pytest
 import torch
-from benchmarks import device, device_report, kernels
+from benchmarks import device, device_report, kernels, timing
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/benchmark.py"
@@ -214,3 +215,31 @@ def test_a_step_of_the_framework_and_its_products(tmp_path):
     # The pixels need no gradient; the first layer has four matrices, since its sizes differ, the second one three.
     layers = 28 * 32 * (2 * 28 * 4 * 128 + 3 * 128 * 3 * 128)
     assert run.count_operations() == 2 * (layers + 32 * 3 * 128 * 10)
+
+
+@pytest.mark.parametrize("name", benchmark.SECTIONS)
+def test_every_section_has_its_function(name):
+    pytest.importorskip("hydra")
+    assert callable(benchmark.load(benchmark.SECTIONS[name]))
+
+
+def test_networks_are_compared_at_equal_size_with_the_baseline(monkeypatch, capsys):
+    takes = {"square": 0.01, "LSTM": 0.04}
+    monkeypatch.setattr(timing, "medians", lambda calls, seconds: {name: takes[name] for name in calls})
+    depths = []
+
+    def build(name, depth, width):
+        depths.append(depth)
+        return torch.nn.Linear(width, width if name == "square" else 4 * width, bias=False)
+
+    options = SimpleNamespace(depth=None, parameters=6400, seconds=0.1)
+    compared = timing.Comparison(
+        options, [*takes], build, lambda task: None, 100, "tokens", depth=3, parameters=1e6, baseline="LSTM"
+    )
+    assert set(depths) == {3}
+    assert compared.rows == {
+        "square": ["square", "80", "0.01M", "10,000", "4.00x"],  # 80 * 80
+        "LSTM": ["LSTM", "40", "0.01M", "2,500", "1.00x"],  # 40 * 160
+    }
+    compared.print("Title", {"half": lambda name: f"{compared.trained[name] / 2:.3f}"})
+    assert "| square | 80 | 0.01M | 10,000 | 4.00x | 0.005 |" in capsys.readouterr().out
