@@ -1,7 +1,7 @@
 """Turn a file's SRUs into our layout or an official one: `python scripts/convert.py IN.pt OUT.pt [--to 2.6.0]`.
 
-IN.pt is a state dict or a checkpoint with state dicts in it. Every SRU there is found, also as a part of a larger
-model, and all else is kept as it is.
+IN.pt is a state dict or a checkpoint that contains state dicts. Every SRU in it is converted, also inside a larger
+model; the rest is kept.
 """
 
 import argparse
@@ -20,19 +20,19 @@ from torch import Tensor, nn
 
 from sru import SRU, SRUCell, SRUpp, convert, official_format
 
-# The layouts, and what a stack calls its list of layers.
+# The layouts, and the name of a stack's list of layers in each.
 LISTS = {"ours": "layers", **dict.fromkeys((*convert.VERSIONS, "2017"), "rnn_lst")}
-# What no shape tells and not every version has. Directions are not among it: in every layout the columns of the second
-# follow those of the first, each with its k numbers.
-truth = {"true": True, "false": False, "True": True, "False": False}.__getitem__
-SETTABLE: dict[str, Callable[[str], Any]] = {"v1": truth, "has_vc_term": truth}
+# Options that no shape shows. The number of directions is not needed: in every layout the columns of the second follow
+# those of the first, each with its k numbers.
+parse_bool = {"true": True, "false": False, "True": True, "False": False}.__getitem__
+SETTABLE: dict[str, Callable[[str], Any]] = {"v1": parse_bool, "has_vc_term": parse_bool}
 ENTRY = re.compile(r"weight|weight_proj|weight_c|v|bias|scale_x|gain|(layer_norm|custom_m|transform_module)\..+")
-# The modules of 3.0 that are matrices and no more.
+# The modules of 3.0 that are matrices only.
 MATRICES = {"transform_module.weight"}, {"transform_module.0.weight", "transform_module.1.weight"}
 
 
-def layout(state: dict[str, Any], prefix: str) -> str:
-    """The layout of the SRU layer whose entries have this prefix; empty if they are none."""
+def detect_layout(state: dict[str, Any], prefix: str) -> str:
+    """The layout of the SRU layer whose entries have this prefix; empty if it is not an SRU layer."""
     bias, weight_c = state.get(f"{prefix}bias"), state.get(f"{prefix}weight_c")
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
         return ""
@@ -40,7 +40,7 @@ def layout(state: dict[str, Any], prefix: str) -> str:
         return "3.0.0.dev" if any(key.startswith(f"{prefix}transform_module.") for key in state) else "2.6.0"
     v, scale_x, weight = (state.get(f"{prefix}{name}") for name in ("v", "scale_x", "weight"))
     if weight_c is None and (isinstance(v, Tensor) or isinstance(scale_x, Tensor)):
-        # One row a gate in files of earlier versions; without v, the parameters of a layer that has none.
+        # Files of earlier versions have one row for each gate; a layer without the term has no v.
         fits = bias.shape == v.shape if isinstance(v, Tensor) else bias.numel() % 2 == 0
         return "ours" if bias.dim() in (1, 2) and fits else ""
     # Only in a stack of the official name: torch's own layers have a weight and a bias too.
@@ -50,15 +50,15 @@ def layout(state: dict[str, Any], prefix: str) -> str:
 
 
 def infer(entries: dict[str, Tensor], source: str, has_module: bool) -> dict[str, Any]:
-    """The arguments of SRUCell that a layer's entries tell."""
+    """The arguments of SRUCell that follow from a layer's entries."""
     size, norm = entries["bias"].numel() // 2, entries.get("layer_norm.weight")
     arguments: dict[str, Any] = {
         "input_size": size if norm is None else norm.numel(),
         "hidden_size": size,  # of both directions
         "layer_norm": norm is not None,
-        # Training leaves no weight_c at 0 throughout.
+        # A trained weight_c that is all zeros belongs to a layer without the term.
         "has_vc_term": bool(entries.get("v", entries.get("weight_c", torch.zeros(1))).any()),
-    } | correction(torch.ones(1) if source == "2017" else entries.get("scale_x"))
+    } | infer_correction(torch.ones(1) if source == "2017" else entries.get("scale_x"))
     if "transform_module.linear1.weight" in entries:  # of SRU++
         arguments["input_size"] = entries["transform_module.linear1.weight"].shape[1]
     if has_module:  # it maps to the same columns in every layout, so its entries only move
@@ -81,20 +81,20 @@ def infer(entries: dict[str, Tensor], source: str, has_module: bool) -> dict[str
     }
 
 
-def correction(alpha: Tensor | None) -> dict[str, Any]:
-    """The arguments of a layer whose scaling correction is alpha; none where the file does not say."""
+def infer_correction(alpha: Tensor | None) -> dict[str, Any]:
+    """The arguments of a layer whose scaling correction is alpha; empty if the file has no alpha."""
     if alpha is None or alpha.numel() != 1:
         return {}
     if alpha.item() == 1:
         return {"rescale": False}
     power = (alpha.item() ** 2 - 1) / 2  # alpha = sqrt(1 + 2 exp(highway_bias))
     if not 0 < power < math.inf:
-        return {}  # of no layer, as loading it says
-    digits = next((n for n in range(5) if same_alpha(round(math.log(power), n), alpha)), 5)
+        return {}  # not valid for any layer; loading it raises an error
+    digits = next((n for n in range(5) if is_same_alpha(round(math.log(power), n), alpha)), 5)
     return {"rescale": True, "highway_bias": round(math.log(power), digits) + 0.0}  # not -0.0
 
 
-def same_alpha(highway_bias: float, alpha: Tensor) -> bool:
+def is_same_alpha(highway_bias: float, alpha: Tensor) -> bool:
     """Whether a layer with this bias has this scaling correction, but for its rounding."""
     rounding = max(torch.finfo(alpha.dtype).eps, 1e-7)  # the correction itself is rounded to float32
     return math.isclose(math.sqrt(1 + 2 * math.exp(highway_bias)), alpha.item(), rel_tol=rounding)
@@ -110,7 +110,7 @@ def convert_layer(
     arguments = infer(entries, source, bool(module)) | options
     first = entries.get("transform_module.linear1.weight")
     if first is not None and to == "2.6.0":
-        raise ValueError("it is of SRU++, which version 2.6.0 has not; take --to 3.0.0.dev, or ours")
+        raise ValueError("it is a layer of SRU++, which version 2.6.0 does not have; use --to 3.0.0.dev or ours")
     cell = SRUCell(**arguments)
     cell.load_state_dict({key: value for key, value in entries.items() if key not in module}, assign=True)
     written = cell.state_dict() if to == "ours" else convert.cell_to_official(cell, to)
@@ -136,7 +136,7 @@ def convert_all(
     named: dict[str, Any] = {key: value for key, value in state.items() if isinstance(key, str)}
     layers: dict[str, dict[str, Tensor]] = {}  # by the name of each old entry, the new ones of its layer
     for prefix in [key.removesuffix("bias") for key in named if key.split(".")[-1] == "bias"]:
-        source = layout(named, prefix)
+        source = detect_layout(named, prefix)
         if not source:
             continue
         in_stack = re.fullmatch(rf"(|.*\.){LISTS[source]}\.(\d+)\.", prefix)
@@ -165,8 +165,8 @@ def convert_all(
     return result
 
 
-def calls(layers: dict[str, dict[str, Any]]) -> list[str]:
-    """What to type for a network of these layers: with one direction, and where the columns are even with two."""
+def format_calls(layers: dict[str, dict[str, Any]]) -> list[str]:
+    """Constructor calls for a network of these layers: with one direction and, if the columns are even, with two."""
     ordered = [layers[number] for number in sorted(layers, key=lambda number: int(number or 0))]
     sizes = [layer.get("projection_size", 0) for layer in ordered]
     arguments: dict[str, Any] = ordered[0] | {  # the first shows the most: in the others the sizes are equal
@@ -185,25 +185,25 @@ def calls(layers: dict[str, dict[str, Any]]) -> list[str]:
         arguments["attention_layers"] = None if len(attending) == len(ordered) else attending
     written = []
     for directions in ({}, {"hidden_size": size // 2, "bidirectional": True})[: 2 - size % 2]:
-        told = arguments | directions
+        known = arguments | directions
         parts = [
-            f"{key}={'...' if told[key] is ... else told[key]}"
+            f"{key}={'...' if known[key] is ... else known[key]}"
             for key, parameter in takes.items()
-            if key in told and (key == "num_layers" or told[key] != parameter.default)
+            if key in known and (key == "num_layers" or known[key] != parameter.default)
         ]
         written.append(f"{name}({', '.join(parts)})")
     return written
 
 
 def holds_optimizer(content: Any) -> bool:
-    """Whether the state of an optimizer lies in it, at any depth."""
+    """Whether it contains the state of an optimizer, at any depth."""
     if isinstance(content, dict):
         return {"state", "param_groups"} <= content.keys() or any(map(holds_optimizer, content.values()))
     return isinstance(content, list | tuple) and any(map(holds_optimizer, content))
 
 
 def read(path: Path) -> dict:
-    """What is in a file; ValueError if that is no dict, or more than tensors and numbers."""
+    """The dict in a file; ValueError if it is not a dict, or contains more than tensors and numbers."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
@@ -219,7 +219,7 @@ def read(path: Path) -> dict:
 
 
 def parse(words: list[str]) -> dict[str, Any]:
-    """The arguments that --set gives; v1 as has_vc_term."""
+    """The arguments of --set, with v1 as has_vc_term."""
     options: dict[str, Any] = {}
     for word in words:
         key, _, text = word.partition("=")
@@ -232,7 +232,7 @@ def parse(words: list[str]) -> dict[str, Any]:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Convert a file and say what was found; returns the exit status, 1 where nothing was written."""
+    """Convert a file and report each SRU in it; returns the exit status, 1 if nothing was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="IN.pt")
     parser.add_argument("target", type=Path, metavar="OUT.pt")
@@ -242,20 +242,20 @@ def main(words: list[str] | None = None) -> int:
     help_set = "v1=true or v1=false: the layers are of 2017, or not (default: v1=true where all of a weight_c is 0)"
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help_set)
     parser.add_argument("--force", action="store_true", help="overwrite OUT.pt, which may be IN.pt")
-    given = parser.parse_args(words)
+    options = parser.parse_args(words)
     found: dict[str, tuple[str, dict[str, dict]]] = {}
-    temporary = given.target.with_name(f".{given.target.name}.{os.getpid()}")
+    temporary = options.target.with_name(f".{options.target.name}.{os.getpid()}")
     try:
-        if given.target.exists() and not given.force:
-            raise ValueError(f"{given.target} exists; give another name, or --force to overwrite it")
-        content = convert_all(read(given.source), given.to, parse(given.set), found)
+        if options.target.exists() and not options.force:
+            raise ValueError(f"{options.target} exists; give another name, or --force to overwrite it")
+        content = convert_all(read(options.source), options.to, parse(options.set), found)
         if not found:
-            raise ValueError(f"{given.source} holds no SRU: no layer with bias and weight_c (official) or v (ours)")
-        if {source for source, _ in found.values()} == {given.to}:
-            others = " or ".join(f"--to {name}" for name in ("ours", *convert.VERSIONS) if name != given.to)
-            raise ValueError(f"{given.source} is in the layout {given.to} already; give {others}")
+            raise ValueError(f"{options.source} holds no SRU: no layer with bias and weight_c (official) or v (ours)")
+        if {source for source, _ in found.values()} == {options.to}:
+            others = " or ".join(f"--to {name}" for name in ("ours", *convert.VERSIONS) if name != options.to)
+            raise ValueError(f"{options.source} is in the layout {options.to} already; give {others}")
         torch.save(content, temporary)
-        os.replace(temporary, given.target)
+        os.replace(temporary, options.target)
     except (ValueError, OSError, RuntimeError) as error:  # torch.save raises RuntimeError where it cannot write
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -263,14 +263,14 @@ def main(words: list[str] | None = None) -> int:
         if temporary.exists():
             temporary.unlink()
     for place, (source, layers) in found.items():
-        print(f"{place or given.source.name}: {source} -> {given.to}", *calls(layers), sep="\n    ")
-    print("Of two calls, the second is for a bidirectional network: which it was is in no file, nor are activation and")
-    print("dropout, nor where the sizes of all layers are equal has_skip_term and normalize_after.")
-    print("All else in the file is as it was.")
+        print(f"{place or options.source.name}: {source} -> {options.to}", *format_calls(layers), sep="\n    ")
+    print("If there are two calls, the second is for a bidirectional network. The file does not hold the number of")
+    print("directions, the activation or the dropout, nor, if all layers have the same size, has_skip_term and")
+    print("normalize_after. The rest of the file is unchanged.")
     if any("rescale" not in layer for _, layers in found.values() for layer in layers.values()):
-        print("A layer has no scale_x in the file: give rescale and highway_bias as they were when it was trained.")
+        print("A layer has no scale_x in the file: pass the rescale and highway_bias that it was trained with.")
     if holds_optimizer(content):
-        print("Start the optimizer anew: its state in the file is in the old order of the weights.")
+        print("Create a new optimizer: its state in the file has the old order of the weights.")
     return 0
 
 

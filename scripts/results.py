@@ -4,10 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from results_curves import draw
-from results_keep import keep, write_whole
-from results_runs import DamagedError, Found, Group, find_runs, group_runs, read_runs
-from results_table import table
+from reporting.curves import draw
+from reporting.kept_runs import keep, replace_file
+from reporting.runs import DamagedError, Found, Group, find_runs, group_runs, read_runs
+from reporting.table import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKE_ONE = "python train.py data=trec model=sru"
@@ -30,41 +30,41 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--curve", help="of --png: this column of metrics.csv over steps, train/loss for example")
     parser.add_argument(
-        "--papers", action="store_true", help="tabulate the rows of the papers: which were run, reached"
+        "--papers", action="store_true", help="tabulate the rows of the papers: run or not, reached or not"
     )
-    parser.add_argument("--html", type=Path, help="write all of it as one page")
+    parser.add_argument("--html", type=Path, help="write everything as one page")
     readme = "rewrite the tables between <!-- results: ... --> and <!-- end --> in these files (or README.md and docs/)"
     parser.add_argument("--readme", nargs="*", type=Path, metavar="MARKDOWN", help=readme)
-    given = parser.parse_args(arguments)
-    # So that no kept runs are taken for a place to write to.
+    options = parser.parse_args(arguments)
+    # So that a file of kept runs is not overwritten by mistake.
     for option, example in (
         ("keep", "mine.jsonl"),
         ("html", "page.html"),
         ("png", "curves.png"),
         ("output", "table.md"),
     ):
-        path = getattr(given, option)
+        path = getattr(options, option)
         if path and path.suffix != Path(example).suffix:
             parser.error(f"--{option} {path} must end in {Path(example).suffix}: {example} for example")
-    if not given.places:
-        if not (given.papers or given.html or given.readme is not None):
-            parser.error("name folders of runs, or .jsonl files of kept ones, such as runs/")
+    if not options.places:
+        if not (options.papers or options.html or options.readme is not None):
+            parser.error("name folders of runs, or .jsonl files of kept runs, such as runs/")
         results = ROOT / "bench/results"
-        given.places = [*sorted(results.glob("*.json*")), *(path for path in [ROOT / "runs"] if path.is_dir())]
-    return given
+        options.places = [*sorted(results.glob("*.json*")), *(path for path in [ROOT / "runs"] if path.is_dir())]
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; returns the exit code: 0, or 1 without a finished run to show or a file that can be written."""
-    given = parse(arguments)
+    """Print the table; returns the exit code: 0, or 1 without a finished run or if a file cannot be written."""
+    options = parse(arguments)
     try:
-        if given.readme is not None:
-            from results_readme import pages, rewrite
+        if options.readme is not None:
+            from reporting.markdown import find_pages, rewrite
 
-            for path in given.readme or pages():
+            for path in options.readme or find_pages():
                 print(rewrite(path))
             return 0
-        return show(given)
+        return show(options)
     except OSError as error:
         return fail(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}.")
     except ModuleNotFoundError as error:
@@ -73,53 +73,53 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(str(error))
 
 
-def show(given: argparse.Namespace) -> int:
-    missing = [place for place in given.places if not place.is_dir() and not is_file(place, ".jsonl", ".json")]
+def show(options: argparse.Namespace) -> int:
+    missing = [place for place in options.places if not place.is_dir() and not is_file(place, ".jsonl", ".json")]
     if missing:
         return fail(
             f"no folder {', '.join(map(str, missing))}, and no file of kept runs (.jsonl). "
-            "Runs lie below runs/ unless run_dir=... said otherwise."
+            "Runs are below runs/ unless run_dir=... says otherwise."
         )
-    places = [place for place in given.places if not is_file(place, ".json")]
+    places = [place for place in options.places if not is_file(place, ".json")]
     found = read_runs(find_runs(places))
     groups = group_runs(found.runs)
-    if given.papers or given.html:
-        from results_papers import compose_rows, match, papers_table
+    if options.papers or options.html:
+        from reporting.paper_rows import compose_rows, match, tabulate_papers
 
         rows = match(compose_rows(), found.runs)
-        text = papers_table(rows)
-        if given.html:
-            from results_page import page
+        text = tabulate_papers(rows)
+        if options.html:
+            from reporting.html import build_page
 
-            speeds = [place for place in given.places if is_file(place, ".json")]
-            write_whole(given.html, page(rows, groups, found, speeds).encode())
-            print(f"{given.html} was written", file=sys.stderr)
+            speeds = [place for place in options.places if is_file(place, ".json")]
+            replace_file(options.html, build_page(rows, groups, found, speeds).encode())
+            print(f"{options.html} was written", file=sys.stderr)
     elif not any(vars(found).values()):
-        below = ", ".join(map(str, given.places))
-        return fail(f"no run (a folder with config.yaml) below {below}. Make one: {MAKE_ONE}")
+        below = ", ".join(map(str, options.places))
+        return fail(f"no run (a folder with config.yaml) below {below}. Start one: {MAKE_ONE}")
     else:
-        text = "\n".join([*([table(groups)] if groups else []), *left_out(found)])
-    if given.papers or not given.html:
+        text = "\n".join([*([tabulate(groups)] if groups else []), *list_left_out(found)])
+    if options.papers or not options.html:
         print(text)
-    return write(given, groups, found, text)
+    return write(options, groups, found, text)
 
 
-def write(given: argparse.Namespace, groups: list[Group], found: Found, text: str) -> int:
-    if not groups and not (given.papers or given.html):
+def write(options: argparse.Namespace, groups: list[Group], found: Found, text: str) -> int:
+    if not groups and not (options.papers or options.html):
         return fail(
-            "no finished run to show. Go on with an unfinished one: python train.py resume=FOLDER; "
-            f"or make one: {MAKE_ONE}"
+            "no finished run to show. Continue an unfinished one: python train.py resume=FOLDER; "
+            f"or start one: {MAKE_ONE}"
         )
-    if given.output:
-        write_whole(given.output, f"{text}\n".encode())
-    messages = keep(found.runs, given.keep, given.places) if given.keep else []
-    for message in [*messages, *(draw(groups, given.png, given.curve) if given.png else [])]:
+    if options.output:
+        replace_file(options.output, f"{text}\n".encode())
+    messages = keep(found.runs, options.keep, options.places) if options.keep else []
+    for message in [*messages, *(draw(groups, options.png, options.curve) if options.png else [])]:
         print(message, file=sys.stderr)
     return 0
 
 
-def left_out(found: Found) -> list[str]:
-    """Lines that count and name the runs that the table does not show."""
+def list_left_out(found: Found) -> list[str]:
+    """Lines that count and name the runs missing from the table."""
     text = []
     for word, places in (
         ("unfinished (no metrics.json)", found.unfinished),

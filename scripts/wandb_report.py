@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from results_papers import RISING
+from reporting.paper_rows import RISING
 
 ROOT = Path(__file__).parent.parent
 STEP = "trainer/global_step"  # as in tasks/run/wandb_logger.py
-# What papers report, where it is not what the task monitors; of words in place of bytes --metric test/perplexity.
+# The metric that papers report, if the task monitors another one; for words instead of bytes: --metric test/perplexity.
 REPORTED = {"lm": "test/bpc", "translation": "test/bleu", "squad": "test/em"}
 SPEEDS = ("examples_per_second", "tokens_per_second", "frames_per_second", "steps_per_second")
 
 
 def build(task: str, monitor: str, metric: str, mode: str, data: str | None, project: str, entity: str) -> Any:
-    """A report of wandb's of the finished and running runs of one task, each group (of seeds and folds) as one.
+    """A wandb report of the finished and running runs of one task; a group (of seeds and folds) is one item.
 
-    With `entity` "" no server is asked for anything: for a look at the specification.
+    With `entity` "" it contacts no server, so that the specification can be read.
     """
     import wandb_workspaces.reports.v2 as wr
     from wandb_workspaces import expr
@@ -27,7 +27,7 @@ def build(task: str, monitor: str, metric: str, mode: str, data: str | None, pro
     published, difference, is_up = f"published/{metric}", f"difference/{metric}", mode == "max"
 
     def runs(*, grouped: bool) -> list[Any]:
-        # By tags: of configurations wandb filters well by what is not nested, and by lists of values.
+        # By tags: wandb filters configurations well only by keys that are not nested and by lists of values.
         wanted = [expr.Tags().isin([name]) for name in (task, data) if name]
         columns = [metric, monitor, published, difference, "parameters", "encoder_parameters", "seconds_per_epoch"]
         columns += ["peak_memory_mb", "best_epoch", "commit"]
@@ -113,41 +113,41 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("task", choices=tasks, help="whose runs: one of %(choices)s", metavar="task")
     corpora = sorted(path.stem for path in (ROOT / "conf/data").glob("[!_]*.yaml"))
     parser.add_argument("--data", choices=corpora, metavar="DATA", help="only the runs on this corpus")
-    parser.add_argument("--metric", help="what to compare by; what the papers report if not given")
-    parser.add_argument("--mode", choices=("max", "min"), help="whether more is better; as the metric has it")
+    parser.add_argument("--metric", help="the metric to compare by (default: the one that papers report)")
+    parser.add_argument("--mode", choices=("max", "min"), help="whether more is better (default: as the metric says)")
     parser.add_argument("--project", default="sru", help="as in loggers.wandb.project (%(default)s)")
-    parser.add_argument("--entity", help="a team; your own if not given")
+    parser.add_argument("--entity", help="a team (default: your own)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the specification here, save nothing online")
-    given = parser.parse_args(arguments)
-    best = yaml.safe_load((ROOT / f"conf/task/{given.task}.yaml").read_text(encoding="utf-8"))["callbacks"]["best"]
-    metric = given.metric or REPORTED.get(given.task) or re.sub("^val/", "test/", best["monitor"])
-    mode = given.mode or ("max" if metric.rpartition("/")[2] in RISING else "min")
-    what = (given.task, best["monitor"], metric, mode, given.data, given.project)
+    options = parser.parse_args(arguments)
+    best = yaml.safe_load((ROOT / f"conf/task/{options.task}.yaml").read_text(encoding="utf-8"))["callbacks"]["best"]
+    metric = options.metric or REPORTED.get(options.task) or re.sub("^val/", "test/", best["monitor"])
+    mode = options.mode or ("max" if metric.rpartition("/")[2] in RISING else "min")
+    what = (options.task, best["monitor"], metric, mode, options.data, options.project)
     try:
         report = build(*what, "")
     except ModuleNotFoundError as error:
         return fail(f"this needs {error.name}: type pip install -e '.[report]'")
-    if given.json:
+    if options.json:
         text = report._to_model().spec.model_dump_json(by_alias=True, exclude_none=True, indent=2)
         try:
-            given.json.write_text(text, encoding="utf-8")
+            options.json.write_text(text, encoding="utf-8")
         except OSError as error:
-            return fail(f"--json {given.json} cannot be written ({error.strerror}); name another file")
-        print(f"{given.json} was written; nothing was saved online.")
+            return fail(f"--json {options.json} cannot be written ({error.strerror}); name another file")
+        print(f"{options.json} was written; nothing was saved online.")
         return 0
     import wandb
 
     if not wandb.login(prompt=False, verify=False):
-        return fail("wandb knows no key of yours: type `wandb login`; --json FILE needs none")
+        return fail("wandb has no API key: type `wandb login`; --json FILE needs none")
     try:
-        entity = given.entity or wandb.Api(timeout=20).default_entity
+        entity = options.entity or wandb.Api(timeout=20).default_entity
         if not entity:
-            return fail("wandb names no entity of yours: type --entity NAME")
+            return fail("wandb has no default entity for you: type --entity NAME")
         report = build(*what, entity)
         report.save()
-    except Exception as error:  # of wandb, the network and the server there are many kinds
-        told = " ".join(str(error).split()).rstrip(".")
-        return fail(f"{told}. Are you online, and is --entity/--project right? --json FILE needs no network")
+    except Exception as error:  # wandb, the network and the server raise many kinds
+        message = " ".join(str(error).split()).rstrip(".")
+        return fail(f"{message}. Are you online, and is --entity/--project right? --json FILE needs no network")
     print(report.url)
     return 0
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sru.kernels import ops, reference
-from sru.kernels.dispatch import ACTIVATIONS, HALVES, is_batched, kernels
+from sru.kernels import dispatch, ops, reference
+from sru.kernels.dispatch import ACTIVATIONS, HALVES, is_batched
 
 
 def recurrence(
@@ -29,7 +29,7 @@ def recurrence(
     wide = torch.float32 if dtype in HALVES else dtype
     v, b, c0 = v.to(wide), b.to(wide), c0.to(wide)
     mask, scale = (None if a is None else a.to(wide) for a in (mask, scale))
-    if not kernels(u.device).READS_HALVES:
+    if not dispatch.kernels(u.device).READS_HALVES:
         u = u.to(wide)
     if x is not None and x.dtype != u.dtype:
         x = x.to(wide)
@@ -42,7 +42,7 @@ def recurrence(
     elif keep:
         h, c_last = Recurrence.apply(u, x, v, b, c0, *options)
     else:
-        h, _, c_last = kernels(u.device).run_forward(u, x, v, b, c0, *options, keep=False)
+        h, _, c_last = dispatch.kernels(u.device).run_forward(u, x, v, b, c0, *options, keep=False)
     return h.to(dtype), c_last
 
 
@@ -51,7 +51,7 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, x, v, b, c0, mask, pad, scale, *options):
-        h, c, c_last = kernels(u.device).run_forward(u, x, v, b, c0, mask, pad, scale, *options, keep=True)
+        h, c, c_last = dispatch.kernels(u.device).run_forward(u, x, v, b, c0, mask, pad, scale, *options, keep=True)
         ctx.save_for_backward(u, x, v, b, c0, mask, pad, scale, c)
         ctx.options = options
         return h, c_last
@@ -63,7 +63,7 @@ class Recurrence(torch.autograd.Function):
             return gu, None if ctx.saved_tensors[1] is None else gx, *grads, *[None] * 6
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted
             return *differentiate_reference(gh, gc_last, *ctx.saved_tensors[:8], *ctx.options), *[None] * 6
-        grads = kernels(gh.device).run_backward(
+        grads = dispatch.kernels(gh.device).run_backward(
             gh, gc_last, *ctx.saved_tensors, *ctx.options, needs_x=ctx.needs_input_grad[1]
         )
         return *grads, *[None] * 6

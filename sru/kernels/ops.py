@@ -5,7 +5,7 @@ Eager code goes past them, for speed: sru/kernels/autograd.py.
 
 import torch
 
-from sru.kernels.dispatch import kernels
+from sru.kernels import dispatch
 
 INPUTS = "Tensor u, Tensor? x, Tensor v, Tensor b, Tensor c0, Tensor? mask, Tensor? pad, Tensor? scale"
 OPTIONS = "float zoneout, int activation, int halves"
@@ -20,7 +20,7 @@ library.define(
 
 def run(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep):
     """h, c and c_last; c is what the backward pass needs, and has no steps where it is not kept."""
-    h, c, c_last = kernels(u.device).run_forward(
+    h, c, c_last = dispatch.kernels(u.device).run_forward(
         u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep=keep
     )
     return h, c if keep else c0.new_empty(0, *c0.shape), c_last
@@ -33,7 +33,7 @@ def run_fake(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep
 
 def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, scale, c, *options):
     """The gradients; gx has no steps where there is no x."""
-    run = kernels(u.device).run_backward
+    run = dispatch.kernels(u.device).run_backward
     gu, gx, gv, gb, gc0 = run(gh, gc_last, u, x, v, b, c0, mask, pad, scale, c, *options, needs_x=x is not None)
     return gu, u.new_empty(0) if gx is None else gx, gv.clone(), gb.clone(), gc0
 

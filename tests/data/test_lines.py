@@ -7,9 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-import results
 from test_classification import sentences
-from test_kept import found, write_run
 from test_lm_data import OWN
 
 from data.audio import kaldi_ark
@@ -198,16 +196,6 @@ def test_json_is_read_in_every_encoding(tmp_path, encoding):
     assert not [*paragraphs_of(content.encode(encoding), "a.json")]
     (tmp_path / "a.json").write_bytes(content.encode(encoding))
     assert squad_metrics.read_json(str(tmp_path / "a.json"))["text"] == "\u00e9"
-
-
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_kept_runs_are_read_as_an_editor_writes_them(tmp_path, capsys, encoding):
-    write_run(tmp_path / "runs/a", 80.0, {"choices.model": "a\u2028b"})
-    file = tmp_path / "kept.jsonl"
-    results.main([str(tmp_path / "runs"), "--keep", str(file)])
-    file.write_bytes(file.read_text(encoding="utf-8").replace("\n", "\r\n").encode(encoding))
-    (run,) = found(file).runs
-    assert run.value == 80.0
 
 
 def test_standard_input_is_read_as_it_is(monkeypatch):

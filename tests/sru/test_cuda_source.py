@@ -18,7 +18,7 @@ import test_kernels
 import torch
 from test_kernels import NAMES, PADS, assert_as_exact_as_float32_allows, inputs, left
 
-from sru.kernels import autograd, cuda, recurrence
+from sru.kernels import cuda, dispatch, recurrence
 
 HERE = Path(__file__).parent
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -38,7 +38,7 @@ def _plan_anew():
 def record(monkeypatch):
     """The launches that calls would make: (variant, bytes of shared memory)."""
     launches = []
-    monkeypatch.setattr(autograd, "kernels", lambda device: cuda)
+    monkeypatch.setattr(dispatch, "kernels", lambda device: cuda)
     monkeypatch.setattr(cuda, "launch", lambda variant, blocks, shared, *_: launches.append((variant, shared)))
     return launches
 
@@ -156,7 +156,7 @@ def on_cpu(programs, monkeypatch, request):
         reverse = int(getattr(request, "param", False))
         assert programs(variant).run(arguments, ctypes.c_longlong(blocks), shared, reverse) == 0
 
-    monkeypatch.setattr(autograd, "kernels", lambda device: cuda)
+    monkeypatch.setattr(dispatch, "kernels", lambda device: cuda)
     monkeypatch.setattr(cuda, "launch", launch)
     torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
     yield cuts

@@ -106,7 +106,7 @@ def test_what_a_class_takes_and_the_configuration_has_not_is_answered_with_the_p
         ("+experiment=squad_sru_4l", "leave out the plus, type experiment=squad_sru_4l"),
         ("++logger=csv", "leave out the plus, type logger=csv"),
         ("~task.optimizer.lrr", "There is no key 'task.optimizer.lrr' to remove. Did you mean: task.optimizer.lr?"),
-        ("~epochs=3", "epochs is 100 and not 3"),
+        ("~epochs=3", "epochs is 15 and not 3"),
         ("~seed", "perhaps a run needs what ~seed removes"),
         ("~callbacks.clock", "callbacks.clock is missing, and every run needs it"),
         ("callbacks=null", "type callbacks.NAME=null for one of them"),

@@ -285,8 +285,8 @@ def test_a_full_disk_takes_nothing_that_was_saved_and_the_run_goes_on_when_there
         train.run(configure(*words))
     told = errors.explain(caught.value)
     assert re.fullmatch(
-        rf"{run}/checkpoints/last.ckpt: No space left on device, \d MiB are free there\. Whatever was saved before is "
-        r"whole\. Make room .* goes on with: python train\.py resume=FOLDER",
+        rf"{run}/checkpoints/(best|last)\.ckpt: No space left on device, \d MiB are free there\. Whatever was "
+        r"saved before is whole\. Make room .* goes on with: python train\.py resume=FOLDER",
         told,
     ), told
     assert checkpoints.read_checkpoint(run / "checkpoints/last.ckpt")["global_step"] == 6

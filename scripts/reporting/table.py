@@ -1,17 +1,18 @@
 """The Markdown table of finished runs, beside the published numbers."""
 
 import numpy as np
-from results_runs import IDENTITY, Group
+
+from reporting.runs import IDENTITY, Group
 
 
 def mean_and_std(values: list[float]) -> tuple[float, float | None]:
     """The sample's standard deviation; None of one value."""
     array = np.array(values)
-    with np.errstate(invalid="ignore"):  # a run that diverged may have left an infinite loss
+    with np.errstate(invalid="ignore"):  # the loss of a run that diverged may be infinite
         return float(array.mean()), float(array.std(ddof=1)) if len(values) > 1 else None
 
 
-def row(group: Group) -> dict[str, str]:
+def describe_group(group: Group) -> dict[str, str]:
     """The cells of one line of the table."""
     run = group.runs[0]
     mean, std = mean_and_std([run.value for run in group.runs])
@@ -30,20 +31,20 @@ def row(group: Group) -> dict[str, str]:
     return cells
 
 
-def markdown(rows: list[list[str]], right: list[bool]) -> list[str]:
+def format_table(rows: list[list[str]], right: list[bool]) -> list[str]:
     """The lines of a table whose first row is its head; `right` says which columns are numbers."""
     lines = [rows[0], ["---:" if is_right else "---" for is_right in right], *rows[1:]]
     return ["| " + " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in line) + " |" for line in lines]
 
 
-def table(groups: list[Group]) -> str:
-    """The Markdown table, a line a group, and the explanation of its marks."""
-    rows = [row(group) for group in groups]
+def tabulate(groups: list[Group]) -> str:
+    """The Markdown table, a line a group, and a legend of its marks."""
+    rows = [describe_group(group) for group in groups]
     columns = [*IDENTITY, "mean", "std", "n", "parameters", "s/epoch"]
     columns += [key for key in ("published", "difference", "differs") if any(cells.get(key) for cells in rows)]
     words = (*IDENTITY, "differs")
     lines = [columns, *([cells.get(key, "") for key in columns] for cells in rows)]
-    text = markdown(lines, [key not in words or key == "depth" for key in columns])
+    text = format_table(lines, [key not in words or key == "depth" for key in columns])
     runs = [run for group in groups for run in group.runs]
     accuracy = "Accuracy is in per cent; " if any("accuracy" in run.names["metric"] for run in runs) else ""
     text += ["", f"{accuracy}std is the sample's over n runs; parameters are the encoder's."]
@@ -53,7 +54,9 @@ def table(groups: list[Group]) -> str:
     if any(run.published is not None and not run.verified for run in runs):
         text.append("?: the published value is quoted from memory, not verified in the paper.")
     if not all(run.tested for run in runs):
-        text.append("†: the run has no test value; this is the validation's, not comparable with the published one.")
+        text.append(
+            "†: the run has no test value; this is the validation value, not comparable with the published one."
+        )
     repeats = sum(len(group.runs) - len({run.chance for run in group.runs}) for group in groups)
     if repeats:
         text.append(

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import benchmark
 import pytest
 import torch
+from benchmarks import device, device_report, kernels, timing
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/benchmark.py"
 # A Python that plays the one which measures: the SRU ends it at a graph, the LSTM at any time, and bf16 without a word.
 DYING = """#!{python}
@@ -30,22 +32,6 @@ for mode in order["modes"]:
         sys.exit(3)
     say(mode=mode, cells={{"LSTM": order["refused"]["LSTM"]}})
 """
-
-
-@pytest.fixture
-def device(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import benchmark_device
-
-    return benchmark_device
-
-
-@pytest.fixture
-def report(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import benchmark_report
-
-    return benchmark_report
 
 
 def run(*words, folder, status=0):
@@ -70,21 +56,21 @@ def run(*words, folder, status=0):
         ("backward", 2, 4, 2, 4, 26),
     ],
 )
-def test_bytes_are_those_of_the_protocol(report, kind, u, x, h, c, expected):
-    assert report.necessary_bytes(kind, u=u, x=x, h=h, c=c) == expected
+def test_bytes_are_those_of_the_protocol(kind, u, x, h, c, expected):
+    assert device_report.necessary_bytes(kind, u=u, x=x, h=h, c=c) == expected
 
 
-def test_figures_of_a_hand_worked_case(report):
+def test_figures_of_a_hand_worked_case():
     # 1000 elements of 20 bytes in 10 us, where a copy moves 4 GB/s, which would be 5 us.
-    found = report.figures("infer", [10, 2, 50], "fp32", 10e-6, 4e9)
+    found = device_report.compute_figures("infer", [10, 2, 50], "fp32", 10e-6, 4e9)
     assert found == pytest.approx({"ns a step": 1000, "GB/s": 2, "of copy": 0.5, "floor, us": 5, "over floor": 2})
-    assert report.figures("backward", [10, 2, 50], "bf16", 10e-6, 4e9)["floor, us"] == pytest.approx(5.5)
+    assert device_report.compute_figures("backward", [10, 2, 50], "bf16", 10e-6, 4e9)["floor, us"] == pytest.approx(5.5)
 
 
 @pytest.mark.parametrize("name", ["Conv1d k=3", "Conv2d k=3", "Conv1d k=2", "Conv2d k=2", "attention"])
-def test_contenders_keep_the_shape_and_do_not_look_ahead(device, name):
+def test_contenders_keep_the_shape_and_do_not_look_ahead(name):
     torch.manual_seed(0)
-    network = device.contenders("stack", [7, 2, 128], "cpu", False)[name]()
+    network = device.list_contenders("stack", [7, 2, 128], "cpu", False)[name]()
     x = torch.randn(7, 2, 128)
     changed = x.clone()
     changed[4:] += 1.0
@@ -95,36 +81,36 @@ def test_contenders_keep_the_shape_and_do_not_look_ahead(device, name):
     assert not torch.allclose(other[4], h[4])
 
 
-def test_the_loop_in_python_is_left_out_of_long_sequences(device):
-    short, long = (device.contenders("layer", [steps, 1, 8], "cpu", False) for steps in (256, 257))
+def test_the_loop_in_python_is_left_out_of_long_sequences():
+    short, long = (device.list_contenders("layer", [steps, 1, 8], "cpu", False) for steps in (256, 257))
     assert short.keys() - long.keys() == {device.EAGER}
 
 
-def test_who_ends_the_process_fails_alone(report, tmp_path):
+def test_who_ends_the_process_fails_alone(tmp_path):
     python = tmp_path / "python"
     python.write_text(DYING.format(python=sys.executable))
     python.chmod(0o755)
     cells = {"fp32": {}, "bf16": {}}
-    machines = report.measure_apart(str(python), {"level": "step", "official": False}, cells)
+    machines = device_report.measure_apart(str(python), {"level": "step", "official": False}, cells)
     assert cells["fp32"] == {"LSTM": "exit status 1: illegal access"}
-    assert cells["bf16"] == {"all": {"infer": {"failed": "exit status 3: no word"}}}
+    assert cells["bf16"] == {"all": {"infer": {"failed": "exit status 3: no message"}}}
     assert machines == [{"device": "x"}] * 3
 
 
-def test_a_device_that_measures_nothing_still_gets_its_tables(report, tmp_path):
+def test_a_device_that_measures_nothing_still_gets_its_tables(tmp_path):
     cells = {"fp32": {}}
     order = {"level": "recurrence", "official": False}
-    assert report.measure_apart("false", order, cells) == []
+    assert device_report.measure_apart("false", order, cells) == []
     row = {"shape": [1, 2, 3], "mode": "fp32", "cells": cells["fp32"]}
     found = {"options": {"device": "cuda"}, "machines": [], "levels": {"recurrence": [row]}}
-    assert report.save(found, tmp_path).count("failed: exit status 1: no word") == 3
+    assert device_report.save(found, tmp_path).count("failed: exit status 1: no message") == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cuda.json", "cuda.md"]
 
 
-def test_a_table_shows_failures_and_missing_graphs(report):
+def test_a_table_shows_failures_and_missing_graphs():
     slow = {"eager": {"median": 0.002}, "device": {"median": 0.001, "graph": False}}
     cells = {"SRU": {"infer": slow}, "LSTM": {"infer": {"failed": "a | b"}}, "GRU": {"infer": {}}}
-    table = report.markdown("step", [{"shape": [1, 2, 3], "mode": "fp32", "cells": cells}], 1e9)
+    table = device_report.format_table("step", [{"shape": [1, 2, 3], "mode": "fp32", "cells": cells}], 1e9)
     assert table.splitlines()[-1] == "| (1, 2, 3) | fp32 | infer | 1* (2) | failed: a / b | – |"
 
 
@@ -188,20 +174,17 @@ def test_what_cannot_be_measured_is_refused_in_a_line(tmp_path, words, message):
 @pytest.fixture
 def tables(monkeypatch):
     """tables(level, SHAPES=...): the tables of a level of scripts/benchmark.py, where a call takes what TAKES says."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import benchmark
-
     takes = {"copy": 0.01, "infer": 2e-6, "forward": 3e-6, "backward": 5e-6, "reference": 8e-5, "call": 0.004}
     takes |= {"sru infer": 0.002, "lstm infer": 0.006, "sru train": 0.004, "lstm train": 0.01}
     takes |= {"sru infer, bfloat16": 0.001, "sru train, bfloat16": 0.003}
     found = []
-    monkeypatch.setattr(benchmark, "medians", lambda calls, seconds=2.0: {name: takes[name] for name in calls})
-    monkeypatch.setattr(benchmark, "table", lambda head, rows: found.append((head, rows)))
-    monkeypatch.setattr(benchmark, "SHAPES", [(2, 3, 4)])
-    monkeypatch.setattr(benchmark, "LAYER_SHAPES", [(2, 3, 4)])
-    monkeypatch.setattr(benchmark.threading, "Thread", lambda target: SimpleNamespace(start=target, join=lambda: None))
-    monkeypatch.setattr(benchmark, "layer_calls", lambda *_: {kind: lambda: None for kind in ("infer", "train")})
-    return lambda level: getattr(benchmark, level)(SimpleNamespace(official=None)) or found
+    monkeypatch.setattr(kernels, "medians", lambda calls, seconds=2.0: {name: takes[name] for name in calls})
+    monkeypatch.setattr(kernels, "print_table", lambda head, rows: found.append((head, rows)))
+    monkeypatch.setattr(kernels, "SHAPES", [(2, 3, 4)])
+    monkeypatch.setattr(kernels, "LAYER_SHAPES", [(2, 3, 4)])
+    monkeypatch.setattr(kernels.threading, "Thread", lambda target: SimpleNamespace(start=target, join=lambda: None))
+    monkeypatch.setattr(kernels, "layer_calls", lambda *_: {kind: lambda: None for kind in ("infer", "train")})
+    return lambda level: getattr(kernels, f"run_{level}")(SimpleNamespace(official=None)) or found
 
 
 def test_the_cells_of_the_recurrence_are_nanoseconds_and_parts_of_the_copy(tables, capsys):
@@ -221,15 +204,42 @@ def test_the_cells_of_a_layer_are_milliseconds_and_how_many_times_as_long_the_ls
     assert [row[:2] for row in callers] == [["SRU", "4"], ["LSTM", "4"]]
 
 
-def test_a_step_of_the_framework_and_its_products(tmp_path, monkeypatch):
+def test_a_step_of_the_framework_and_its_products(tmp_path):
     pytest.importorskip("hydra")
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import benchmark_framework
+    from benchmarks import framework
 
-    words = ("task=image", "data._target_=benchmark_framework.Rows")
-    run = benchmark_framework.Run(benchmark_framework.configuration(tmp_path, *words), steps=2)
-    assert run.plain() > 0
-    assert run.framed()["step"] > 0
+    words = ("task=image", "data._target_=benchmarks.framework.Rows")
+    run = framework.Run(framework.configure(tmp_path, *words), steps=2)
+    assert run.time_plain() > 0
+    assert run.time_train()["step"] > 0
     # The pixels need no gradient; the first layer has four matrices, since its sizes differ, the second one three.
     layers = 28 * 32 * (2 * 28 * 4 * 128 + 3 * 128 * 3 * 128)
-    assert run.operations() == 2 * (layers + 32 * 3 * 128 * 10)
+    assert run.count_operations() == 2 * (layers + 32 * 3 * 128 * 10)
+
+
+@pytest.mark.parametrize("name", benchmark.SECTIONS)
+def test_every_section_has_its_function(name):
+    pytest.importorskip("hydra")
+    assert callable(benchmark.load(benchmark.SECTIONS[name]))
+
+
+def test_networks_are_compared_at_equal_size_with_the_baseline(monkeypatch, capsys):
+    takes = {"square": 0.01, "LSTM": 0.04}
+    monkeypatch.setattr(timing, "medians", lambda calls, seconds: {name: takes[name] for name in calls})
+    depths = []
+
+    def build(name, depth, width):
+        depths.append(depth)
+        return torch.nn.Linear(width, width if name == "square" else 4 * width, bias=False)
+
+    options = SimpleNamespace(depth=None, parameters=6400, seconds=0.1)
+    compared = timing.Comparison(
+        options, [*takes], build, lambda task: None, 100, "tokens", depth=3, parameters=1e6, baseline="LSTM"
+    )
+    assert set(depths) == {3}
+    assert compared.rows == {
+        "square": ["square", "80", "0.01M", "10,000", "4.00x"],  # 80 * 80
+        "LSTM": ["LSTM", "40", "0.01M", "2,500", "1.00x"],  # 40 * 160
+    }
+    compared.print("Title", {"half": lambda name: f"{compared.trained[name] / 2:.3f}"})
+    assert "| square | 80 | 0.01M | 10,000 | 4.00x | 0.005 |" in capsys.readouterr().out

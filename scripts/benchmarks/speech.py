@@ -1,4 +1,4 @@
-"""What `scripts/benchmark.py speech` measures: features, recognisers beside one another, streams, long sequences."""
+"""Speech: features, recognisers of as many parameters side by side, streams, and sequences of 16,000 steps."""
 
 import argparse
 import multiprocessing
@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark import medians, table
-from benchmark_lm import of_size
 
 import sru
+from benchmarks.timing import Call, Comparison, medians, one_thread, print_table, training_step
 from data.audio.fbank import Frontend, StepStream
 from data.audio.synthesis import WORDS, synthesise
 from tasks.classification import Classification
@@ -27,13 +26,13 @@ from tasks.speech import SpeechRecognition
 
 RATE, MELS, STACK = 16000, 80, 3
 SYMBOLS = 29
-RECORDINGS, SECONDS, SAID = 16, 10, 120  # of a batch: so many, so long, and of so many letters
+RECORDINGS, SECONDS, LETTERS = 16, 10, 120  # of a batch: how many, how long, letters in each
 CHUNK = RATE // 10
 ENCODERS: dict[str, Callable[..., Any]] = {"SRU": sru.SRU, "QRNN": sru.QRNN, "GRU": sru.GRU, "LSTM": sru.LSTM}
 LENGTHS = 1000, 4000, 16000
 
 
-def network(name: str, depth: int, width: int) -> SpeechRecognition:
+def build(name: str, depth: int, width: int) -> SpeechRecognition:
     return SpeechRecognition(
         encoder=partial(ENCODERS[name], hidden_size=width, num_layers=depth),
         optimizer=torch.optim.SGD,
@@ -45,37 +44,23 @@ def network(name: str, depth: int, width: int) -> SpeechRecognition:
     )
 
 
-def training(task: SpeechRecognition) -> Callable[[], None]:
-    """Forward and backward of a batch."""
+def prepare_training(task: SpeechRecognition) -> Call:
     steps = 100 * SECONDS // STACK
     batch = (
         torch.randn(steps, RECORDINGS, MELS * STACK),
         torch.zeros(steps, RECORDINGS, dtype=torch.bool),
-        torch.randint(1, SYMBOLS, (RECORDINGS, SAID)),
-        torch.full((RECORDINGS,), SAID),
+        torch.randint(1, SYMBOLS, (RECORDINGS, LETTERS)),
+        torch.full((RECORDINGS,), LETTERS),
         [SimpleNamespace(id=str(i), text="") for i in range(RECORDINGS)],
     )
-    task.train()
-
-    def step() -> None:
-        for parameter in task.parameters():
-            parameter.grad = None
-        task.loss(batch)[0].backward()
-
-    return step
+    return training_step(task, batch)
 
 
-def streaming(task: SpeechRecognition) -> Callable[[], None]:
+def prepare_streaming(task: SpeechRecognition) -> Call:
     """A chunk of 100 ms: features, network and search."""
-    frontend = Frontend(
-        rate=RATE,
-        num_mels=MELS,
-        stack=STACK,
-        level="running",
-        mean=np.zeros(MELS, np.float32),
-        deviation=np.ones(MELS, np.float32),
-    )
-    stream, wave = StepStream(frontend, RATE), sound(1.0)
+    mean, deviation = np.zeros(MELS, np.float32), np.ones(MELS, np.float32)
+    frontend = Frontend(rate=RATE, num_mels=MELS, stack=STACK, level="running", mean=mean, deviation=deviation)
+    stream, wave = StepStream(frontend, RATE), speech(1.0)
     chunks: Iterator[np.ndarray] = cycle(wave[i : i + CHUNK] for i in range(0, RATE, CHUNK))
     state, last = None, BLANK
     task.eval()
@@ -89,15 +74,15 @@ def streaming(task: SpeechRecognition) -> Callable[[], None]:
     return hear
 
 
-def sound(seconds: float) -> np.ndarray:
+def speech(seconds: float) -> np.ndarray:
     """Computed speech of that length."""
     wave, _ = synthesise(WORDS, 3, 1)
     return np.tile(wave, 1 + int(seconds * RATE / len(wave)))[: int(seconds * RATE)]
 
 
-def features() -> tuple[float, float]:
+def time_features() -> tuple[float, float]:
     """Seconds of sound whose features take a second, by one thread and by two."""
-    frontend, wave, speeds = Frontend(rate=RATE, num_mels=MELS), sound(10), []
+    frontend, wave, speeds = Frontend(rate=RATE, num_mels=MELS), speech(10), []
     frontend.frames(wave)
     for threads in (1, 2):
         with ThreadPoolExecutor(threads) as pool:
@@ -110,8 +95,8 @@ def features() -> tuple[float, float]:
     return speeds[0], speeds[1]
 
 
-def long(steps: int) -> tuple[float, float]:
-    """Seconds of a training step on 8 sequences of so many numbers, and MiB it takes at most; in a process anew."""
+def time_long(steps: int) -> tuple[float, float]:
+    """Seconds of a training step on 8 sequences of `steps` numbers, and MiB it takes at most; for a new process."""
     keep_freed_memory()
     task = Classification(
         encoder=partial(sru.SRU, hidden_size=128, num_layers=3),
@@ -132,40 +117,25 @@ def long(steps: int) -> tuple[float, float]:
 
 def run(options: argparse.Namespace) -> None:
     keep_freed_memory()  # as train.py does
-    one, two = features()
+    one, two = time_features()
     print(f"Features ({MELS} log-mel energies): {one:,.0f}x real time with one thread, {two:,.0f}x with two.\n")
-    depth, size = options.depth or 4, int(options.parameters or 2e6)
-    chosen = {name: of_size(partial(network, name, depth), size) for name in ENCODERS}
-    trained = medians({name: training(task) for name, (_, task) in chosen.items()}, seconds=options.seconds * 4)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        heard = medians({name: streaming(task) for name, (_, task) in chosen.items()}, seconds=options.seconds)
-    torch.set_num_threads(threads)
-    print(
-        f"Recognisers of {depth} layers and about {size / 1e6:g}M parameters, float32; training: forward and backward "
-        f"of {RECORDINGS} recordings of {SECONDS} s, {STACK} frames a step, CTC of {SAID} letters; streaming: 100 ms "
-        "of sound to letters, one thread.\n"
-    )
     frames = 100 * SECONDS * RECORDINGS
-    table(
-        ["model", "width", "parameters", "training, frames/s", "/ LSTM's", "100 ms chunk, ms"],
-        [
-            [
-                name,
-                str(width),
-                f"{sum(p.numel() for p in task.parameters()) / 1e6:.2f}M",
-                f"{frames / trained[name]:,.0f}",
-                f"{trained['LSTM'] / trained[name]:.2f}x",
-                f"{1000 * heard[name]:.2f}",
-            ]
-            for name, (width, task) in chosen.items()
-        ],
+    models = Comparison(
+        options, [*ENCODERS], build, prepare_training, frames, "frames", depth=4, parameters=2e6, baseline="LSTM"
+    )
+    with one_thread():
+        calls: dict[Any, Call] = {name: prepare_streaming(task) for name, task in models.tasks.items()}
+        heard = medians(calls, seconds=options.seconds)
+    models.print(
+        f"Recognisers of {models.depth} layers and {models.size}; "
+        f"training: forward and backward of {RECORDINGS} recordings of {SECONDS} s, "
+        f"{STACK} frames a step, CTC of {LETTERS} letters; streaming: 100 ms of sound to letters, one thread.",
+        {"100 ms chunk, ms": lambda name: f"{1000 * heard[name]:.2f}"},
     )
     print("An SRU of 3 layers of 128 on 8 sequences of single numbers, forward and backward:\n")
     rows = []
     for steps in LENGTHS:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            seconds, memory = pool.submit(long, steps).result()
+            seconds, memory = pool.submit(time_long, steps).result()
         rows.append([f"{steps:,}", f"{seconds:.3f}", f"{1e6 * seconds / steps:.1f}", f"{memory:,.0f}"])
-    table(["steps", "seconds", "us a step", "memory, MiB"], rows)
+    print_table(["steps", "seconds", "us a step", "memory, MiB"], rows)

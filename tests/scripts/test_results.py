@@ -12,7 +12,7 @@ import pytest
 import results
 import yaml
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG: dict[str, Any] = {
     "seed": 1,
     "depth": 2,
@@ -246,7 +246,7 @@ def test_debug_runs_are_counted_and_left_out(tmp_path, capsys):
     ("name", "content", "message"),
     [
         ("config.yaml", "depth: [", "flow"),
-        ("config.yaml", "just text", "a mapping is wanted"),
+        ("config.yaml", "just text", "expected a mapping"),
         ("config.yaml", "seed: 1", "no 'choices'"),
         ("metrics.json", '{"metrics": {', "line 1"),
         ("metrics.json", '{"metrics": {}, "monitor": "val/accuracy"}', "no 'test/accuracy'"),

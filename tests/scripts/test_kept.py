@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import results
-import results_readme
-from results_runs import DamagedError, find_runs, group_runs, read_runs
-from results_table import table
+from reporting import markdown
+from reporting.runs import DamagedError, find_runs, group_runs, read_runs
+from reporting.table import tabulate
 from test_results import PAPER, write_run
 
 
@@ -54,7 +54,9 @@ def test_a_kept_run_without_paths_of_its_own_gives_the_table_of_its_folder(tmp_p
         write_run(tmp_path / f"runs/{seed}", 80.0 + seed, {"seed": seed})
     file = tmp_path / "kept.jsonl"
     results.main([str(tmp_path / "runs"), "--keep", str(file)])
-    folders, kept, both = (table(group_runs(found(*p).runs)) for p in ([tmp_path / "runs"], [file], [tmp_path, file]))
+    folders, kept, both = (
+        tabulate(group_runs(found(*p).runs)) for p in ([tmp_path / "runs"], [file], [tmp_path, file])
+    )
     assert "| 81.50 | 0.71 | 2 |" in folders
     assert folders == kept == both  # a run and its copy count once
 
@@ -106,7 +108,7 @@ def test_a_file_of_kept_runs_loses_none(tmp_path, capsys):
     write_run(runs / "b", 82.0, {"seed": 2})
     assert results.main([str(runs), "--keep", str(file)]) == 1
     told = capsys.readouterr().err
-    assert "has 1 runs that are not among these, and would lose them; name it too, to keep both: python " in told
+    assert "has 1 runs that are not among these and would be lost; name it too, to keep both: python " in told
     assert f"scripts/results.py {runs} {file} --keep {file}" in told
     assert file.read_text() == before
     assert results.main([str(runs), str(file), "--keep", str(file)]) == 0
@@ -137,7 +139,7 @@ def test_what_is_no_file_is_not_replaced_by_kept_runs(tmp_path, capsys):
     write_run(tmp_path / "runs/a", 80.0)
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert results.main([str(tmp_path / "runs"), "--keep", str(tmp_path / "pipe.jsonl")]) == 1
-    assert "is no file; name one" in capsys.readouterr().err
+    assert "is not a regular file; name one" in capsys.readouterr().err
     assert (tmp_path / "pipe.jsonl").is_fifo()
     assert not list(tmp_path.glob("*.part"))
 
@@ -171,7 +173,7 @@ def kept(tmp_path):
 
 
 def test_a_table_of_the_readme_is_written_between_its_markers(kept):
-    text = results_readme.filled(MARKED, kept)
+    text = markdown.fill(MARKED, kept)
     assert text.splitlines()[2:] == [
         MARKED.splitlines()[2],
         "",
@@ -182,24 +184,24 @@ def test_a_table_of_the_readme_is_written_between_its_markers(kept):
         "",
         "<!-- end -->",
     ]
-    assert results_readme.filled(text, kept) == text
+    assert markdown.fill(text, kept) == text
 
 
 def test_a_table_may_have_several_metrics(kept):
     words = (
         "kept.jsonl rows=model metric=test/accuracy,encoder_parameters places=1,0 cell=mean data=cr task=classification"
     )
-    assert results_readme.table(words, kept)[0] == "| model | test/accuracy | encoder_parameters |"
-    assert results_readme.table(words, kept)[-1] == "| sru | 81.0 | 203,776 |"
+    assert markdown.write_table(words, kept)[0] == "| model | test/accuracy | encoder_parameters |"
+    assert markdown.write_table(words, kept)[-1] == "| sru | 81.0 | 203,776 |"
     with pytest.raises(DamagedError, match="columns= and several metrics"):
-        results_readme.table(f"{words} columns=data", kept)
+        markdown.write_table(f"{words} columns=data", kept)
 
 
 def test_a_column_may_have_a_title_and_an_option_that_some_models_lack(kept):
     write_run(kept / "runs/e", 75.0, {"model.bias": "2"})
     results.main([str(kept / "runs"), "--keep", str(kept / "kept.jsonl")])
     words = "kept.jsonl rows=model,model.bias:bias metric=test/accuracy:score data=cr model=gru,sru task=classification"
-    lines = results_readme.table(words, kept)
+    lines = markdown.write_table(words, kept)
     assert lines[0] == "| model | bias | score |"
     assert lines[2:] == ["| sru |  | 81.0 ± 1.4 |", "| sru | 2 | 75.0 |"]
 
@@ -208,10 +210,10 @@ def test_the_command_rewrites_the_file_once(kept, monkeypatch, capsys):
     path = kept / "README.md"
     path.write_text(MARKED.replace("kept.jsonl", str(kept / "kept.jsonl")), encoding="utf-8")
     assert results.main(["--readme", str(path)]) == 0
-    assert "1 tables, written anew" in capsys.readouterr().out
+    assert "1 tables, rewritten" in capsys.readouterr().out
     assert "81.00 ± 1.41" in path.read_text(encoding="utf-8")
     assert results.main(["--readme", str(path)]) == 0
-    assert "1 tables, as they were" in capsys.readouterr().out
+    assert "1 tables, unchanged" in capsys.readouterr().out
     path.write_text(MARKED)
     assert results.main(["--readme", str(path)]) == 1
     assert "kept.jsonl, which a table names" in capsys.readouterr().err
@@ -234,10 +236,33 @@ def test_the_command_rewrites_the_file_once(kept, monkeypatch, capsys):
 )
 def test_a_marker_that_asks_for_nothing_is_refused(kept, old, new, message):
     with pytest.raises(results.DamagedError, match=message):
-        results_readme.filled(MARKED.replace(old, new), kept)
+        markdown.fill(MARKED.replace(old, new), kept)
 
 
-@pytest.mark.parametrize("page", results_readme.pages(), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", markdown.find_pages(), ids=lambda page: page.name)
 def test_the_tables_of_the_documents_are_those_of_the_kept_runs(page):
     text = page.read_text(encoding="utf-8")
-    assert results_readme.filled(text) == text, "python scripts/results.py --readme"
+    assert markdown.fill(text) == text, "python scripts/results.py --readme"
+
+
+def test_tables_are_sought_in_every_folder_of_the_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(markdown, "ROOT", tmp_path)
+    (tmp_path / "docs/tasks").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("no table")
+    (tmp_path / "docs/plain.md").write_text("no table")
+    for name in ("docs/results.md", "docs/tasks/lm.md"):
+        (tmp_path / name).write_text(MARKED)
+    assert [str(path.relative_to(tmp_path)) for path in markdown.find_pages()] == [
+        "docs/results.md",
+        "docs/tasks/lm.md",
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_kept_runs_are_read_as_an_editor_writes_them(tmp_path, encoding):
+    write_run(tmp_path / "runs/a", 80.0, {"choices.model": "a\u2028b"})
+    file = tmp_path / "kept.jsonl"
+    results.main([str(tmp_path / "runs"), "--keep", str(file)])
+    file.write_bytes(file.read_text(encoding="utf-8").replace("\n", "\r\n").encode(encoding))
+    (run,) = found(file).runs
+    assert run.value == 80.0

@@ -1,4 +1,4 @@
-"""Keeping finished runs as lines of a file that can live in the repository, without the paths of a machine."""
+"""Keeps finished runs as lines of a file for the repository, without the paths of a machine."""
 
 import json
 import os
@@ -6,34 +6,34 @@ import re
 from pathlib import Path
 from typing import Any
 
-from results_runs import FILES, PLACES, DamagedError, Run, find_runs, read_runs
+from reporting.runs import FILES, PLACES, DamagedError, Run, find_runs, read_runs
 
 POINTS = 200  # of a kept learning curve, at most
 PATH = re.compile(r"(?:^|(?<=[=\[,'\" ]))(?:~?/|[A-Za-z]:\\)[^,'\"\]]*")  # not the slash of val/loss
 
 
-def without_places(tree: dict[str, Any], root: str, prefix: str = "") -> dict[str, Any]:
+def drop_places(tree: dict[str, Any], root: str, prefix: str = "") -> dict[str, Any]:
     """The configuration without PLACES; other paths become relative to data.root, or are cut to their last name."""
 
     def relative(value: Any) -> Any:
         if isinstance(value, str):
-            return PATH.sub(lambda path: shorter(path[0], root), value)
+            return PATH.sub(lambda path: shorten(path[0], root), value)
         if isinstance(value, list):
             return [relative(item) for item in value]
-        return without_places(value, root, "-") if isinstance(value, dict) else value
+        return drop_places(value, root, "-") if isinstance(value, dict) else value
 
     kept = {}
     for key, value in tree.items():
         if (name := f"{prefix}{key}") not in PLACES:
-            kept[key] = without_places(value, root, f"{name}.") if isinstance(value, dict) else relative(value)
+            kept[key] = drop_places(value, root, f"{name}.") if isinstance(value, dict) else relative(value)
     return kept
 
 
-def shorter(path: str, root: str) -> str:
+def shorten(path: str, root: str) -> str:
     return os.path.relpath(path, root) if root and Path(path).is_relative_to(root) else re.split(r"[/\\]", path)[-1]
 
 
-def thinned(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+def thin(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     """{column: values} of at most POINTS rows of metrics.csv: the curves, without the row of the test."""
     rows = [row for row in rows if row.get("seconds") not in (None, "")]
     last = len(rows) - 1
@@ -49,8 +49,8 @@ def thinned(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     return {name: [number(rows[i][name]) for i in picked] for name in columns}
 
 
-def line(run: Run, tops: list[Path]) -> str:
-    """The run as a line of JSON: its name below the folders that were given, and what its four files hold."""
+def write_line(run: Run, tops: list[Path]) -> str:
+    """The run as a line of JSON: its name below the folders `tops`, and the content of its four files."""
     place = run.place
     if place.line:
         return place.text
@@ -69,13 +69,13 @@ def line(run: Run, tops: list[Path]) -> str:
         word for word in words if word.partition("=")[0].lstrip("+~") not in PLACES and not PATH.search(word)
     ]
     with place.reading("metrics.csv"):
-        curve = thinned(place.read("metrics.csv")) if place.has("metrics.csv") else {}
-    held = (without_places(config, root), origin, run.record, curve)
-    with place.reading("config.yaml"):  # YAML has dates, which are no JSON
+        curve = thin(place.read("metrics.csv")) if place.has("metrics.csv") else {}
+    held = (drop_places(config, root), origin, run.record, curve)
+    with place.reading("config.yaml"):  # YAML has dates, JSON has not
         return json.dumps({"run": name} | dict(zip(FILES, held, strict=True)), ensure_ascii=False)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Replace a file in one step; a full disk leaves the old one as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
@@ -89,8 +89,8 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def lost_from(file: Path, runs: list[Run]) -> int:
-    """How many runs of a file are not among these: other metrics or other chance make another run."""
+def count_lost(file: Path, runs: list[Run]) -> int:
+    """How many runs of a file are not among these; other metrics, seeds or folds make another run."""
     if not file.exists():
         return 0
     kept = {json.dumps([run.chance, run.record], sort_keys=True) for run in runs}
@@ -107,16 +107,16 @@ def keep(runs: list[Run], file: Path, tops: list[Path]) -> list[str]:
     lines, messages = [], []
     for run in runs:
         try:
-            lines.append(line(run, tops))
+            lines.append(write_line(run, tops))
         except DamagedError as error:
             messages.append(f"not kept: {error}")
     if file.exists() and not file.is_file():
-        # A device or a pipe would be gone, with this file in its place.
-        raise DamagedError(f"--keep {file} is no file; name one, such as bench/results/mine.jsonl")
-    if lost := lost_from(file, runs):
+        # Replacing a device or a pipe would remove it.
+        raise DamagedError(f"--keep {file} is not a regular file; name one, such as bench/results/mine.jsonl")
+    if lost := count_lost(file, runs):
         raise DamagedError(
-            f"--keep {file} has {lost} runs that are not among these, and would lose them; name it too, to keep both: "
+            f"--keep {file} has {lost} runs that are not among these and would be lost; name it too, to keep both: "
             f"python scripts/results.py {' '.join(map(str, tops))} {file} --keep {file}"
         )
-    write_whole(file, "".join(f"{text}\n" for text in lines).encode())
+    replace_file(file, "".join(f"{text}\n" for text in lines).encode())
     return [*messages, f"{file} keeps {len(lines)} runs"]

@@ -1,4 +1,4 @@
-"""Reading finished runs, from their folders or a file of kept ones, and putting those of one experiment together."""
+"""Reads finished runs, from their folders or a file of kept runs, and groups the runs of one experiment."""
 
 import codecs
 import csv
@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-# Where a run lies and what it reads and writes; no kept run holds these.
+# Paths and outputs of a run; no kept run holds these.
 PLACES = {
     "run_dir",
     "resume",
@@ -29,7 +29,7 @@ PLACES = {
     "trainer.logger",
     "trainer.default_root_dir",
 }
-# What may differ between two runs of one experiment: chance, places, and what a person sees of the run.
+# Options that may differ between two runs of one experiment: seeds, paths and the display.
 NOT_THE_EXPERIMENT = PLACES | {
     "seed",
     "data.seed",
@@ -41,7 +41,7 @@ NOT_THE_EXPERIMENT = PLACES | {
 IDENTITY = ("task", "data", "model", "depth", "ablation", "vectors", "metric")
 FILES = ("config.yaml", "run.json", "metrics.json", "metrics.csv")
 LoadYAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-BROKEN = OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError  # what odd content leads to
+BROKEN = OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError  # raised by malformed content
 
 
 class DamagedError(Exception):
@@ -50,7 +50,7 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run lies: a folder, or a line (from 1) of a .jsonl file, whose text it is."""
+    """The place of a run: a folder, or a line (from 1) of a .jsonl file with its text."""
 
     path: Path
     line: int = 0
@@ -61,7 +61,7 @@ class Place:
 
     @contextmanager
     def reading(self, name: str) -> Iterator[None]:
-        """Turn whatever a damaged file causes into one error that names the file."""
+        """Turn any error of a damaged file into one that names the file."""
         where = f"{self}, {name}" if self.line else self.path / name
         try:
             yield
@@ -74,9 +74,11 @@ class Place:
         return bool(self.line) or (self.path / name).exists()
 
     def read(self, name: str) -> Any:
-        """What one of FILES holds; metrics.csv is a list of rows. Call it within `reading`."""
+        """The content of one of FILES; metrics.csv is a list of rows. Call it within `reading`."""
+        from tasks.run.run_dir import rename_moved  # tasks/ is found once results.py has begun
+
         if self.line:
-            held = loaded(self.text)[name]
+            held = parse_json(rename_moved(self.text))[name]
             if name != "metrics.csv":
                 return held
             return [dict(zip(held, cells, strict=True)) for cells in zip(*held.values(), strict=True)]
@@ -84,24 +86,25 @@ class Place:
         if name == "metrics.csv":
             return list(csv.DictReader(text.splitlines()))
         if name != "config.yaml":
-            return loaded(text)
+            return parse_json(text)
+        text = rename_moved(text)
         # libyaml ends the process where nesting is too deep for its stack; Python's own reader raises.
         is_odd = len(re.findall(r"[\[{?-]", text)) > 5000
-        return writable(yaml.load(text, yaml.SafeLoader if is_odd else LoadYAML))
+        return check_writable(yaml.load(text, yaml.SafeLoader if is_odd else LoadYAML))
 
 
-def loaded(text: str) -> Any:
-    """JSON, without whole numbers that no float can hold."""
+def parse_json(text: str) -> Any:
+    """JSON; OverflowError for integers that no float can hold."""
 
     def whole(digits: str) -> int:
         float(number := int(digits))
         return number
 
-    return writable(json.loads(text, parse_int=whole))
+    return check_writable(json.loads(text, parse_int=whole))
 
 
-def writable(held: Any) -> Any:
-    """The same; ValueError where it has half a character, an escape in JSON and YAML, which no file takes."""
+def check_writable(held: Any) -> Any:
+    """The same; ValueError if it contains half a surrogate pair, which no file can hold."""
     json.dumps(held, default=str, ensure_ascii=False).encode()
     return held
 
@@ -133,7 +136,7 @@ class Run:
 
 @dataclass
 class Group:
-    """The runs of one experiment, with what tells it from groups of the same names ("" if nothing need)."""
+    """The runs of one experiment; `differs` names the options that distinguish it from groups of the same names."""
 
     runs: list[Run]
     differs: str = ""
@@ -148,7 +151,7 @@ class Group:
 
 @dataclass
 class Found:
-    """What lies in folders and files of runs; `failed` are jobs of a sweep, which left a failed.json."""
+    """The content of folders and files of runs; `failed` are jobs of a sweep that left a failed.json."""
 
     runs: list[Run] = field(default_factory=list)
     unfinished: list[Place] = field(default_factory=list)
@@ -160,7 +163,7 @@ class Found:
 def find_runs(paths: list[Path]) -> list[Place]:
     """Every run folder at or below the given ones, each once, then every line of the given .jsonl files.
 
-    A run folder has a config.yaml, or a failed.json; what Hydra and wandb keep is no run.
+    A run folder has a config.yaml, or a failed.json; the folders of Hydra and wandb are not runs.
     """
     found = {}
     for top in paths:
@@ -180,7 +183,7 @@ def find_runs(paths: list[Path]) -> list[Place]:
 
 
 def read_runs(places: list[Place]) -> Found:
-    """Sort what was found, and say on standard error what is damaged.
+    """Read every run, and name the damaged ones on standard error.
 
     A kept run whose folder, or another copy, was read before is left out.
     """
@@ -206,7 +209,7 @@ def read_runs(places: list[Place]) -> Found:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """{dotted key: value as JSON}, without what is no part of the experiment."""
+    """{dotted key: value as JSON} of the options that define the experiment."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -224,16 +227,16 @@ def read_run(place: Place) -> Run:
     with place.reading("config.yaml"):
         config = place.read("config.yaml")
         if not isinstance(config, dict):
-            raise ValueError(f"a mapping is wanted, this is {config!r:.40}")
+            raise ValueError(f"expected a mapping, not {config!r:.40}")
         choices, data, paper = config["choices"], config["data"], config.get("paper") or {}
-        # The order in which ablations were named is no difference.
+        # The order of ablations makes no difference.
         choices["ablation"] = sorted(choices.get("ablation") or [])
         published = paper.get("value")
         if isinstance(published, dict):
             published = published.get(choices["data"])
         published = None if published is None else float(published)
         names: dict[str, Any] = {key: str(choices[key]) for key in ("task", "data", "model")}
-        # 0: a model like the CNN, which has no depth to choose.
+        # 0: a model without a depth, such as the CNN.
         layers = int(config["depth"]) if "num_layers" in config["model"] else 0
         names |= {"depth": layers, "ablation": " ".join(choices["ablation"])}
         names["vectors"] = str(data["vectors"] or "random") if "vectors" in data else ""
@@ -244,22 +247,22 @@ def read_run(place: Place) -> Run:
     with place.reading("metrics.json"):
         record = place.read("metrics.json")
         metrics, monitor = record["metrics"], record["monitor"]
-        # What is chosen by its loss is reported by what says more.
+        # A task that monitors its loss is reported by a metric that says more.
         follows = next((name for name in ("test/bleu", "test/bpc", "test/perplexity") if name in metrics), None)
         wanted = paper.get("metric") or follows or "test/" + monitor.partition("/")[2]
         rows = place.read("metrics.csv") if wanted.startswith("train/") and place.has("metrics.csv") else []
         if wanted not in metrics and (losses := [row[wanted] for row in rows if row.get(wanted) not in (None, "")]):
-            metrics[wanted] = float(losses[-1])  # where training ended
+            metrics[wanted] = float(losses[-1])  # at the end of training
         validated = "val/" + wanted.partition("/")[2]
         metric = next((name for name in (wanted, validated, monitor) if name in metrics), None)
         if metric is None:
             raise KeyError(wanted)
         if type(metrics[metric]) not in (int, float):
-            raise TypeError(f"{metric} is {metrics[metric]!r:.40}, no number")
+            raise TypeError(f"{metric} is {metrics[metric]!r:.40}, not a number")
         return Run(
             place=place,
             names=names | {"metric": metric},
-            # The monitor chose the epoch, so it is part of the experiment; old runs name it here alone.
+            # The monitor chose the epoch, so it is part of the experiment; old runs name it only here.
             options=options | ({} if "callbacks.best.monitor" in options else {"monitor": monitor}),
             monitor=monitor,
             chance=chance,
@@ -276,7 +279,7 @@ def read_run(place: Place) -> Run:
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
-    """Put runs together that differ in seed or fold only, in the order of the table."""
+    """Group runs that differ in seed or fold only, in the order of the table."""
     same: dict[str, list[Run]] = {}
     for run in runs:
         key = [run.options, run.names["metric"]]

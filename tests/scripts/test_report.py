@@ -1,19 +1,18 @@
-"""The rows of the papers and the page of scripts/results.py; tests/test_report_browser.py opens it."""
+"""The rows of the papers and the page of scripts/results.py; tests/scripts/test_report_browser.py opens it."""
 
 import html.parser
 import json
 import math
 import re
+import sys
 import time
 
 import pytest
 import results
-import results_papers
-import results_readme
 from conftest import ROOT
 from omegaconf import OmegaConf
-from results_charts import number, ticks
-from results_runs import find_runs, read_runs
+from reporting import markdown, paper_rows
+from reporting.runs import find_runs, read_runs
 from test_results import write_run
 
 EVIL = "<script>alert(1)</script>\"'&"
@@ -37,9 +36,9 @@ BENCH = {
 @pytest.fixture(scope="module")
 def rows():
     """Makes the rows of one experiment afresh."""
-    made = results_papers.compose_rows("classification_sru_2l")
+    made = paper_rows.compose_rows("classification_sru_2l")
     return lambda: [
-        results_papers.Row(**vars(row) | {"runs": [], "others": {}, "substitutes": set(), "std": None}) for row in made
+        paper_rows.Row(**vars(row) | {"runs": [], "others": {}, "substitutes": set(), "std": None}) for row in made
     ]
 
 
@@ -64,7 +63,7 @@ def found(*paths):
 
 
 def report(tmp_path, rows, monkeypatch, *paths):
-    monkeypatch.setattr(results_papers, "compose_rows", rows)
+    monkeypatch.setattr(paper_rows, "compose_rows", rows)
     assert results.main([*map(str, paths), "--html", str(tmp_path / "new/report.html")]) == 0
     return (tmp_path / "new/report.html").read_text(encoding="utf-8")
 
@@ -74,7 +73,7 @@ def test_a_run_is_a_row_with_all_its_options_and_is_else_named_below_it(tmp_path
     write_row("b", 86.0, "trainer.accelerator=cpu")
     write_row("c", 99.0, "epochs=3")
     write_row("d", 99.0, "data.vectors=null", "callbacks.clock.max_seconds=900")
-    cr, subj, *_ = results_papers.match(rows(), found(tmp_path).runs)
+    cr, subj, *_ = paper_rows.match(rows(), found(tmp_path).runs)
     assert (cr.data, len(cr.runs), cr.state) == ("cr", 2, "reached")  # 85.0 on average, 84.9 published
     assert {differs: len(runs) for differs, runs in cr.others.items()} == {
         "epochs=3": 1,
@@ -90,11 +89,11 @@ def test_a_row_with_other_vectors_is_run_with_substitutes(tmp_path, rows, write_
     write_row("b", 97.0, *glove, "seed=2")
     write_row("c", 50.0, "data.vectors=null")
     write_row("d", 60.0, *glove, "trainer=patient")
-    cr = results_papers.match(rows(), found(tmp_path).runs)[0]
+    cr = paper_rows.match(rows(), found(tmp_path).runs)[0]
     assert (cr.state, cr.substitute, len(cr.shown)) == ("run with substitutes", "data.vectors=glove.6B.100d", 2)
     assert len(cr.others) == 3
     write_row("e", 84.9)
-    cr = results_papers.match(rows(), found(tmp_path).runs)[0]
+    cr = paper_rows.match(rows(), found(tmp_path).runs)[0]
     assert (cr.state, cr.substitute, len(cr.shown)) == ("reached", "", 1)
 
 
@@ -103,20 +102,20 @@ def test_the_order_of_a_tables_rows_is_judged_by_pairs_and_ranks(rows):
 
     def row(value, *accuracies, substitute=""):
         runs = [type("Run", (), {"record": {"metrics": {cr.metric: accuracy}}}) for accuracy in accuracies]
-        made = results_papers.Row(**vars(cr) | {"value": value, "runs": [] if substitute else runs})
+        made = paper_rows.Row(**vars(cr) | {"value": value, "runs": [] if substitute else runs})
         made.others, made.substitutes = ({substitute: runs}, {substitute}) if substitute else ({}, set())
         return made
 
     table = [row(80.0, 70.0, 72.0), row(81.0, 75.0), row(82.0, 74.0), row(82.0, 76.0), row(83.0)]
-    (said,) = results_papers.orders(table)
+    (said,) = paper_rows.judge_orders(table)
     # Of five pairs with different values one is the other way around: 81 was ahead of one 82.
     assert said == (
         "SRU (2018), Table 1, cr, test/accuracy: 4 of 5 pairs of rows come in the published order, "
         "rank correlation 0.63."  # ranks 1, 2, 3.5, 3.5 and 1, 3, 2, 4: 3 / sqrt(4.5 * 5)
     )
-    assert results_papers.orders(table[:2]) == []
+    assert paper_rows.judge_orders(table[:2]) == []
     others = [row(80.0 + i, 70.0 + i, substitute="data.vectors=x") for i in range(3)]
-    (said,) = results_papers.orders([*table[:2], *others])
+    (said,) = paper_rows.judge_orders([*table[:2], *others])
     assert "with data.vectors=x: 3 of 3 pairs" in said
 
 
@@ -124,21 +123,21 @@ def test_a_run_by_several_processes_is_a_row_where_their_batches_are_the_publish
     several = ("trainer=ddp", "trainer.devices=4", "trainer.num_nodes=2")
     write_row("a", 84.0, *several, "data.batch_size=4")  # 32 together
     write_row("b", 84.0, *several)
-    cr = results_papers.match(rows(), found(tmp_path).runs)[0]
+    cr = paper_rows.match(rows(), found(tmp_path).runs)[0]
     assert [run.place.path.name for run in cr.runs] == ["a"]
     assert list(cr.others) == ["data.batch_size=256"]
 
 
 def test_published_digits_and_places_in_a_figure_are_kept():
-    (six,) = results_papers.compose_rows("enwik8_sru_6l")
-    assert (results_papers.published(six), results_papers.judge(six, 1.304)) == ("1.30?", "reached")
-    one = results_papers.compose_rows("enwik8_srupp_one_attention")
+    (six,) = paper_rows.compose_rows("enwik8_sru_6l")
+    assert (paper_rows.format_published(six), paper_rows.judge(six, 1.304)) == ("1.30?", "reached")
+    one = paper_rows.compose_rows("enwik8_srupp_one_attention")
     assert [(row.value, row.words[-1]) for row in one][::9] == [
         (1.173, "model.attention_layers=[0]"),
         (1.053, "model.attention_layers=[9]"),
     ]
-    two = results_papers.compose_rows("enwik8_srupp_two_attentions")
-    assert [(results_papers.published(row), row.words[-1]) for row in two][4] == (
+    two = paper_rows.compose_rows("enwik8_srupp_two_attentions")
+    assert [(paper_rows.format_published(row), row.words[-1]) for row in two][4] == (
         "1.050",
         "model.attention_layers=[5,9]",
     )
@@ -151,7 +150,7 @@ def test_a_run_that_only_ends_up_alike_counts_and_one_without_the_metric_does_no
     path.write_text(path.read_text().replace("test/accuracy", "test/f1"))
     config = tmp_path / "runs/a/config.yaml"
     config.write_text(config.read_text().replace("experiment: classification_sru_2l", "experiment: null"))
-    cr = results_papers.match(rows(), found(tmp_path).runs)[0]
+    cr = paper_rows.match(rows(), found(tmp_path).runs)[0]
     assert (len(cr.runs), cr.state) == (1, "not reached")
     assert list(cr.others) == ["no test/accuracy in it"]
 
@@ -175,22 +174,22 @@ def test_a_run_that_only_ends_up_alike_counts_and_one_without_the_metric_does_no
 def test_reached_is_no_worse_to_the_published_digits_or_within_the_deviation(rows, metric, value, std, mean, state):
     row = rows()[0]
     row.metric, row.value, row.std, row.digits = metric, value, std, 2 if "bpc" in metric else 1
-    assert results_papers.judge(row, mean) == state
+    assert paper_rows.judge(row, mean) == state
 
 
 def test_every_published_number_has_its_row_and_no_other():
-    rows = results_papers.compose_rows("squad_*")
+    rows = paper_rows.compose_rows("squad_*")
     assert [(row.value, row.verified) for row in rows if row.experiment == "squad_sru_4l_no_vc"] == [(70.6, False)]
     assert {row.experiment for row in rows} == {path.stem for path in (ROOT / "conf/experiment").glob("squad_*.yaml")}
     assert {(row.task, row.data, row.metric) for row in rows} == {("squad", "squad", "test/em")}
-    assert results_papers.compose_rows("multi30k_sru") == []
+    assert paper_rows.compose_rows("multi30k_sru") == []
 
 
 def test_the_table_of_the_papers_has_what_a_reader_needs(tmp_path, rows, write_row, monkeypatch, capsys):
     write_row("a", 84.0, "seed=1")
     write_row("b", 87.0, "seed=2")
     write_row("c", 99.0, "epochs=3")
-    monkeypatch.setattr(results_papers, "compose_rows", rows)
+    monkeypatch.setattr(paper_rows, "compose_rows", rows)
     assert results.main([str(tmp_path), "--papers", "--output", str(tmp_path / "table.md")]) == 0
     out = capsys.readouterr().out
     head, _, cr, other, subj, *_ = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in out.split("\n")]
@@ -227,25 +226,34 @@ class Balanced(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
+def read_charts(text):
+    """The specifications that the page gives to Plotly."""
+    return json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', text)[1])
+
+
 def test_the_page_is_whole_and_loads_nothing_and_a_name_does_no_harm(tmp_path, rows, write_row, monkeypatch):
     write_row("a", 84.0, "seed=1")
     write_row("c", 99.0, "epochs=3")
     write_run(tmp_path / "runs/e", 50.0, {"choices.model": EVIL, "choices.data": EVIL, "choices.task": EVIL})
-    write_run(tmp_path / "runs/f", 50.0, {"choices.model": "sru", "width": EVIL})
+    write_run(tmp_path / "runs/f", 50.0, {"choices.model": "sru", "width": EVIL}, examples_per_second=1.0)
     write_run(tmp_path / "runs/g", 50.0, {"choices.model": "sru", "width": 3})
     text = report(tmp_path, rows, monkeypatch, tmp_path / "runs")
     page = Balanced()
     page.feed(text)
     page.close()
-    assert (page.open, page.loaded, page.scripts) == ([], [], 1)
+    assert (page.open, page.loaded, page.scripts) == ([], [], 3)  # Plotly, the charts, the filters
     assert "alert(1)" in text
     assert "<script>alert" not in text
-    assert re.search(
-        r'<tr data-task="classification" data-model="sru" data-state="not reached"><td><span class="badge', text
+    traces = [trace for chart in read_charts(text) for trace in chart["data"]]
+    assert any("alert(1)" in trace["name"] for trace in traces)
+    assert not any("<script" in trace["name"] for trace in traces)
+    row = (
+        r'<tr data-task="classification" data-model="sru" data-state="not reached"><td class="state">✗ not reached</td>'
     )
-    assert '<tr class="other" data-task="classification" data-model="sru" data-state="not reached">' in text
+    assert re.search(row, text)
+    assert '<tr data-task="classification" data-model="sru" data-state="not reached" class="other">' in text
     assert "↳ with epochs=3" in text
-    assert text.count('data-state="not run"><td>') == 5
+    assert text.count('data-state="not run"><td') == 5
     assert '<option value="classification">' in text
 
 
@@ -261,20 +269,27 @@ def test_the_page_shows_curves_parts_and_speed_of_runs(tmp_path, rows, monkeypat
     (tmp_path / "runs/failed").mkdir()
     (tmp_path / "runs/failed/failed.json").write_text('{"error": "why"}')
     text = report(tmp_path, rows, monkeypatch, tmp_path / "runs")
-    curves, parts, speed, _, sweeps = text.split("<section ")[2:7]
-    assert (curves.count("<figure"), curves.count('class="by-time"'), curves.count('class="by-steps"')) == (1, 1, 1)
-    assert curves.count('aria-pressed="true"') == 5
-    assert "training time (s)" in curves
-    assert "steps of the optimiser" in curves
-    assert re.findall(r'text-anchor="end">(\w+)</text><rect', parts) == ["full", "no_vc", "no_highway", "no_scaling"]
-    assert parts.count('class="whisker"') == 4
-    assert "2 layers, full: 81.5 ± 0.71 test/accuracy, n=2" in parts
-    assert "the axis starts at" in parts
-    assert "whole runs logged" in speed
-    assert "1,234 examples/s" in speed
-    numbers = [re.findall(r'<td class="number">(\d*)</td>', line) for line in sweeps.split("<tr ")[1:]]
+    curves, parts, speed = read_charts(text)
+    assert [trace["meta"]["model"] for trace in curves["data"]] == ["lstm", *["sru"] * 4]
+    lstm, sru, *_ = curves["data"]
+    assert (lstm["x"], lstm["y"], lstm["meta"]["steps"]) == ([1.0, 2.0], [None, 3.0], [0.0, 1.0])
+    assert (sru["x"], sru["y"], sru["name"]) == ([1.0, 2.0], [50.0, 60.0], "sru, 2 layers, random (2 runs)")
+    assert (curves["layout"]["xaxis"]["title"]["text"], curves["layout"]["meta"]["steps"]) == (
+        "training time (s)",
+        "steps of the optimiser",
+    )
+    assert [trace["name"] for trace in parts["data"]] == ["full", "no_vc", "no_highway", "no_scaling"]
+    full = parts["data"][0]
+    assert (full["x"], full["y"], full["text"]) == (["2 layers"], [81.5], ["81.5 ± 0.71, n=2"])
+    assert full["error_y"]["array"] == [pytest.approx(math.sqrt(0.5))]
+    # From 78.5 - 0.71 to 81.5 + 0.71, and a third of that below.
+    assert parts["layout"]["yaxis"]["range"][0] == pytest.approx(77.793 - 0.35 * 4.414, abs=0.01)
+    assert "the axis starts at 76.2" in parts["layout"]["yaxis"]["title"]["text"]
+    assert [(trace["x"], trace["text"]) for trace in speed["data"]] == [([1234.0], ["1,234 examples/s, n=2, on ?"])] * 4
+    assert "whole runs logged" in text
+    folders = text.split('<section id="runs-by-folder">')[1]
+    numbers = [re.findall(r'<td class="number">(\d*)</td>', line) for line in folders.split("<tr data")[1:]]
     assert numbers == [["", "1", "", "", ""], ["1", "", "", "", ""], ["8", "", "1", "", ""]]  # none, LSTM, SRU
-    assert "nan" not in re.sub(r"<style>.*?</style>", "", curves, flags=re.S)
 
 
 def test_speed_comes_from_the_benchmark_where_there_is_one(tmp_path, rows, monkeypatch, capsys):
@@ -282,51 +297,52 @@ def test_speed_comes_from_the_benchmark_where_there_is_one(tmp_path, rows, monke
     (tmp_path / "cpu.json").write_text(json.dumps(BENCH))
     (tmp_path / "bad.json").write_text("[]")
     text = report(tmp_path, rows, monkeypatch, tmp_path / "runs", tmp_path / "cpu.json", tmp_path / "bad.json")
-    speed = text.split("<section ")[4]
-    assert "One layer: 32 steps, 16 sequences, 256 features, fp32" in speed
-    assert "cpu &lt;x&gt;" in speed
-    assert "SRU, forward: 1.5 ms" in speed
-    assert speed.count("<rect") == 3
-    assert "whole runs logged" not in speed
+    assert "One layer: 32 steps, 16 sequences, 256 features, fp32" in text
+    assert "cpu &lt;x&gt;" in text
+    _, speed = read_charts(text)
+    bars = [(trace["name"], trace["meta"]["model"], trace["x"], trace["y"]) for trace in speed["data"]]
+    assert bars == [("SRU", "sru", ["forward", "and backward"], [1.5, 4.0]), ("LSTM", "lstm", ["forward"], [3.0])]
+    assert "whole runs logged" not in text
     assert f"skipped: {tmp_path / 'bad.json'}" in capsys.readouterr().err
 
 
 def test_two_hundred_runs_make_a_page_of_sensible_size(tmp_path, rows, monkeypatch):
+    from plotly.offline import get_plotlyjs
+
     curve = [(i * 1.234567, 50 + math.sin(i)) for i in range(300)]
     for i in range(200):
         write_run(tmp_path / f"runs/{i}", 50.0 + i / 100, {"width": i // 2, "seed": i}, curve=curve)
     start = time.perf_counter()
     text = report(tmp_path, rows, monkeypatch, tmp_path / "runs")
-    assert len(text.encode()) < 3_000_000
+    assert len(text.encode()) - len(get_plotlyjs().encode()) < 3_000_000
     assert time.perf_counter() - start < 60
-    assert text.split("<section ")[2].count('class="line"') == 100 * 3
+    assert [len(trace["x"]) for trace in read_charts(text)[0]["data"]] == [150] * 100
+
+
+def test_a_missing_plotly_says_what_to_type(tmp_path, rows, monkeypatch, capsys):
+    for name in ("reporting.html", "reporting.figures", "plotly.graph_objects"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setattr(paper_rows, "compose_rows", rows)
+    assert results.main([str(tmp_path), "--html", str(tmp_path / "report.html")]) == 1
+    assert re.search(r"this needs plotly\S*: pip install -e '\.\[train\]'", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_page_of_nothing_says_so(tmp_path, rows, monkeypatch):
     text = report(tmp_path, rows, monkeypatch, tmp_path)
-    assert "6 rows of the papers, 0 finished runs" in text
+    assert "0 reached, 0 not reached, 0 run with substitutes, 6 not run. 0 finished runs." in text
     assert "No run here has a learning curve." in text
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0, 10, [0, 2, 4, 6, 8, 10]), (82.3, 84.1, [82, 82.5, 83, 83.5, 84, 84.5]), (0, 0, [0, 0.2, 0.4, 0.6, 0.8, 1.0])],
-)
-def test_ticks_are_round_and_reach_around(low, high, expected):
-    found = ticks(low, high)
-    assert found[: len(expected)] == pytest.approx(expected[: len(found)])
-    assert found[0] <= low
-    assert found[-1] >= high
-
-
 def test_a_row_of_the_training_loss_has_the_value_that_training_ended_with(configure, tmp_path):
-    (row,) = results_papers.compose_rows("scaling_sru_5l")
+    (row,) = paper_rows.compose_rows("scaling_sru_5l")
     folder = tmp_path / "a"
     write_run(folder, 80.0)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(configure("experiment=scaling_sru_5l"), resolve=True))
     (folder / "metrics.csv").write_text("step,seconds,train/loss,test/loss\n50,1.0,0.69,\n100,2.0,0.25,\n100,,,0.5\n")
-    (row,) = results_papers.match([row], found(tmp_path).runs)
-    assert (results_papers.measured(row.metric, row.runs), row.state) == ((0.25, None), "reached")
+    (row,) = paper_rows.match([row], found(tmp_path).runs)
+    assert (paper_rows.summarise(row.metric, row.runs), row.state) == ((0.25, None), "reached")
 
 
 def test_a_papers_table_of_a_page_is_written_from_kept_runs(tmp_path, write_row):
@@ -337,7 +353,7 @@ def test_a_papers_table_of_a_page_is_written_from_kept_runs(tmp_path, write_row)
     write_row("d", 50.0, "data.vectors=null", "data=subj")
     results.main([str(tmp_path / "runs"), "--keep", str(tmp_path / "table1.jsonl")])
     marker = '<!-- results: table1.jsonl paper="SRU (2018), Table 1" -->\n<!-- end -->\n'
-    lines = results_readme.filled(marker, tmp_path).splitlines()
+    lines = markdown.fill(marker, tmp_path).splitlines()
     assert lines[2:7] == [
         "| experiment | cr | trec |",
         "| --- | ---: | ---: |",
@@ -346,13 +362,5 @@ def test_a_papers_table_of_a_page_is_written_from_kept_runs(tmp_path, write_row)
         "In brackets: runs, and the published value.",
     ]
     assert lines[7] == f"- With substitutes: {glove}; {glove}, data.lowercase=true."
-    with pytest.raises(results_readme.DamagedError, match="none is of an experiment of Nobody"):
-        results_readme.filled(marker.replace("SRU (2018)", "Nobody"), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (9999, "9999"), (10_000, "10k"), (12_340, "12.34k"), (-25_000, "-25k"), (1e6, "1M"), (2.5e6, "2.5M")],
-)
-def test_large_numbers_of_an_axis_are_in_thousands_and_millions(value, text):
-    assert number(value) == text
+    with pytest.raises(markdown.DamagedError, match="none is of an experiment of Nobody"):
+        markdown.fill(marker.replace("SRU (2018)", "Nobody"), tmp_path)

@@ -1,12 +1,13 @@
-"""Learning curves of finished runs: their means, and a picture of them."""
+"""Learning curves of finished runs: their means, and a PNG of them."""
 
 import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from results_keep import write_whole
-from results_runs import DamagedError, Group, Run
+
+from reporting.kept_runs import replace_file
+from reporting.runs import DamagedError, Group, Run
 
 Panel = tuple[str, str, str]  # data, task, metric
 
@@ -24,15 +25,15 @@ def read_curve(run: Run, metric: str) -> dict[int, tuple[float, float]]:
         return points
 
 
-def mean_curves(
+def average_curves(
     groups: list[Group], metric: str | None = None
 ) -> tuple[dict[Panel, list[tuple[Group, Any]]], list[str]]:
     """The curves of each panel, as arrays of (step, seconds, metric), and messages about unreadable ones.
 
-    The metric, if none is named, is the one that chose the best epoch.
+    The default metric is the one that chose the best epoch.
 
-    A curve is the mean over a group's runs of both, by step, over the steps after which all of them have validated, so
-    that every point is a mean over the same runs.
+    A curve is the mean of seconds and metric over a group's runs, at the steps after which all of them have validated,
+    so that every point is a mean over the same runs.
     """
     messages: list[str] = []
     panels: dict[Panel, list[tuple[Group, Any]]] = {}
@@ -53,15 +54,15 @@ def mean_curves(
 
 
 def draw(groups: list[Group], path: Path, metric: str | None = None) -> list[str]:
-    """Draw validation metric against training time, a panel a data set, a line a group, as Figure 3 of the 2018 paper.
+    """Draw the validation metric over training time, as Figure 3 of SRU (2018): a panel a data set, a line a group.
 
-    Another metric that is named, train/loss for example, is drawn against steps, as Figure 2. Returns messages about
-    the file and about curves that cannot be read.
+    With `metric`, train/loss for example, draw that over steps, as Figure 2. Returns messages about the file and about
+    curves that cannot be read.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels, messages = mean_curves(groups, metric)
+    panels, messages = average_curves(groups, metric)
     if not panels:
         return [*messages, f"{path} was not drawn: no run has a learning curve"]
     columns = min(3, len(panels))
@@ -73,17 +74,19 @@ def draw(groups: list[Group], path: Path, metric: str | None = None) -> list[str
     for place, ((data, _, shown), lines) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
         for group, mean in lines:
-            # A model looks alike in all panels; after ten colours come other dashes.
+            # A model looks the same in all panels; after ten colours come other dashes.
             number = labels.index(group.label)
             style = ("-", "--", ":", "-.")[number // 10 % 4]
-            name = group.label.removesuffix(", †") if metric else group.label  # a mark of the value, not of this curve
+            name = (
+                group.label.removesuffix(", †") if metric else group.label
+            )  # the mark belongs to the value, not to the curve
             color = f"C{number % 10}"
             axes.plot(mean.T[across], mean.T[2], style, label=name, color=color, marker=".", markersize=5)
         axes.set(title=data, xlabel=unit, ylabel=shown)
         axes.grid(alpha=0.3)
-        # Below the axes: a long one would hide the curves.
+        # Below the axes, where a long legend hides no curves.
         axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14))
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120)
-    write_whole(path, drawn.getvalue())
+    replace_file(path, drawn.getvalue())
     return [*messages, f"{path} was drawn"]

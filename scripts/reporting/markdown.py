@@ -1,15 +1,15 @@
-"""The tables of README.md and docs/ that kept runs write, between <!-- results: ... --> and <!-- end -->."""
+"""Writes the tables of README.md and docs/ from kept runs, between <!-- results: ... --> and <!-- end -->."""
 
 import json
 import re
 import shlex
 from pathlib import Path
 
-from results_keep import write_whole
-from results_runs import IDENTITY, DamagedError, Group, Run, find_runs, group_runs, read_runs
-from results_table import markdown, mean_and_std
+from reporting.kept_runs import replace_file
+from reporting.runs import IDENTITY, DamagedError, Group, Run, find_runs, group_runs, read_runs
+from reporting.table import format_table, mean_and_std
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(
     r"(?P<start>^<!-- results: (?P<words>[^\n]*?) -->\n)(?P<body>.*?)(?P<end>^<!-- end -->$)", re.M | re.S
 )
@@ -17,25 +17,25 @@ OPENING = re.compile(r"^<!-- results:", re.M)
 EXAMPLE = "<!-- results: bench/results/figure5.jsonl rows=model,depth,ablation columns=data -->"
 
 
-def pages() -> list[Path]:
-    """The documents that have such tables."""
-    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+def find_pages() -> list[Path]:
+    """The documents that contain such tables."""
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return [path for path in paths if OPENING.search(path.read_text(encoding="utf-8"))]
 
 
-def filled(text: str, root: Path = ROOT) -> str:
-    """The text with its tables written anew; files are named relative to `root`. Raises DamagedError."""
+def fill(text: str, root: Path = ROOT) -> str:
+    """The text with its tables rewritten; files are named relative to `root`. Raises DamagedError."""
     blocks = list(BLOCK.finditer(text))
     if len(OPENING.findall(text)) != len(blocks):
         raise DamagedError(f"a line like `{EXAMPLE}` lacks its line `<!-- end -->`, or does not close with ` -->`")
     for block in reversed(blocks):
-        # Between empty lines, or some renderers show bars instead of a table.
-        lines = "".join(f"{line}\n" for line in ["", *table(block["words"], root), ""])
+        # Between empty lines: some renderers need them to see a table.
+        lines = "".join(f"{line}\n" for line in ["", *write_table(block["words"], root), ""])
         text = text[: block.start("body")] + lines + text[block.end("body") :]
     return text
 
 
-def table(words: str, root: Path) -> list[str]:
+def write_table(words: str, root: Path) -> list[str]:
     """The lines of the table that a marker asks for.
 
     FILE ... names kept runs; `rows=` the columns that name a row, `columns=` whose values are columns; `metric=` what
@@ -67,19 +67,19 @@ def table(words: str, root: Path) -> list[str]:
     if found.damaged:
         raise DamagedError(f"{found.damaged[0]} is damaged; nothing was written")
     if asked["paper"]:
-        return paper_table(found.runs, asked["paper"], words)
+        return write_paper_table(found.runs, asked["paper"], words)
     groups = group_runs(found.runs)
-    rows, row_titles = titled(asked["rows"])
+    rows, row_titles = split_titles(asked["rows"])
     check_names(groups, [*rows, *(asked["columns"] and [asked["columns"]]), *only])
     for key, values in only.items():
-        groups = [group for group in groups if named(group, key) in (values, *values.split(","))]
+        groups = [group for group in groups if read_column(group, key) in (values, *values.split(","))]
     if not groups:
         raise DamagedError(f"no run for the table `{words}`; such a line is `{EXAMPLE}`")
     cells: dict[tuple[str, ...], dict[str, tuple[Group, str]]] = {}
     for group in groups:
-        row = cells.setdefault(tuple(named(group, key) for key in rows), {})
-        metrics, titles = titled(asked["metric"] or group.runs[0].names["metric"])
-        columns = [named(group, asked["columns"])] if asked["columns"] else titles
+        row = cells.setdefault(tuple(read_column(group, key) for key in rows), {})
+        metrics, titles = split_titles(asked["metric"] or group.runs[0].names["metric"])
+        columns = [read_column(group, asked["columns"])] if asked["columns"] else titles
         if len(columns) != len(metrics):
             raise DamagedError(f"the table `{words}` has columns= and several metrics: name one, or leave columns= out")
         if column := next((column for column in columns if column in row), None):
@@ -96,17 +96,17 @@ def table(words: str, root: Path) -> list[str]:
                 f"the table `{words}`: places={asked['places']} must be a digit, or one for each metric; type places=1"
             )
         for column, metric, digits in zip(columns, metrics, places * (len(metrics) // len(places)), strict=True):
-            row[column] = (group, cell(group, metric, asked["cell"], int(digits)))
+            row[column] = (group, format_cell(group, metric, asked["cell"], int(digits)))
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
     lines = [[*row_titles, *columns]]
     lines += [[*row, *(here[c][1] if c in here else "" for c in columns)] for row, here in cells.items()]
     numbers = [all(re.fullmatch(r"[\d.,-]*", line[column]) for line in lines[1:]) for column in range(len(rows))]
-    return markdown(lines, numbers + [True] * len(columns))
+    return format_table(lines, numbers + [True] * len(columns))
 
 
-def paper_table(runs: list[Run], source: str, words: str) -> list[str]:
+def write_paper_table(runs: list[Run], source: str, words: str) -> list[str]:
     """The lines of a paper's table: a row an experiment, a column a data set; ours, the number of runs, published."""
-    from results_papers import compose_rows, match, measured, orders, published
+    from reporting.paper_rows import compose_rows, format_published, judge_orders, match, summarise
 
     experiments = sorted({json.loads(run.options.get("choices.experiment", "null")) or "" for run in runs} - {""})
     rows = match([row for name in experiments for row in compose_rows(name) if row.source == source], runs)
@@ -115,26 +115,31 @@ def paper_table(runs: list[Run], source: str, words: str) -> list[str]:
         raise DamagedError(f"no run for the table `{words}`: none is of an experiment of {source}")
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
-        mean, std = measured(row.metric, row.shown)
+        mean, std = summarise(row.metric, row.shown)
         ours = f"{mean:.{row.digits}f}" + ("" if std is None else f" ± {std:.{row.digits}f}")
-        cells.setdefault(row.experiment, {})[row.data] = f"{ours} (n = {len(row.shown)}; {published(row)})"
+        cells.setdefault(row.experiment, {})[row.data] = f"{ours} (n = {len(row.shown)}; {format_published(row)})"
     columns = list(dict.fromkeys(row.data for row in rows))
     lines = [["experiment", *columns]]
     lines += [[name, *(here.get(data, "") for data in columns)] for name, here in cells.items()]
-    table = markdown(lines, [False] + [True] * len(columns))
+    table = format_table(lines, [False] + [True] * len(columns))
     stand_ins = sorted({row.substitute for row in rows} - {""})
     notes = [f"With substitutes: {'; '.join(stand_ins)}."] if stand_ins else []
-    return [*table, "", "In brackets: runs, and the published value.", *(f"- {n}" for n in [*notes, *orders(rows)])]
+    return [
+        *table,
+        "",
+        "In brackets: runs, and the published value.",
+        *(f"- {n}" for n in [*notes, *judge_orders(rows)]),
+    ]
 
 
-def titled(words: str) -> tuple[list[str], list[str]]:
+def split_titles(words: str) -> tuple[list[str], list[str]]:
     """The names in `name,name:title`, and their titles."""
     pairs = [word.partition(":") for word in words.split(",") if word]
     return [name for name, _, _ in pairs], [title or name for name, _, title in pairs]
 
 
 def check_names(groups: list[Group], names: list[str]) -> None:
-    """Refuse what no run has; what only some have, as an option of one model, is empty for the others."""
+    """Refuse names that no run has; an option that only some models have is empty for the others."""
     known = {*IDENTITY, "parameters", *(name for group in groups for name in group.runs[0].options)}
     if unknown := [name for name in names if name not in known]:
         raise DamagedError(
@@ -142,7 +147,7 @@ def check_names(groups: list[Group], names: list[str]) -> None:
         )
 
 
-def named(group: Group, key: str) -> str:
+def read_column(group: Group, key: str) -> str:
     """A column of the table of runs, or an option, of a group."""
     first: Run = group.runs[0]
     if key in IDENTITY:
@@ -152,8 +157,8 @@ def named(group: Group, key: str) -> str:
     return first.options.get(key, "").strip('"')
 
 
-def cell(group: Group, metric: str, form: str, places: int) -> str:
-    """The value in the form asked for; one run has no deviation."""
+def format_cell(group: Group, metric: str, form: str, places: int) -> str:
+    """The value in the requested form; without a deviation for a single run."""
     found = [run.record["metrics"] | run.record for run in group.runs]
     if missing := [
         str(run.place)
@@ -169,14 +174,14 @@ def cell(group: Group, metric: str, form: str, places: int) -> str:
 
 
 def rewrite(path: Path) -> str:
-    """Write the file's tables anew; returns what was done."""
+    """Rewrite the file's tables; returns a message."""
     try:
         before = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DamagedError(f"--readme {path} is no text ({error.reason}); name a Markdown file") from error
-    after = filled(before)
+        raise DamagedError(f"--readme {path} is not text ({error.reason}); name a Markdown file") from error
+    after = fill(before)
     count = len(BLOCK.findall(after))
     if after == before:
-        return f"{path}: {count} tables, as they were"
-    write_whole(path.resolve(), after.encode())  # a link stays one
-    return f"{path}: {count} tables, written anew"
+        return f"{path}: {count} tables, unchanged"
+    replace_file(path.resolve(), after.encode())  # a link stays one
+    return f"{path}: {count} tables, rewritten"

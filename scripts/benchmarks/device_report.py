@@ -1,7 +1,7 @@
-"""Speed on one device, the SRU beside what else maps a sequence: `python scripts/benchmark.py --device cuda`.
+"""Speed on one device, the SRU beside other networks: `python scripts/benchmark.py --device cuda`.
 
-Processes of their own measure (scripts/benchmark_device.py), one a shape, so that a kernel that ends its process costs
-one cell.
+Each shape is measured in a process of its own (scripts/benchmarks/device.py), so that a kernel that ends its process
+costs one cell.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import ROOT
-from benchmark_device import DTYPES, EAGER, KINDS
+
+from benchmarks.device import DTYPES, EAGER, KINDS
+from benchmarks.timing import ROOT
 
 NAMED = {"A": "32x32x128", "B": "128x32x512", "C": "256x64x2048", "D": "1024x4x3072", "E": "16384x1x1024"}
 SHAPES = {
@@ -49,8 +50,8 @@ def necessary_bytes(kind: str, *, u: int, x: int, h: int, c: int) -> int:
     return {"infer": 3 * u + x + h, "forward": 3 * u + x + h + c, "backward": 6 * u + 2 * x + h + c}[kind]
 
 
-def figures(kind: str, shape: list[int], mode: str, seconds: float, copy: float) -> dict[str, float]:
-    """What the time of a pass of the recurrence says, where a copy moves `copy` bytes a second."""
+def compute_figures(kind: str, shape: list[int], mode: str, seconds: float, copy: float) -> dict[str, float]:
+    """Figures of a pass of the recurrence by its time, where a copy moves `copy` bytes a second."""
     size = DTYPES[mode].itemsize
     moved = necessary_bytes(kind, u=size, x=size, h=size, c=4) * math.prod(shape)
     found = {"ns a step": seconds / shape[0] * 1e9, "GB/s": moved / seconds / 1e9, "of copy": moved / seconds / copy}
@@ -58,13 +59,13 @@ def figures(kind: str, shape: list[int], mode: str, seconds: float, copy: float)
 
 
 def measure_apart(python: str, order: dict, cells: dict[str, dict]) -> list[dict]:
-    """Fill the cells {mode: {contender: ...}} by processes of a Python; returns what they say about the machine.
+    """Fill the cells {mode: {contender: ...}} by processes of a Python; returns their descriptions of the machine.
 
     A contender that ends a process goes on without graphs if it was at one, and else has failed with this shape.
     """
-    code = f"import json, sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import benchmark\n"
-    code += f"sys.path.remove({str(ROOT)!r})\n" if order["official"] else ""
-    code += "import benchmark_device; benchmark_device.work(json.loads(sys.argv[1]))"
+    folders = [str(ROOT / "scripts"), *([] if order["official"] else [str(ROOT)])]
+    code = f"import json, sys; sys.path[:0] = {folders}; from benchmarks import device; "
+    code += "device.work(json.loads(sys.argv[1]))"
     modes, refused, eager, machines = list(cells), dict[str, str](), list[str](), list[dict]()
     while modes:
         argument = json.dumps(order | {"modes": modes, "refused": refused, "eager": eager})
@@ -74,7 +75,7 @@ def measure_apart(python: str, order: dict, cells: dict[str, dict]) -> list[dict
                 done = subprocess.run(
                     command, cwd=elsewhere, stdout=out, stderr=subprocess.PIPE, text=True, timeout=LIMIT
                 )
-                said = f"exit status {done.returncode}: {(done.stderr.strip() or 'no word').splitlines()[-1]}"[:400]
+                said = f"exit status {done.returncode}: {(done.stderr.strip() or 'no message').splitlines()[-1]}"[:400]
             out.seek(0)
             records = [json.loads(line) for line in out if line.startswith("{") and line.endswith("}\n")]
         machines += [record["about"] for record in records if "about" in record]
@@ -91,7 +92,7 @@ def measure_apart(python: str, order: dict, cells: dict[str, dict]) -> list[dict
     return machines
 
 
-def cell_text(cell: dict) -> str:
+def format_cell(cell: dict) -> str:
     """Milliseconds on the device, with * where no graph was replayed, and in brackets as its caller waits for them."""
     if "eager" not in cell:
         failed = f"failed: {cell['failed'][:80]}".replace("|", "/") if "failed" in cell else "–"
@@ -100,7 +101,7 @@ def cell_text(cell: dict) -> str:
     return f"{device['median'] * 1e3:.3g}{'' if device['graph'] else '*'} ({eager})" if device else eager
 
 
-def markdown(level: str, rows: list[dict], copy: float) -> str:
+def format_table(level: str, rows: list[dict], copy: float) -> str:
     """The table of a level; a recurrence's rows get their figures, also in `rows`."""
     names = list(dict.fromkeys(name for row in rows for name in row["cells"]))
     columns = ["p10, us", "p90, us", "warm, us", "ns a step", "GB/s", "of copy", "floor, us", "over floor"]
@@ -111,10 +112,10 @@ def markdown(level: str, rows: list[dict], copy: float) -> str:
         values: dict[str, float] = {}
         if columns and "eager" in (cell := row["cells"].get("SRU", {}).get(kind, {})):
             best = cell.get("device", cell["eager"])
-            cell["figures"] = figures(kind, row["shape"], row["mode"], best["median"], copy)
+            cell["figures"] = compute_figures(kind, row["shape"], row["mode"], best["median"], copy)
             values = cell | cell["figures"] | {f"{k}, us": best[k] * 1e6 for k in best.keys() & {"p10", "p90"}}
             values |= {"warm, us": cell["warm"]["median"] * 1e6} if "warm" in cell else {}
-        line = [str(tuple(row["shape"])), row["mode"], kind, *map(cell_text, cells)]
+        line = [str(tuple(row["shape"])), row["mode"], kind, *map(format_cell, cells)]
         lines.append(line + [f"{values[name]:.3g}" if name in values else "–" for name in columns])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -143,14 +144,14 @@ def draw(rows: list[dict]) -> bytes:
 
 
 def save(found: dict, folder: Path, picture: bytes | None = None) -> str:
-    """Write what there is to FOLDER/NAME.json, .md and, if given, .png; returns the last table."""
+    """Write the results so far to FOLDER/NAME.json, .md and, if given, .png; returns the last table."""
     machines = found["machines"] or [{"device": found["options"]["device"], "copy, bytes/s": math.nan}]  # all failed
     machine, copies = machines[0], [record["copy, bytes/s"] for record in machines]
     text = f"# {machine['device']}\n\n{', '.join(f'{key} {value}' for key, value in machine.items())}.\n\n"
     text += f"Copies in this run: {min(copies) / 1e9:.4g} to {max(copies) / 1e9:.4g} GB/s, read and written.\n"
     table = ""
     for level, rows in found["levels"].items():
-        table = f"\n## {level}\n\n{NOTES[level]}\n\n{markdown(level, rows, statistics.median(copies))}"
+        table = f"\n## {level}\n\n{NOTES[level]}\n\n{format_table(level, rows, statistics.median(copies))}"
         text += table
     stem = re.sub("[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ def save(found: dict, folder: Path, picture: bytes | None = None) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure the levels, and save what there is after each shape."""
+    """Measure the levels, and save the results after each shape."""
     device = options.device
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit(

@@ -1,6 +1,6 @@
-"""The measuring part of `python scripts/benchmark.py --device cuda`: one process, one shape.
+"""The measuring part of `python scripts/benchmark.py --device cuda`: the SRU beside other networks on one shape.
 
-The SRU beside what else maps a sequence. scripts/benchmark_report.py starts these processes and tells what they found.
+Runs in a process of its own, which scripts/benchmarks/device_report.py starts.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import re
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -23,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import ROOT, medians
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from benchmarks.timing import import_official, medians
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = {"accuracy": ["errors"], "recurrence": ["infer", "forward", "backward"], "step": ["infer"]}
@@ -55,19 +55,12 @@ class Attention(nn.Sequential):
         return x
 
 
-def contenders(level: str, shape: list[int], device: str, official: bool) -> dict[str, Callable]:
-    """What makes each network, or the recurrence alone."""
+def list_contenders(level: str, shape: list[int], device: str, official: bool) -> dict[str, Callable]:
+    """Functions that make each network, or the recurrence alone."""
     n, layers = shape[2], 4 if level == "stack" else 1
 
-    def theirs() -> nn.Module:
-        import sru  # not ours: that environment's
-
-        if ROOT in Path(sru.__file__).resolve().parents:
-            raise RuntimeError(f"{sys.executable} holds this project's sru, not the official package")
-        return sru.SRU(n, n, num_layers=layers)
-
     if official:
-        return {"SRU (official)": theirs}
+        return {"SRU (official)": lambda: import_official().SRU(n, n, num_layers=layers)}
     from sru import SRU, kernels
     from sru.baselines import recurrent
 
@@ -91,14 +84,14 @@ def contenders(level: str, shape: list[int], device: str, official: bool) -> dic
     return found | {"attention": lambda: Attention(*(nn.Linear(n, k * n) for _ in range(layers) for k in (3, 1)))}
 
 
-def recurrence_inputs(shape: list[int], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def draw_inputs(shape: list[int], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """u, x, v, b, c0 and the gradients of h and c_last; parameters and states are float32, as the kernels keep them."""
     steps, batch, size = shape
     u, x, gh = (torch.randn(steps, batch, *k, size).to(dtype) for k in ((3,), (), ()))
     return [u, x, *(torch.randn(n, size) for n in (2, 2, batch))], [gh, torch.randn(batch, size)]
 
 
-def passes(network: Any, inputs: list[Tensor], grads: list[Tensor], to: Any) -> dict[str, Callable]:
+def build_passes(network: Any, inputs: list[Tensor], grads: list[Tensor], to: Any) -> dict[str, Callable]:
     """The calls to measure; each returns its results. Gradients of all inputs and parameters are required."""
     inputs, grads = [a.to(to).requires_grad_() for a in inputs], [a.to(to) for a in grads]
     wanted = [*inputs, *(network.parameters() if isinstance(network, nn.Module) else [])]
@@ -121,13 +114,13 @@ def passes(network: Any, inputs: list[Tensor], grads: list[Tensor], to: Any) -> 
     return calls if isinstance(network, nn.Module) else calls | {"backward": partial(backward, forward(), True)}
 
 
-def errors(network: Any, inputs: list[Tensor], grads: list[Tensor], device: str) -> dict[str, float]:
-    """Of the kernel against the reference in float64: the largest, over max(1, the largest exact value)."""
+def measure_errors(network: Any, inputs: list[Tensor], grads: list[Tensor], device: str) -> dict[str, float]:
+    """The kernel's largest errors against the reference in float64, over max(1, the largest exact value)."""
     from sru.kernels import recurrence
 
     found = []
     for function, to in ((partial(recurrence, backend="reference"), torch.float64), (network, device)):
-        calls = passes(function, inputs, grads, to)
+        calls = build_passes(function, inputs, grads, to)
         found.append([a.detach().cpu().double() for a in (*calls["forward"](), *calls["train"]())])
     results = ["h", "c_last", "grad u", "grad x", "grad v", "grad b", "grad c0"]
     worst = {
@@ -138,11 +131,11 @@ def errors(network: Any, inputs: list[Tensor], grads: list[Tensor], device: str)
     return worst
 
 
-def in_turns(calls: dict, seconds: float, flush: Tensor | None = None, share: int = 1, wall: bool = False) -> dict:
-    """The spread of each call's seconds on the device (or of a share of them), or on the clock of who waits for it.
+def time_in_turns(calls: dict, seconds: float, flush: Tensor | None = None, share: int = 1, wall: bool = False) -> dict:
+    """The spread of each call's seconds on the device, divided by `share`, or with `wall` as the caller waits for them.
 
     One call of each contender after the other: 25 to warm up and 100 that count, or as many, but at least 10, as take
-    `seconds`. flush takes the place of what the device's cache held.
+    `seconds`. Writing `flush` empties the device's cache before each call.
     """
     times: dict[Any, list] = {}
     counts = {}
@@ -183,8 +176,8 @@ def in_turns(calls: dict, seconds: float, flush: Tensor | None = None, share: in
     return found
 
 
-def captured(call: Callable, pool: Any = None, times: int = 1) -> Callable:
-    """The replay of so many calls as a CUDA graph; refused where it leaves the call's first result unwritten."""
+def capture(call: Callable, pool: Any = None, times: int = 1) -> Callable:
+    """The replay of `times` calls as a CUDA graph; RuntimeError if it leaves the call's first result unwritten."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     # thread_local: backward runs in a thread of its own.
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -198,14 +191,14 @@ def captured(call: Callable, pool: Any = None, times: int = 1) -> Callable:
 
 
 def measure(order: dict, mode: str) -> dict[str, dict]:
-    """A row: {contender: {pass: what was found}}."""
+    """A row: {contender: {pass: {figure: value}}}."""
     level, device, seconds, shape = order["level"], order["device"], order["seconds"], order["shape"]
     on_gpu, dtype = device == "cuda", DTYPES[mode]
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = mode == "tf32"
     pool = torch.cuda.graph_pool_handle() if on_gpu else None
     cells: dict[str, dict] = {}
     calls, replays, tens = dict[Any, Callable](), dict[Any, Callable](), dict[Any, Callable]()
-    for name, make in contenders(level, shape, device, order["official"]).items():
+    for name, make in list_contenders(level, shape, device, order["official"]).items():
         cells[name], made = {kind: {} for kind in KINDS[level]}, dict[str, Callable]()
         for kind, cell in cells[name].items():
             if name in order["refused"]:
@@ -214,13 +207,13 @@ def measure(order: dict, mode: str) -> dict[str, dict]:
             print(json.dumps({"trying": name}), flush=True)
             try:
                 if not made:
-                    network, (inputs, grads) = make(), recurrence_inputs(shape, dtype)
+                    network, (inputs, grads) = make(), draw_inputs(shape, dtype)
                     if isinstance(network, nn.Module):
                         network, inputs, grads = network.to(device, dtype), inputs[1:2], grads[:1]
                     if level == "accuracy":
-                        cell["errors"] = errors(network, inputs, grads, device)
+                        cell["errors"] = measure_errors(network, inputs, grads, device)
                         continue
-                    made = passes(network, inputs, grads, device)
+                    made = build_passes(network, inputs, grads, device)
                 call, start = made[kind], time.perf_counter()
                 call()
                 if on_gpu:
@@ -232,12 +225,12 @@ def measure(order: dict, mode: str) -> dict[str, dict]:
                     call()
                     cell["peak, MB"] = (torch.cuda.max_memory_allocated() - held) / 1e6
                 calls[name, kind] = call
-                # Of what runs on another stream than torch's, as the official kernels do, a graph sees nothing.
+                # A graph does not see work on another stream than torch's, such as the official kernels.
                 if on_gpu and not order["official"] and name not in order["eager"]:
                     print(json.dumps({"trying": name, "graph": True}), flush=True)
-                    replays[name, kind] = captured(call, pool)
+                    replays[name, kind] = capture(call, pool)
                     if level == "recurrence":
-                        tens[name, kind] = captured(call, pool, 10)
+                        tens[name, kind] = capture(call, pool, 10)
             except Exception as error:
                 text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
                 cell["not captured" if (name, kind) in calls else "failed"] = text
@@ -249,11 +242,11 @@ def measure(order: dict, mode: str) -> dict[str, dict]:
     print(json.dumps({"trying": None}), flush=True)
     if on_gpu and calls:
         flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
-        cold = {key: v | {"graph": key in replays} for key, v in in_turns(calls | replays, seconds, flush).items()}
+        cold = {key: v | {"graph": key in replays} for key, v in time_in_turns(calls | replays, seconds, flush).items()}
         found = {
             "device": cold,
-            "warm": in_turns(tens, seconds, share=10),
-            "eager": in_turns(calls, seconds, wall=True),
+            "warm": time_in_turns(tens, seconds, share=10),
+            "eager": time_in_turns(calls, seconds, wall=True),
         }
     else:
         found = {"eager": {key: {"median": median} for key, median in medians(calls, seconds).items()} if calls else {}}
@@ -263,7 +256,7 @@ def measure(order: dict, mode: str) -> dict[str, dict]:
     return cells
 
 
-def about(order: dict) -> dict[str, Any]:
+def describe_machine(order: dict) -> dict[str, Any]:
     """The machine, and the bytes a second that a copy reads and writes on it, in this minute."""
     device, seconds = order["device"], order["seconds"]
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -273,17 +266,17 @@ def about(order: dict) -> dict[str, Any]:
     for package in ("numba", "cupy", "cupy-cuda12x", "cupy-cuda13x", "sru"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             record[package] = importlib.metadata.version(package)
-    if order["official"]:  # ours has said the rest
+    if order["official"]:  # the process of this project's kernels reports the rest
         return record
     source = torch.ones((2**30 if device == "cuda" else 2**28) // 4, device=device)
     target = torch.empty_like(source)
     calls: dict[Any, Callable] = {"copy": lambda: target.copy_(source)}
     if device == "cpu":
         return record | {"copy, bytes/s": 2 * source.nbytes / medians(calls, seconds)["copy"]}
-    record["copy, bytes/s"] = 2 * source.nbytes / in_turns(calls, seconds)["copy"]["median"]
+    record["copy, bytes/s"] = 2 * source.nbytes / time_in_turns(calls, seconds)["copy"]["median"]
     with contextlib.suppress(RuntimeError):  # then no contender has a graph either, and the cells say so
-        empty = captured(lambda: [target[:1].zero_()])
-        record["replay of an empty kernel, s"] = in_turns({0: empty}, seconds)[0]["median"]
+        empty = capture(lambda: [target[:1].zero_()])
+        record["replay of an empty kernel, s"] = time_in_turns({0: empty}, seconds)[0]["median"]
     record |= {"device": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
     if shutil.which("nvidia-smi"):
         asked = "driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
@@ -293,15 +286,15 @@ def about(order: dict) -> dict[str, Any]:
 
 
 def work(order: dict) -> None:
-    """Measure a shape in every mode, and print what is tried and found."""
+    """Measure a shape in every mode; print each attempt and each result as a line of JSON."""
     warnings.filterwarnings("error", "The SRU's .* kernels cannot run")  # a cell is to say so
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     # One stream for all, since a graph holds a backward pass only on the stream of its forward pass.
     aside = order["device"] == "cuda" and not order["official"]
     with torch.cuda.stream(torch.cuda.Stream()) if aside else contextlib.nullcontext():
-        print(json.dumps({"about": about(order)}), flush=True)
+        print(json.dumps({"about": describe_machine(order)}), flush=True)
         for mode in order["modes"]:
             print(json.dumps({"mode": mode, "cells": measure(order, mode)}), flush=True)
             gc.collect()
-        print(json.dumps({"about": about(order)}), flush=True)
+        print(json.dumps({"about": describe_machine(order)}), flush=True)

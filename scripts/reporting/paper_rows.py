@@ -1,4 +1,4 @@
-"""The rows of the papers' tables: each experiment of conf/ that cites a published number, and the runs that are it."""
+"""The rows of the papers' tables: every experiment of conf/ that cites a published number, with its runs."""
 
 import json
 import math
@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from results_runs import LoadYAML, Run, flatten
-from results_table import markdown, mean_and_std
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+from reporting.runs import LoadYAML, Run, flatten
+from reporting.table import format_table, mean_and_std
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
 RISING = ("accuracy", "em", "f1", "bleu", "chrf")  # metrics of which more is better
-# Names of parts, of which the options say all; and what only picks the hardware.
+# Names of groups, whose options are compared anyway, and options that only choose the hardware.
 PROCESSES = ("trainer.devices", "trainer.num_nodes")
 HARDWARE = ("trainer.accelerator", "trainer.strategy", "trainer.plugins", "trainer.use_distributed_sampler", *PROCESSES)
 NAMES = ("choices.", "ablations.", "monitor", *HARDWARE)
-# A row counts as run with these otherwise, where the original is not to be had and the table says so: other pretrained
+# A row counts as run with substitutes if only these differ, because the original is not available: other pretrained
 # vectors (and their case), a part of the training data, another model of spaCy.
 SUBSTITUTES = {"data.vectors", "data.lowercase", "data.train", "data.spacy_model"}
 STATES = ("reached", "not reached", "run with substitutes", "not run")
@@ -24,9 +25,9 @@ STATES = ("reached", "not reached", "run with substitutes", "not run")
 
 @dataclass
 class Row:
-    """A published number, the runs that are it, and runs of its experiment with other options, by what differs.
+    """A published number, the runs of that row, and runs of its experiment with other options, by the difference.
 
-    `substitutes` names those of the others that are the row but for a stated substitute.
+    `substitutes` names those of the others that differ by a stated substitute only.
     """
 
     experiment: str
@@ -52,22 +53,22 @@ class Row:
     @property
     def state(self) -> str:
         if self.runs:
-            return judge(self, measured(self.metric, self.runs)[0])
+            return judge(self, summarise(self.metric, self.runs)[0])
         return "run with substitutes" if self.substitute else "not run"
 
     @property
     def substitute(self) -> str:
-        """How most runs that stand in for the row differ from it; "" where there are none, or runs of the row."""
+        """The most frequent substitute among the runs; "" if there is none, or if the row itself was run."""
         return "" if self.runs else max(self.substitutes, key=lambda differs: len(self.others[differs]), default="")
 
     @property
     def shown(self) -> list[Run]:
-        """The runs that are the row, or are it with a substitute."""
+        """The runs of the row, or else those with its substitute."""
         return self.runs or self.others.get(self.substitute, [])
 
 
-def measured(metric: str, runs: list[Run]) -> tuple[float, float | None]:
-    """Mean and standard deviation; nan where a run lacks the metric."""
+def summarise(metric: str, runs: list[Run]) -> tuple[float, float | None]:
+    """Mean and standard deviation; nan if a run lacks the metric."""
     return mean_and_std([float(run.record["metrics"].get(metric, math.nan)) for run in runs])
 
 
@@ -78,8 +79,8 @@ def judge(row: Row, mean: float) -> str:
     return "reached" if worse <= max(half + 1e-9, row.std or 0.0) else "not reached"
 
 
-def composed(words: list[str], *keys: str) -> dict[str, Any]:
-    """These keys, or all, of the configuration that train.py would get, as a run's file holds them."""
+def compose_config(words: list[str], *keys: str) -> dict[str, Any]:
+    """These keys, or all, of the configuration of train.py, as in a run's config.yaml."""
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf, open_dict
@@ -102,7 +103,7 @@ def compose_rows(names: str = "[!_]*") -> list[Row]:
     """Every row, by experiment and data set; `names` is a pattern of experiments."""
     rows = []
     for path in sorted((CONF / "experiment").glob(f"{names}.yaml")):
-        config = composed([f"experiment={path.stem}"], "paper", "choices", "model")
+        config = compose_config([f"experiment={path.stem}"], "paper", "choices", "model")
         paper, choices = config["paper"] or {}, config["choices"]
         values, spreads = paper.get("value"), paper.get("std")
         for data, value in (values if isinstance(values, dict) else {choices["data"]: values}).items():
@@ -123,22 +124,22 @@ def compose_rows(names: str = "[!_]*") -> list[Row]:
                 parameters=paper.get("parameters"),
                 words=[f"experiment={path.stem}", *([f"data={data}"] if data != choices["data"] else [])],
             )
-            rows += places(row, config) if "values" in paper else [row]
+            rows += split_places(row, config) if "values" in paper else [row]
     return rows
 
 
-def places(row: Row, config: dict[str, Any]) -> list[Row]:
-    """Of an experiment whose published values are by the place of its first layer that attends, a row for each."""
+def split_places(row: Row, config: dict[str, Any]) -> list[Row]:
+    """A row for each place of the first layer with attention, for an experiment that publishes a value for each."""
     others = config["model"]["attention_layers"][1:]
     words = [f"model.attention_layers={[place, *others]}".replace(" ", "") for place in range(20)]
     values = enumerate(config["paper"]["values"])
     return [replace(row, value=value, words=[*row.words, words[n]]) for n, value in values if value is not None]
 
 
-def differences(options: dict[str, str], run: Run) -> dict[str, str | None]:
-    """What a run has otherwise than these options, None for what it lacks, but for chance, places and hardware."""
+def compare_options(options: dict[str, str], run: Run) -> dict[str, str | None]:
+    """The run's options that differ from these, None for one it lacks; without seeds, paths and hardware."""
     ours, theirs = (
-        {k: v for k, v in whole_batch(o).items() if not k.startswith(NAMES)} for o in (run.options, options)
+        {k: v for k, v in multiply_batch(o).items() if not k.startswith(NAMES)} for o in (run.options, options)
     )
     pairs = {key: (ours.get(key), theirs.get(key)) for key in [*ours, *theirs] if ours.get(key) != theirs.get(key)}
     # `epochs` reaches trainer.max_epochs by interpolation: naming it once is enough.
@@ -146,22 +147,22 @@ def differences(options: dict[str, str], run: Run) -> dict[str, str | None]:
     return {key: pair[0] for key, pair in pairs.items() if "." not in key or pair not in sources}
 
 
-def whole_batch(options: dict[str, str]) -> dict[str, str]:
-    """The options with data.batch_size, and its like, of all processes together."""
+def multiply_batch(options: dict[str, str]) -> dict[str, str]:
+    """The options with data.batch_size and similar sizes of all processes together."""
     count = math.prod(int(options.get(name, "1")) for name in PROCESSES if options.get(name, "1").isdigit())
     sizes = ("data.batch_size", "data.tokens_per_batch", "data.frames_per_batch")
     return options | {name: str(int(options[name]) * count) for name in sizes if options.get(name, "").isdigit()}
 
 
 def match(rows: list[Row], runs: list[Run]) -> list[Row]:
-    """Give every row the runs that are it, and those of its experiment and data set that are no row."""
+    """Give every row its runs, and the runs of its experiment and data set that belong to no row."""
     strangers: dict[tuple[str, str], list[tuple[str, Run]]] = {}
     stand_ins: set[str] = set()
     for row in rows:
         here = [run for run in runs if run.names["data"] == row.data]
-        options = flatten(composed(row.words)) if here else {}
+        options = flatten(compose_config(row.words)) if here else {}
         for run in here:
-            other = differences(options, run)
+            other = compare_options(options, run)
             differs = ", ".join(f"without {k}" if v is None else f"{k}={v.strip(chr(34))}" for k, v in other.items())
             if row.metric not in run.record["metrics"]:
                 differs = differs or f"no {row.metric} in it"
@@ -172,7 +173,7 @@ def match(rows: list[Row], runs: list[Run]) -> list[Row]:
             elif json.loads(run.options.get("choices.experiment", "null")) == row.experiment:
                 strangers.setdefault((row.experiment, row.data), []).append((differs, run))
     found = {id(run) for row in rows for run in row.runs}
-    for row in rows:  # the first of an experiment's
+    for row in rows:  # the first row of an experiment
         for differs, run in strangers.pop((row.experiment, row.data), []):
             if id(run) not in found:
                 found.add(id(run))
@@ -181,8 +182,8 @@ def match(rows: list[Row], runs: list[Run]) -> list[Row]:
     return rows
 
 
-def orders(rows: list[Row]) -> list[str]:
-    """Of each table and data set, whether its rows come in the published order: a sentence each.
+def judge_orders(rows: list[Row]) -> list[str]:
+    """For each table and data set, a sentence on whether its rows come in the published order.
 
     Only rows whose runs have the same substitute, or none, are compared.
     """
@@ -196,7 +197,7 @@ def orders(rows: list[Row]) -> list[str]:
     for (source, data, metric, substitute), same in tables.items():
         if len(same) < 3:
             continue
-        pairs = [(row.value, measured(metric, row.shown)[0]) for row in same]
+        pairs = [(row.value, summarise(metric, row.shown)[0]) for row in same]
         ranked = [(a, b) for i, a in enumerate(pairs) for b in pairs[:i] if a[0] != b[0]]
         right = sum((a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in ranked)
         rho = float(spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic)
@@ -207,9 +208,9 @@ def orders(rows: list[Row]) -> list[str]:
     return sentences
 
 
-def cells(row: Row, runs: list[Run]) -> dict[str, str]:
-    """What the runs of a row, or of one of its others, have to show."""
-    mean, std = measured(row.metric, runs)
+def describe_runs(row: Row, runs: list[Run]) -> dict[str, str]:
+    """The cells of a row's runs, or of its runs with other options."""
+    mean, std = summarise(row.metric, runs)
     places = row.digits + 1
     origins = [run.origin for run in runs if run.origin]
     hardware = {
@@ -230,31 +231,31 @@ def cells(row: Row, runs: list[Run]) -> dict[str, str]:
     }
 
 
-def published(row: Row) -> str:
+def format_published(row: Row) -> str:
     return (
         f"{row.value:.{row.digits}f}" + (f" ± {row.std}" if row.std is not None else "") + ("" if row.verified else "?")
     )
 
 
-def papers_table(rows: list[Row]) -> str:
-    """The Markdown table: a line a row, and below it a line for each way in which its experiment was run otherwise."""
+def tabulate_papers(rows: list[Row]) -> str:
+    """The Markdown table: a line a row, and below it a line for each other set of options that was run."""
     names = ["state", "row", "data", "metric", "published", "mean", "std", "n", "difference", "substitute", "hours"]
     lines = [[*names, "hardware", "command"]]
     for row in rows:
         known = {"state": row.state, "row": f"{row.source}: {row.experiment}", "data": row.data, "metric": row.metric}
-        known |= {"published": published(row), "command": f"`{row.command}`", "substitute": row.substitute}
-        ours = cells(row, row.shown) if row.shown else {}
+        known |= {"published": format_published(row), "command": f"`{row.command}`", "substitute": row.substitute}
+        ours = describe_runs(row, row.shown) if row.shown else {}
         lines.append([(known | ours).get(name, "") for name in lines[0]])
         for differs, runs in row.others.items():
             if differs == row.substitute:
                 continue
-            other = cells(row, runs) | {"state": "–", "row": f"– with {differs}"}
+            other = describe_runs(row, runs) | {"state": "–", "row": f"– with {differs}"}
             lines.append([other.get(name, "") for name in lines[0]])
     numbers = ("published", "mean", "std", "n", "difference", "hours")
-    text = markdown(lines, [name in numbers for name in lines[0]])
+    text = format_table(lines, [name in numbers for name in lines[0]])
     states = [row.state for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in STATES)
-    text += ["", f"{len(rows)} rows of the papers: {counts}.", *orders(rows), *NOTES]
+    text += ["", f"{len(rows)} rows of the papers: {counts}.", *judge_orders(rows), *NOTES]
     return "\n".join(text)
 
 
@@ -264,7 +265,7 @@ NOTES = (
     "A run counts where all its options are the experiment's, but for seed, fold, folders and hardware (the batch is "
     "that of all processes together); repeated are runs with the seed and fold of another, so that n and std say less; "
     "runs of an experiment with other options stand below its row, and count for nothing.",
-    "Run with substitutes: as published but for what that column says, because the original is not to be had. Such a "
+    "Run with substitutes: as published but for what that column says, because the original is not available. Such a "
     "row is neither reached nor missed.",
     "?: the published value is quoted from memory, not verified in the paper.",
 )

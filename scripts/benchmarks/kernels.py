@@ -1,0 +1,149 @@
+"""The elementwise kernel beside the copy bandwidth, and a layer beside LSTM and the official package."""
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.timing import ROOT, Call, import_official, medians, print_table, under_bfloat16
+
+SHAPES = [(1, 1, 512), (1, 32, 128), (32, 32, 128), (40, 32, 128), (333, 16, 416), (128, 32, 512), (256, 16, 1024)]
+# A layer as wide as its input, or one step of it.
+LAYER_SHAPES = [(32, 32, 128), (128, 32, 512), (256, 16, 1024), (1, 1, 512)]
+NECESSARY = {"infer": 20, "forward": 24, "backward": 40}  # bytes to move for an element: see bench/NOTES.md
+
+
+def run_recurrence(_: argparse.Namespace) -> None:
+    """ns an element, its share of the copy bandwidth, and the eager reference beside it."""
+    from sru.kernels import recurrence
+
+    large = torch.randn(64 * 2**20 // 4)
+    target = torch.empty_like(large)
+    copy = 2 * large.numel() * 4 / medians({"copy": lambda: target.copy_(large)})["copy"]
+    print(f"Recurrence, float32, highway. Copy bandwidth of this run: {copy / 1e9:.0f} GB/s.\n")
+    rows = []
+    for steps, batch, size in SHAPES:
+        shapes = (steps, batch, 3, size), (steps, batch, size), (2, size), (2, size), (batch, size)
+        inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        grads = [torch.randn(steps, batch, size), torch.randn(batch, size)]
+        outputs, eager = recurrence(*inputs), recurrence(*inputs, backend="reference")
+
+        def infer(inputs=inputs):
+            with torch.no_grad():
+                recurrence(*inputs)
+
+        def forward(inputs=inputs):
+            return recurrence(*inputs)
+
+        def backward(outputs=outputs, inputs=inputs, grads=grads):
+            torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+
+        def reference(inputs=inputs, eager=eager, grads=grads):
+            recurrence(*inputs, backend="reference")
+            torch.autograd.grad(eager, inputs, grads, retain_graph=True)
+
+        found = medians({"infer": infer, "forward": forward, "backward": backward})
+        # Alone: the reference returns its memory to the system, and the next contender would pay for new pages.
+        found |= medians({"reference": reference}, seconds=1.0)
+        elements = steps * batch * size
+        cells = [f"({steps}, {batch}, {size})"]
+        for name, necessary in NECESSARY.items():
+            share = necessary * elements / found[name] / copy
+            cells.append(f"{found[name] / elements * 1e9:.2f} ({share:.0%})")
+        rows.append([*cells, f"{found['reference'] / (found['forward'] + found['backward']):.0f}x"])
+    head = ["(T, B, D)", "inference, ns (of copy)", "forward, ns", "backward, ns", "reference / kernel, both passes"]
+    print_table(head, rows)
+
+
+def layer_calls(network: nn.Module, steps: int, batch: int, size: int) -> dict[str, Call]:
+    """Inference, and a training step without an optimiser, of a recurrent network with LSTM's call."""
+    x = torch.randn(steps, batch, size, requires_grad=True)
+    grad = torch.randn(steps, batch, size)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+
+    def infer():
+        with torch.no_grad():
+            network(x)
+
+    def train():
+        h, _ = network(x)
+        torch.autograd.grad(h, [x, *parameters], grad.to(h.dtype))
+
+    return {"infer": infer, "train": train}
+
+
+def print_official(threads: int) -> None:
+    """The official package's seconds, a line of JSON a shape; runs in that package's environment."""
+    official = import_official()
+    torch.set_num_threads(threads)
+    for shape in LAYER_SHAPES:
+        print(json.dumps(medians(layer_calls(official.SRU(shape[2], shape[2], num_layers=1), *shape))))
+
+
+def time_official(python: str) -> list[dict[str, float]]:
+    """The official package's seconds for each of LAYER_SHAPES, measured by another Python."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); from benchmarks import kernels; "
+    code += f"kernels.print_official({torch.get_num_threads()})"
+    with tempfile.TemporaryDirectory() as elsewhere:  # where no folder `sru` hides the package
+        command = [python, "-W", "ignore", "-c", code]
+        done = subprocess.run(command, cwd=elsewhere, stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def run_layer(options: argparse.Namespace) -> None:
+    """A layer with its matrix product beside torch.nn.LSTM, and the official package if --official names one."""
+    from sru import SRU
+
+    official = time_official(options.official) if options.official else []
+    rows = []
+    for i, shape in enumerate(LAYER_SHAPES):
+        calls: dict[Any, Call] = {}
+        for name, network in (("sru", SRU(shape[2], shape[2], 1)), ("lstm", nn.LSTM(shape[2], shape[2]))):
+            calls |= {f"{name} {kind}": call for kind, call in layer_calls(network, *shape).items()}
+        calls |= {f"{name}, bfloat16": under_bfloat16(call) for name, call in calls.items() if name.startswith("sru")}
+        found = medians(calls)
+        cells = [str(shape)]
+        for kind in ("infer", "train"):
+            ours = found[f"sru {kind}"]
+            cells += [f"{ours * 1e3:.3g}", f"{found[f'lstm {kind}'] / ours:.1f}x"]
+            cells += [f"{official[i][kind] / ours:.1f}x"] if official else []
+            cells += [f"{found[f'sru {kind}, bfloat16'] * 1e3:.3g}"]
+        rows.append(cells)
+    print(f"One layer, float32, input as wide as the layer, {torch.get_num_threads()} threads.\n")
+    ratios = ["LSTM / SRU", *(["official / SRU"] if official else []), "in bfloat16, ms"]
+    print_table(["(T, B, D)", "inference, ms", *ratios, "forward and backward, ms", *ratios], rows)
+    run_callers((512, 16, 256))
+
+
+def run_callers(shape: tuple[int, int, int]) -> None:
+    """One caller, and ten at once, each with its own sequence, as in a server."""
+    from sru import SRU
+
+    rows = []
+    for name, network in {"SRU": SRU(shape[2], shape[2], 2), "LSTM": nn.LSTM(shape[2], shape[2], 2)}.items():
+        call = layer_calls(network, *shape)["infer"]
+        alone = medians({"call": call}, seconds=1.0)["call"]
+        times: list[float] = []
+
+        def work(call=call, times=times):
+            for _ in range(10):
+                start = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - start)
+
+        threads = [threading.Thread(target=work) for _ in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        together = statistics.median(times)
+        rows.append([name, f"{alone * 1e3:.3g}", f"{together * 1e3:.3g}", f"{together / alone:.1f}x"])
+    print(f"Two layers, inference of {shape}, one caller and ten at once.\n")
+    print_table(["network", "alone, ms", "among ten, ms", "slower by"], rows)

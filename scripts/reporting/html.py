@@ -1,0 +1,164 @@
+"""The page of results: one HTML file without a network, with the papers' rows, curves, ablations, speed and sweeps."""
+
+import contextlib
+from collections import Counter
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from plotly.io.json import to_json_plotly
+from plotly.offline import get_plotlyjs
+
+from reporting.figures import Chart, draw_ablations, draw_benchmarks, draw_curves, draw_logged_speed
+from reporting.paper_rows import NOTES, STATES, Row, describe_runs, format_published, judge_orders
+from reporting.runs import DamagedError, Found, Group, Place
+from reporting.table import describe_group
+
+SIGNS = {"reached": "✓", "not reached": "✗", "run with substitutes": "≈", "not run": "–"}
+NO_ABLATION = """No model was run both whole and without a part. Make such runs:
+<code>python train.py -m 'ablation=[],[no_vc],[no_highway],[no_scaling]'</code>"""
+LOGGED = """There is no output of scripts/benchmark.py, so these are the speeds that whole runs logged. They include
+embedding, softmax and optimiser; runs beside other work, or on other machines, do not compare.
+<code>python scripts/benchmark.py layer --device cpu</code> measures as Figure 1 does."""
+STANDING = """The failed.json in a failed run's folder gives the reason. Unfinished runs are still training, or
+continue with <code>python train.py resume=FOLDER</code>.
+Runs tested in part (trainer=debug) appear in nothing above."""
+Line = tuple[dict[str, str], dict[str, str]]  # the attributes of a row, and its cells by column
+
+
+def write_table(label: str, columns: list[str], numbers: set[str], bodies: dict[str, list[Line]]) -> str:
+    """A table that scrolls, with a heading for each body that has a name."""
+    text = "".join(f'<th scope="col"{" class=number" * (name in numbers)}>{escape(name)}</th>' for name in columns)
+    text = f"<thead><tr>{text}</tr></thead>"
+    for title, lines in bodies.items():
+        text += "<tbody>"
+        text += f'<tr><th scope="rowgroup" colspan="{len(columns)}">{escape(title)}</th></tr>' if title else ""
+        for attributes, cells in lines:
+            text += "".join(["<tr", *(f' {key}="{escape(value)}"' for key, value in attributes.items()), ">"])
+            for name in columns:
+                kind = "number" if name in numbers else name.split()[0]
+                text += f'<td class="{kind}">{escape(cells.get(name, ""))}</td>'
+            text += "</tr>"
+        text += "</tbody>"
+    scroll = f'class="scroll" role="region" tabindex="0" aria-label="{escape(label)}"'
+    return f"<div {scroll}><table>{text}</table></div>"
+
+
+def write_papers(rows: list[Row]) -> str:
+    """The papers' rows, a body of the table for each of their tables."""
+    columns = ["state", "experiment", "data", "metric", "published", "measured", "n", "difference", "substitute"]
+    bodies: dict[str, list[Line]] = {}
+    # The tables of which something was run come first.
+    ran = {row.source for row in rows if row.runs or row.others}
+    for row in sorted(rows, key=lambda row: row.source not in ran):
+        attributes = {"data-task": row.task, "data-model": row.model, "data-state": row.state}
+        cells = {"state": f"{SIGNS[row.state]} {row.state}", "experiment": row.experiment, "data": row.data}
+        cells |= {"metric": row.metric, "published": format_published(row), "command": row.command}
+        cells |= {"substitute": row.substitute} | (describe_measured(row, row.shown) if row.shown else {})
+        lines = bodies.setdefault(row.source, [])
+        lines.append((attributes, cells))
+        for differs, runs in row.others.items():
+            if differs != row.substitute:
+                other = {"experiment": f"↳ with {differs}"} | describe_measured(row, runs)
+                lines.append((attributes | {"class": "other"}, other))
+    numbers = {"published", "measured", "n", "difference", "hours"}
+    notes = "".join(f"<p>{escape(note)}</p>" for note in (*judge_orders(rows), *NOTES))
+    return write_table("Rows of the papers", [*columns, "hours", "hardware", "command"], numbers, bodies) + notes
+
+
+def describe_measured(row: Row, runs: list[Any]) -> dict[str, str]:
+    cells = describe_runs(row, runs)
+    return cells | {"measured": cells["mean"] + (f" ± {cells['std']}" if cells["std"] else "")}
+
+
+def write_groups(groups: list[Group]) -> str:
+    numbers = ["mean", "std", "n", "parameters", "s/epoch"]
+    columns = ["task", "data", "model", "depth", "ablation", "vectors", "metric", *numbers, "differs"]
+    lines = []
+    for group in groups:
+        names = group.runs[0].names
+        lines.append(({"data-task": names["task"], "data-model": names["model"]}, describe_group(group)))
+    return write_table("Finished runs, in groups", columns, set(numbers), {"": lines}) if lines else "<p>None.</p>"
+
+
+def write_folders(found: Found) -> str:
+    """For every folder and file of runs: how many finished, and the state of the others."""
+    kinds = ("finished", "failed", "unfinished", "tested in part", "damaged")
+    counts: dict[tuple[str, str, str], Counter[str]] = {}
+
+    def count(place: Place, kind: str, task: str, model: str) -> None:
+        where = place.path if place.line else place.path.parent
+        where = where.resolve().relative_to(Path.cwd()) if where.resolve().is_relative_to(Path.cwd()) else where
+        counts.setdefault((str(where), task, model), Counter())[kind] += 1
+
+    for run in found.runs:
+        count(run.place, "finished", run.names["task"], run.names["model"])
+    for kind, places in zip(kinds[1:], (found.failed, found.unfinished, found.brief, found.damaged), strict=True):
+        for place in places:
+            task = model = ""
+            # A damaged run, and one that failed before it began, belong to no task.
+            with contextlib.suppress(DamagedError), place.reading("config.yaml"):
+                choices = place.read("config.yaml")["choices"]
+                task, model = str(choices["task"]), str(choices["model"])
+            count(place, kind, task, model)
+    lines: list[Line] = []
+    for (where, task, model), by_kind in sorted(counts.items()):
+        cells = {"folder or file": where, "task": task, "model": model}
+        cells |= {kind: str(by_kind[kind] or "") for kind in kinds}
+        lines.append(({"data-task": task, "data-model": model}, cells))
+    columns = ["folder or file", "task", "model", *kinds]
+    table = write_table("Runs by folder", columns, set(kinds), {"": lines}) if lines else "<p>No runs.</p>"
+    return f"{table}<p>{STANDING}</p>"
+
+
+def write_select(name: str, values: list[str]) -> str:
+    options = "".join(f'<option value="{escape(value)}">{escape(value)}</option>' for value in values)
+    return f'<label>{name.capitalize()} <select name="{name}"><option value="">all</option>{options}</select></label>'
+
+
+def build_page(rows: list[Row], groups: list[Group], found: Found, speeds: list[Path]) -> str:
+    """The whole page; `speeds` are .json files of scripts/benchmark.py."""
+    charts: list[Chart] = []
+
+    def write_charts(drawn: list[Chart], none: str) -> str:
+        figures = ""
+        for chart in drawn:
+            caption = f"{escape(chart.title)}<small>{escape(chart.subtitle)}</small>"
+            figures += f'<figure data-chart="{len(charts)}"><figcaption>{caption}</figcaption><div></div></figure>'
+            charts.append(chart)
+        empty = "Nothing here fits the filter." if drawn else none
+        return f'<div class="charts">{figures}<p class="empty">{empty}</p></div>'
+
+    benchmarks = draw_benchmarks(speeds)
+    sections = {
+        "Beside the papers": "<p>Every row of the papers' tables that this repository has an experiment for.</p>"
+        + write_papers(rows),
+        "Learning curves": "<p>Validation during training; a click on a legend's entry hides or shows its line.</p>"
+        + write_charts(draw_curves(groups), "No run here has a learning curve."),
+        "Without parts (Figure 5)": "<p>The same model whole and with one part removed.</p>"
+        + write_charts(draw_ablations(groups), NO_ABLATION),
+        "Speed (Figure 1)": f"<p>{'Measured by scripts/benchmark.py.' if benchmarks else LOGGED}</p>"
+        + write_charts(benchmarks or draw_logged_speed(groups), "No run has logged its speed."),
+        "Finished runs": "<p>Runs that differ in seed or fold only are one line.</p>" + write_groups(groups),
+        "Runs by folder": write_folders(found),
+    }
+    ids = {title: title.split(" (")[0].lower().replace(" ", "-") for title in sections}
+    tasks = {row.task for row in rows} | {group.runs[0].names["task"] for group in groups}
+    models = {row.model for row in rows} | {group.runs[0].names["model"] for group in groups}
+    controls = write_select("task", sorted(tasks)) + write_select("model", sorted(models))
+    controls += write_select("state", [*STATES])
+    controls += """<span role="radiogroup" aria-label="Curves by">Curves by
+<label><input type="radio" name="axis" value="time" checked>time</label>
+<label><input type="radio" name="axis" value="steps">steps</label></span>"""
+    states = Counter(row.state for row in rows)
+    return Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8")).substitute(
+        summary=f"{len(rows)} rows of the papers: {', '.join(f'{states[state]} {state}' for state in STATES)}. "
+        f"{len(found.runs)} finished runs. " + " · ".join(f'<a href="#{ids[title]}">{title}</a>' for title in sections),
+        controls=controls,
+        sections="".join(
+            f'<section id="{ids[title]}"><h2>{title}</h2>{content}</section>' for title, content in sections.items()
+        ),
+        plotly=get_plotlyjs(),
+        charts=to_json_plotly([chart.specification() for chart in charts]),
+    )
