@@ -300,7 +300,7 @@ class SRUppEncoder(SRUpp):
         causal: as in SRUpp; None for all networks but bidirectional ones.
         memory_length: steps of memory; None for all there were.
         eval_memory_length: the same in evaluation, where the published models look back further; None for as many.
-        options: those of SRUpp.
+        source_size, options: as in SRUpp.
     """
 
     def __init__(
@@ -314,11 +314,21 @@ class SRUppEncoder(SRUpp):
         bidirectional: bool = False,
         memory_length: int | None = None,
         eval_memory_length: int | None = None,
+        source_size: int | None = None,
         **options: Any,
     ) -> None:
         proj_size = max(1, hidden_size // 4) if proj_size is None else proj_size
-        options |= {"causal": not bidirectional if causal is None else causal, "bidirectional": bidirectional}
-        super().__init__(input_size, hidden_size, proj_size, num_layers, memory_length=memory_length, **options)
+        super().__init__(
+            input_size,
+            hidden_size,
+            proj_size,
+            num_layers,
+            causal=not bidirectional if causal is None else causal,
+            bidirectional=bidirectional,
+            memory_length=memory_length,
+            source_size=source_size,
+            **options,
+        )
         if eval_memory_length is not None:
             check_sizes(0, eval_memory_length=eval_memory_length)
         self.eval_memory_length = memory_length if eval_memory_length is None else eval_memory_length

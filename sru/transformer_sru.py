@@ -19,7 +19,7 @@ class TransformerSRU(Transformer):
     Args:
         sru_dropout: of the SRU's output, one mask for all steps; None for `dropout`.
         has_skip_term, rescale, has_vc_term, highway_bias, forget_bias: of the SRU.
-        options: those of Transformer.
+        num_heads, inner_size, ..., memory_length: as in Transformer.
     """
 
     parts = 3
@@ -37,7 +37,14 @@ class TransformerSRU(Transformer):
         has_vc_term: bool = True,
         highway_bias: float = 0.0,
         forget_bias: float = 0.0,
-        **options: Any,
+        num_heads: int = 8,
+        inner_size: int | None = None,
+        attn_dropout: float = 0.0,
+        bidirectional: bool = False,
+        causal: bool | None = None,
+        norm_first: bool = True,
+        source_size: int | None = None,
+        memory_length: int | None = None,
     ) -> None:
         if not rescale and not has_skip_term:
             raise ValueError("rescale=False has no highway to scale; type has_skip_term=true, or leave it out")
@@ -49,7 +56,20 @@ class TransformerSRU(Transformer):
             "highway_bias": highway_bias,
             "forget_bias": forget_bias,
         }
-        super().__init__(input_size, hidden_size, num_layers, dropout=dropout, **options)
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers,
+            dropout=dropout,
+            num_heads=num_heads,
+            inner_size=inner_size,
+            attn_dropout=attn_dropout,
+            bidirectional=bidirectional,
+            causal=causal,
+            norm_first=norm_first,
+            source_size=source_size,
+            memory_length=memory_length,
+        )
 
     def feed_forward(self, hidden_size: int, inner_size: int) -> nn.Module:
         return RecurrentFeedForward(hidden_size, inner_size, **self.sru_options)

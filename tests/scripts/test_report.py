@@ -77,7 +77,7 @@ def test_a_run_is_a_row_with_all_its_options_and_is_else_named_below_it(tmp_path
     assert (cr.data, len(cr.runs), cr.state) == ("cr", 2, "reached")  # 85.0 on average, 84.9 published
     assert {differs: len(runs) for differs, runs in cr.others.items()} == {
         "epochs=3": 1,
-        "data.vectors=null, callbacks.clock.max_seconds=900": 1,
+        "callbacks.clock.max_seconds=900, data.vectors=null": 1,
     }
     assert (subj.data, subj.runs, subj.others, subj.state) == ("subj", [], {}, "not run")
 

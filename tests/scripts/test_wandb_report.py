@@ -79,7 +79,7 @@ def test_every_metric_of_the_report_is_one_that_runs_log(tmp_path):
     """By the names in tasks/; of a task whose test says something else than its monitor, --metric tells."""
     grids = specification(tmp_path, "lm", "--metric", "test/bpc")
     text = json.dumps(grids)
-    source = " ".join(path.read_text() for path in (ROOT / "tasks").glob("*.py"))
+    source = " ".join(path.read_text() for path in (ROOT / "tasks").rglob("*.py"))
     for name in (
         "seconds_per_epoch",
         "encoder_seconds_per_epoch",
@@ -90,8 +90,8 @@ def test_every_metric_of_the_report_is_one_that_runs_log(tmp_path):
         assert name in text
         assert f'"{name}"' in source
     assert '"published/test/bpc"' in text
-    counted = re.findall(r'    unit = "(\w+)"', source)
-    assert {f"{name}_per_second" for name in counted} == set(wandb_report.SPEEDS)
+    units = re.findall(r'    unit = "(\w+)"', source)
+    assert {f"{name}_per_second" for name in units} == set(wandb_report.SPEEDS)
 
 
 def test_without_the_package_it_says_what_to_type(monkeypatch, capsys, tmp_path):
