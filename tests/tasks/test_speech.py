@@ -205,7 +205,7 @@ def test_a_run_learns_writes_and_is_used(settings, cache, tmp_path, capsys, monk
         run = f"checkpoint={tmp_path / 'run'}", f"input={folder / name}.wav"
         predict.main([*run])
         whole = capsys.readouterr().out
-        assert whole.strip() == heard[name]
+        assert whole.strip() == heard[name].strip()  # a recogniser may end with a space
         # A stream writes the same, by likeliest symbols and by a beam, and says how long it takes.
         for more in ([], ["chunk=37"], ["beam=4"]):
             with monkeypatch.context() as patch:  # each chunk takes 2 ms
