@@ -53,8 +53,9 @@ wheel:
 bench: setup
 	$(BIN)/python scripts/benchmark.py all
 
-gpu: setup
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+# make gpu VENV= takes the Python and the packages that are there: for a machine without a network.
+gpu: $(if $(VENV),setup)
+	$(if $(VENV),$(BIN)/python,$(PYTHON)) -m pytest -m gpu -rs $(ARGS)
 
 results: setup
 	$(BIN)/python scripts/results.py $(RUNS) --png $(RUNS)/curves.png

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 ROOT = Path(__file__).parent.parent
+OURS = ("sru", "tasks", "data", "scripts", "train", "evaluate", "predict")
 # Real corpora; what was recorded from the official package lies beside them. Absolute, for tests change folders.
 REAL = Path(os.environ.get("SRU_TEST_DATA") or ROOT.parent / "shared/data").expanduser().absolute()
 GOLDEN = (ROOT / "tests/samples/golden", REAL.parent / "golden")  # a few of the recordings, and all
@@ -37,6 +39,20 @@ def all_recordings() -> None:
     """Skip a test of all recordings where only those of samples/ are."""
     if not any(GOLDEN[1].glob("*.pt")):
         pytest.skip(f"no recordings in {GOLDEN[1]}; SRU_TEST_DATA names the folder beside it")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """With `-m gpu`, skip a file that needs a package which is not installed, and name it.
+
+    A GPU machine may have no network, and few packages.
+    """
+    report = yield
+    missing = re.search(r"No module named '(\w+)", str(report.longrepr)) if report.failed else None
+    if missing and missing[1] not in OURS and collector.config.getoption("markexpr") == "gpu":
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 1, f"Skipped: needs the package {missing[1]}")
+    return report
 
 
 def pytest_collection_modifyitems(items):
@@ -74,6 +90,7 @@ def resident() -> float:
 def configure(tmp_path, monkeypatch):
     """configure(*overrides): the configuration of a short, quiet run in tmp_path, as train.py would get it."""
     # Here, so that the library's tests need the library alone.
+    pytest.importorskip("hydra")
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict

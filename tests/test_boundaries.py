@@ -1,6 +1,7 @@
 """Who may import whom (CONTRIBUTING.md), and what importing costs."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,15 @@ def test_importing_sru_compiles_nothing_and_touches_no_gpu():
         "import torch; assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text"), [(["-m", "gpu"], 5, "needs the package nosuch"), ([], 2, "error")]
+)
+def test_a_missing_package_skips_a_file_of_the_gpu_tests_only(tmp_path, words, status, text):
+    (tmp_path / "test_x.py").write_text("import nosuch.part\n")
+    command = [sys.executable, "-m", "pytest", "-rs", "-p", "conftest", "-c", "/dev/null", "test_x.py", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stdout
+    assert text in done.stdout
