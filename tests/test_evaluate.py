@@ -226,7 +226,7 @@ def test_a_checkpoint_from_a_stranger_names_no_file_to_compose(translator, tmp_p
     for number, name in enumerate(("../data/multi30k", str(tmp_path / "evil"), None, 3, "pydoc,cr", f"{part}=x")):
         config["choices"] = config["choices"] | {part: name}
         folder = older(translator, tmp_path / str(number), config=config)
-        with pytest.raises(ValueError, match=f"the checkpoint's {part}, .* is no file of conf/{part}"):
+        with pytest.raises(ValueError, match=f"the checkpoint's {part}, .* is not a file of conf/{part}"):
             evaluate.main([f"checkpoint={folder}"])
 
 
@@ -242,16 +242,16 @@ def test_weights_that_are_no_numbers_give_no_metrics(translator, tmp_path):
     state = content["state_dict"]
     state |= {name: tensor * float("nan") for name, tensor in state.items() if not name.endswith("scale_x")}
     folder = older(translator, tmp_path / "run", config=content["config"], state_dict=state)
-    with pytest.raises(ValueError, match="test/loss is no number, by the weights of"):
+    with pytest.raises(ValueError, match="test/loss is NaN for checkpoint="):
         evaluate.main([f"checkpoint={folder}"])
 
 
 def test_weights_are_not_tied_and_examples_not_held_out_otherwise_than_in_training(configure, tmp_path):
     train.run(configure("task=lm", *SMALL, "data.unroll=20", "data.eval_unroll=50", f"run_dir={tmp_path}/lm"))
-    with pytest.raises(ValueError, match=r"task\.tied=True makes another network"):
+    with pytest.raises(ValueError, match=r"task\.tied=True does not fit the checkpoint's weights"):
         evaluate.main([f"checkpoint={tmp_path}/lm", "task.tied=true"])
     train.run(configure(*SMALL, f"run_dir={tmp_path}/sentences"))
-    with pytest.raises(ValueError, match=r"data.fold=1 would test what was trained on \(0\): leave it out"):
+    with pytest.raises(ValueError, match=r"data.fold=1 would test examples of training \(0\): leave it out"):
         evaluate.main([f"checkpoint={tmp_path}/sentences", "data.fold=1"])
 
 
@@ -259,25 +259,28 @@ def test_weights_are_not_tied_and_examples_not_held_out_otherwise_than_in_traini
     ("words", "expected"),
     [
         (["split=test"], "checkpoint is missing"),
-        (["checkpoint={run}", "data=../data/multi30k"], "data=../data/multi30k is no file of conf/data"),
-        (["checkpoint={run}", "data=multi30"], "data=multi30 is no file of conf/data. Did you mean: multi30k"),
+        (["checkpoint={run}", "data=../data/multi30k"], "data=../data/multi30k is not a file of conf/data"),
+        (["checkpoint={run}", "data=multi30"], "data=multi30 is not a file of conf/data. Did you mean: multi30k"),
         (["checkpoint=/nowhere"], "checkpoint=/nowhere is neither a run's folder nor a .ckpt"),
-        (["checkpoint={run}/config.yaml"], "config.yaml is damaged, or no checkpoint of this project"),
-        (["checkpoint={foreign}"], "is no checkpoint of this project"),
-        (["checkpoint={cut}"], "is damaged, or no checkpoint"),
+        (["checkpoint={run}/config.yaml"], "config.yaml is damaged, or not a checkpoint of this project"),
+        (["checkpoint={foreign}"], "is not a checkpoint of this project"),
+        (["checkpoint={cut}"], "is damaged, or not a checkpoint"),
         (["checkpoint={run}", "split=dev"], "split=dev must be one of test, val, train"),
         (["checkpoint={run}", "splt=val"], "there is no option 'splt'. Did you mean: split"),
-        (["checkpoint={run}", "split"], "'split' is no KEY=VALUE"),
+        (["checkpoint={run}", "split"], "'split': expected KEY=VALUE, each key once"),
         (["checkpoint={run}", "data.max_lenght=9"], "no option data.max_lenght. Did you mean: max_length"),
-        (["checkpoint={run}", "data.vocab_size=900"], "data.vocab_size is settled by the checkpoint, 800: leave it"),
+        (["checkpoint={run}", "data.vocab_size=900"], "data.vocab_size is fixed by the checkpoint, 800: leave it"),
         (["checkpoint={run}", "data.max_length=0"], "data.max_length=0 must be a whole number"),
         (["checkpoint={run}", "task.bean=3"], "no option task.bean. Did you mean: beam"),
         (["checkpoint={run}", "task.beam=0"], "task.beam=0 must be a whole number, 1 to 1000"),
-        (["checkpoint={run}", "task.embedding_size=8"], "task.embedding_size=8 makes another network"),
+        (["checkpoint={run}", "task.embedding_size=8"], "task.embedding_size=8 does not fit the checkpoint's weights"),
         (["checkpoint={run}", "task.vocab_size=8"], "no option task.vocab_size"),
-        (["checkpoint={run}", "model.hidden_size=8"], "model.hidden_size is settled by the checkpoint"),
+        (["checkpoint={run}", "model.hidden_size=8"], "model.hidden_size is fixed by the checkpoint"),
         (["checkpoint={run}", "data=translation_sampl"], "Did you mean: translation_sample"),
-        (["checkpoint={run}", "data=cr"], "of another kind than the data of training, translation_sample; of the same"),
+        (
+            ["checkpoint={run}", "data=cr"],
+            "of another kind than the data of training, translation_sample; of the same kind are: ",
+        ),
         (["checkpoint={run}", "data=parallel"], "data.source=None must be a language"),
         (["checkpoint={run}", "limit=0"], "limit=0 must be a number of batches"),
         (["checkpoint={run}", "limit=["], "limit=[ must be a number of batches"),

@@ -106,7 +106,7 @@ def test_a_text_without_lines_is_scored(configure, tmp_path, capsys):
             "there is no option 'topk'; there are: checkpoint, device, prompt",
         ),
         (["checkpoint={run}", "input=/nowhere"], "input=/nowhere cannot be read"),
-        (["checkpoint={run}", "prompt"], "'prompt' is no KEY=VALUE"),
+        (["checkpoint={run}", "prompt"], "'prompt': expected KEY=VALUE"),
         (["checkpoint={run}/config.yaml", "prompt=x"], "config.yaml"),
     ],
 )
@@ -142,7 +142,7 @@ def copy_of(trained, folder, **changes):
 
 
 def test_a_checkpoint_of_another_size_is_refused(trained, tmp_path):
-    with pytest.raises(ValueError, match=r"config\.yaml is damaged, or not that of .*best\.ckpt"):
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged, or does not belong to .*best\.ckpt"):
         predict.load(str(copy_of(trained, tmp_path / "run", model__hidden_size=24)))
 
 

@@ -114,7 +114,7 @@ def test_what_a_class_takes_and_the_configuration_has_not_is_answered_with_the_p
         ("++trainer.max_epoch=1", "pytorch_lightning.Trainer takes no 'max_epoch'. Did you mean: trainer.max_epochs, "),
         ("+callbacks.best.save_top_k=3", "best.ckpt is one file. To keep more, type +callbacks.top._target_="),
         ("model.batch_first=true", "model.batch_first is not for a run: time comes first in every task"),
-        ("+model.dtype=float64", "model.dtype=float64: the trainer chooses it, by trainer.precision=64-true"),
+        ("+model.dtype=float64", "model.dtype=float64: trainer.precision sets it, for example 64-true"),
         ("+callbacks.best.save_weights_only=true", "a resume and the test need the whole checkpoint. Leave it out"),
         ("callbacks.last.save_weights_only=true", "a resume and the test need the whole checkpoint. Leave it out"),
         ("trainer.callbacks.rate._target_=a.B", "made of callbacks; type +callbacks.rate._target_=a.B"),
@@ -130,7 +130,7 @@ def test_what_a_class_takes_and_the_configuration_has_not_is_answered_with_the_p
         ("trainer.num_nodes=2", "type trainer=ddp"),
         ("callbacks.best.monitor=null", "callbacks.best.monitor=None must be a metric of the validation"),
         ("callbacks.best.mode=up", "callbacks.best.mode=up must be min or max"),
-        ("~trainer.max_epochs", "trainer.max_epochs is missing, without which a run has no end"),
+        ("~trainer.max_epochs", "trainer.max_epochs is missing, and a run needs an end"),
         ("~logger.wandb", "type ~loggers.wandb, or logger=csv"),
         ("logger.wandb=null", "type loggers.wandb=null, or logger=csv"),
         ("+callbacks.last.save_top_k=0", "last.ckpt is one file, and a resume needs it; leave that out"),
@@ -211,7 +211,7 @@ def test_every_task_refuses_a_batch_that_comes_first(configure, task):
 
 
 def test_a_metric_that_is_nowhere_is_told_before_the_first_epoch(configure, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"no validation has the metric val/acc, .* there are: val/loss, val/accuracy"):
+    with pytest.raises(ValueError, match=r"the validation has no metric val/acc, .* there are: val/loss, val/accuracy"):
         train.run(configure(*TINY, "trainer=patient", "callbacks.best.monitor=val/acc"))
     assert "epoch 1" not in capsys.readouterr().out
 
@@ -270,9 +270,9 @@ def test_a_group_that_a_run_needs_is_answered_with_its_choices(answer, group):
     ("word", "said"),
     [
         ("~logger=csv", "There is no logger=csv to remove"),
-        ("-m experiment=null,squad_sru_4l", "null is no choice of a sweep"),
+        ("-m experiment=null,squad_sru_4l", "a sweep cannot contain null here"),
         ("logger=csv loggers.wandb=null", "no loggers.wandb to take away"),
-        ("hydra/launcher=null", "hydra/launcher=null: null is no file"),
+        ("hydra/launcher=null", "hydra/launcher=null: null is not a file"),
     ],
 )
 def test_nothing_that_is_nowhere_is_told(answer, word, said):
@@ -317,7 +317,7 @@ def test_a_profiler_reports_and_a_monitor_of_the_rate_is_in_the_file(configure, 
 def test_fast_dev_run_ends_and_keeps_nothing(configure, tmp_path, capsys, logger):
     assert train.run(configure(*TINY, f"logger={logger}", "+trainer.fast_dev_run=true")) is None
     told = capsys.readouterr().out
-    assert "none: fast_dev_run keeps nothing" in told
+    assert "none: fast_dev_run saves nothing" in told
     assert "test/accuracy" in told
     assert not (tmp_path / "run").exists()
 

@@ -301,7 +301,7 @@ def test_a_signal_to_the_command_saves_by_all_processes_and_ends_the_sweep(tmp_p
         (["trainer.devices=2"], {}, r"trainer\.devices=2 needs several processes: type trainer=ddp trainer\.devices=2"),
         (["trainer.accelerator=tpu"], {}, r"trainer\.accelerator=tpu must be one of auto, cpu, gpu"),
         (["trainer=ddp", "trainer.strategy=fsdp"], {}, r"trainer\.strategy=fsdp must be one of auto, ddp"),
-        (["trainer=ddp"], {"TORCHELASTIC_RUN_ID": "a"}, "WORLD_SIZE is not set, where torchrun sets a whole number"),
+        (["trainer=ddp"], {"TORCHELASTIC_RUN_ID": "a"}, "WORLD_SIZE is not set, but torchrun sets a whole number"),
         (
             ["trainer=ddp"],
             {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": "5", "LOCAL_WORLD_SIZE": "2"},
@@ -310,7 +310,7 @@ def test_a_signal_to_the_command_saves_by_all_processes_and_ends_the_sweep(tmp_p
         (
             ["trainer=ddp"],
             {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "x"},
-            "SLURM_NTASKS is x, where srun sets",
+            "SLURM_NTASKS is x, but srun sets",
         ),
         (["trainer=ddp", "trainer.devices=0"], {}, r"trainer\.devices=0 must be a whole number, 1 or more, or auto"),
         (["trainer=ddp", "trainer.devices=[0,1]"], {}, "CUDA_VISIBLE_DEVICES"),
@@ -321,7 +321,7 @@ def test_a_signal_to_the_command_saves_by_all_processes_and_ends_the_sweep(tmp_p
             r"this machine has \d+ GPUs|torch finds no GPU here",
         ),
         (["trainer=ddp", "trainer.devices=3"], {"WORLD_SIZE": "2"}, r"2 processes were started on each of 1 machines"),
-        ([], {"WORLD_SIZE": "2"}, "2 processes were started, and trainer=default is of one: type trainer=ddp"),
+        ([], {"WORLD_SIZE": "2"}, "2 processes were started, but trainer=default uses one: type trainer=ddp"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(configure, monkeypatch, words, started, message):
@@ -346,7 +346,7 @@ def test_a_gpu_that_is_not_there_is_told_before_the_data_are_read(configure, mon
 def test_a_parted_network_is_refused_without_gpus(configure):
     cfg = configure("trainer=fsdp")
     config_checks.check(cfg)
-    with pytest.raises(ValueError, match="trainer=fsdp parts a network among GPUs"):
+    with pytest.raises(ValueError, match="trainer=fsdp shards a network across GPUs"):
         distributed.resolve_devices(cfg)
 
 

@@ -285,8 +285,8 @@ def test_a_full_disk_takes_nothing_that_was_saved_and_the_run_goes_on_when_there
         train.run(configure(*words))
     told = errors.explain(caught.value)
     assert re.fullmatch(
-        rf"{run}/checkpoints/(best|last)\.ckpt: No space left on device, \d MiB are free there\. Whatever was "
-        r"saved before is whole\. Make room .* goes on with: python train\.py resume=FOLDER",
+        rf"{run}/checkpoints/(best|last)\.ckpt: No space left on device, \d MiB are free there\. Files "
+        r"saved before are complete\. Make room .* continues with: python train\.py resume=FOLDER",
         told,
     ), told
     assert checkpoints.read_checkpoint(run / "checkpoints/last.ckpt")["global_step"] == 6
@@ -351,8 +351,7 @@ def test_a_file_of_the_data_is_not_told_as_if_the_run_was_meant(tmp_path):
     with pytest.raises(IsADirectoryError) as caught:
         download.digest(tmp_path / "corpus", "", "sha256")
     assert errors.explain(caught.value) == (
-        f"{tmp_path}/corpus: Is a directory. Corpora lie in data.root=FOLDER, what is prepared of them in "
-        "data.cache=FOLDER"
+        f"{tmp_path}/corpus: Is a directory. Corpora lie in data.root=FOLDER, prepared data in data.cache=FOLDER"
     )
     with pytest.raises(IsADirectoryError) as caught:
         torch.load(tmp_path / "corpus", weights_only=True)
@@ -410,7 +409,9 @@ def test_a_damaged_checkpoint_is_told_with_the_one_that_is_whole(configure, tmp_
     with pytest.raises(ValueError, match=f"^{last} is damaged") as caught:
         train.run(configure(f"resume={run}"))
     told = str(caught.value)
-    assert f"{best} is whole, of step 6: to go on from there, `cp {best} {last}` and the same again." in told
+    assert (
+        f"{best} is complete, of step 6: to resume from it, type `cp {best} {last}` and the same command again." in told
+    )
     best.write_bytes(b"")
     with pytest.raises(ValueError, match="Use a copy of the folder, or start a new run"):
         train.run(configure(f"resume={run}"))

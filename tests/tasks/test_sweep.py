@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from test_conf import bind
 
 import train
-from tasks.run import config_checks, errors, files, sweep
+from tasks.run import checkpoints, config_checks, errors, files, sweep
 
 TINY = ("logger=csv", "width=16", "data.batch_size=8", "trainer.enable_progress_bar=false")
 TINY += ("trainer.limit_train_batches=4", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2")
@@ -60,6 +60,10 @@ def test_a_sweep_whose_jobs_would_share_one_run_of_wandb_is_refused(command, tmp
 
 def times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def last_step(folder):
+    return checkpoints.read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"]
 
 
 def weights(folder):
@@ -172,26 +176,41 @@ def test_a_failure_is_no_other_jobs(command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_has_jobs_side_by_side_save_and_begins_no_other(tmp_path, number):
-    words = ("task=image", "depth=1", "logger=csv", "trainer.max_epochs=100000", "trainer.val_check_interval=1.0")
-    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}")
-    start = [sys.executable, "train.py", "-m", "seed=1,2,3", *words, *launcher]
-    running = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def test_a_signal_stops_parallel_jobs_with_complete_checkpoints_and_the_sweep_resumes(command, tmp_path, number):
+    folder = tmp_path / "sweep"
+    words = ("seed=1,2,3", "depth=1", "trainer.max_epochs=100000", *TINY, f"hydra.sweep.dir={folder}")
+    start = [sys.executable, "train.py", "-m", *words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+
+    def hear_ctrl_c():  # a shell starts background jobs, perhaps this one, with SIGINT ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    running = subprocess.Popen(start, cwd=ROOT, text=True, preexec_fn=hear_ctrl_c, **pipes)
     until = time.monotonic() + 240
-    while not all((tmp_path / job / "checkpoints/last.ckpt").exists() for job in "01"):
+    while not all((folder / job / "checkpoints/last.ckpt").exists() for job in "01"):
         assert running.poll() is None, running.communicate()
         assert time.monotonic() < until
         time.sleep(0.1)
-    steps = 39  # of an epoch
     running.send_signal(number)
-    told, _ = running.communicate(timeout=120)
-    assert running.returncode == 128 + number, told
-    assert f"Go on with: python train.py resume={tmp_path}" in told
-    assert "Traceback" not in told
-    found = [torch.load(tmp_path / job / "checkpoints/last.ckpt", weights_only=True)["global_step"] for job in "01"]
-    assert any(step % steps for step in found), found  # not that of the last validation
-    assert not list(tmp_path.glob("*/.lock"))
-    assert not (tmp_path / "2/run.json").exists()
+    try:
+        output, _ = running.communicate(timeout=120)
+    finally:
+        running.kill()
+    assert running.returncode == 128 + number, output
+    assert f"Go on with: python train.py resume={folder}" in output
+    assert "Traceback" not in output
+    assert not (folder / "2/run.json").exists()
+    steps = []
+    for job in "01":
+        with FileLock(folder / job / ".lock", timeout=20):  # it is not running any more
+            steps.append(last_step(folder / job))
+    # The same sweep with fewer epochs: two more than the jobs have, of 4 steps each.
+    epochs = max(steps) // 4 + 2
+    for path in (folder / "sweep.json", *folder.glob("*/run.json")):
+        path.write_text(path.read_text().replace("trainer.max_epochs=100000", f"trainer.max_epochs={epochs}"))
+    assert command(f"resume={folder}", "hydra/launcher=basic") == 0
+    for job in "012":
+        assert last_step(folder / job) == 4 * epochs
 
 
 def test_a_disk_that_is_full_is_told_before_a_sweep_begins(command, tmp_path, monkeypatch):
