@@ -8,18 +8,14 @@ import tempfile
 import time
 import warnings
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytorch_lightning as pl
 import yaml
-from hydra.utils import get_class
-from omegaconf import OmegaConf
 
 from tasks import trained
-from tasks.run import config_checks, config_hints, console, errors, files, metrics
+from tasks.run import config_hints, console, errors, files, metrics
 
 USAGE = """Test a trained network: python evaluate.py checkpoint=FOLDER_OR_FILE KEY=VALUE ...
 
@@ -40,12 +36,6 @@ output        a folder for metrics.json and the files that a test writes, such a
 """
 OWN = ("checkpoint", "split", "data", "limit", "precision", "device", "output")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
-SPLITS = ("test", "val", "train")
-FOLDERS = ("root", "cache")
-# Always from conf/data: a checkpoint may come from a stranger.
-DOWNLOADS = ("files", "rows", "parts", "url", "archive")
-# With other values of these, examples of training would be in the test.
-HELD_OUT = ("fold", "seed", "num_train", "num_val", "valid_bytes", "test_bytes")
 
 
 def main(words: list[str]) -> dict[str, float]:
@@ -59,8 +49,8 @@ def main(words: list[str]) -> dict[str, float]:
     split, device = options.get("split", "test"), options.get("device", "auto")
     trained.check_device(device)
     saved = trained.open_checkpoint(options["checkpoint"])
-    task, vocabulary = build_task(saved, changes)
-    data = build_data(saved, vocabulary, split, options.get("data"), changes["data"])
+    task, vocabulary = trained.build_task(saved, changes)
+    data = trained.build_data(saved, vocabulary, split, options.get("data"), changes["data"])
     training = saved.config["trainer"]
     precision = options.get("precision", training.get("precision", PRECISIONS[0]))
     limit = read_limit(options["limit"]) if "limit" in options else training.get(f"limit_{split}_batches")
@@ -125,7 +115,7 @@ def parse(words: list[str]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
         elif name not in OWN:
             known = [*OWN, "data.batch_size", "data.root", "task.beam"]
             raise ValueError(f"there is no option {name!r}.{config_hints.suggest_keys(name, known)}")
-    for name, values in (("split", SPLITS), ("precision", PRECISIONS)):
+    for name, values in (("split", trained.SPLITS), ("precision", PRECISIONS)):
         if options.get(name, values[0]) not in values:
             raise ValueError(f"{name}={options[name]} must be one of {', '.join(values)}")
     return options, changes
@@ -155,93 +145,6 @@ def prepare_output(output: str, artifacts: tuple[str, ...]) -> Path:
     except OSError as error:
         raise PermissionError(f"output={output} cannot be written ({error.strerror}); name another") from error
     return file
-
-
-def build_task(saved: trained.Saved, changes: dict[str, dict[str, Any]]) -> tuple[Any, Any]:
-    """The task with its recorded or changed options, and the vocabulary."""
-    task, vocabulary = trained.build(saved)  # first unchanged, which checks that its classes are this project's
-    changed = [f"{part}.{name}={value}" for part in ("task", "model") for name, value in changes[part].items()]
-    if not changed:
-        return task, vocabulary
-    not_options = ("encoder", "optimizer", "scheduler", "linear", *vocabulary.model_kwargs)
-    known = [name for name in config_checks.options_of(type(task)) if name not in not_options]
-    for name in changes["task"]:
-        if name not in known:
-            hint = config_hints.suggest_keys(name, known)
-            raise ValueError(f"{type(task).__name__} has no option task.{name}.{hint}")
-    for name in changes["model"]:
-        if name != "eval_memory_length" or name not in saved.config["model"]:
-            raise ValueError(f"model.{name} is fixed by the checkpoint's weights: leave it out")
-    config = saved.config | {part: saved.config[part] | changes[part] for part in ("task", "model")}
-    config_checks.check(OmegaConf.create(config))
-    try:
-        return trained.build(replace(saved, config=config))
-    except ValueError as error:
-        if error.__cause__ is None:  # the class itself refuses a value
-            raise
-        raise ValueError(f"{' '.join(changed)} does not fit the checkpoint's weights: leave it out") from error
-
-
-def build_data(saved: trained.Saved, vocabulary: Any, split: str, name: str | None, changes: dict[str, Any]) -> Any:
-    """The data of training, or other data of the same kind, with the checkpoint's vocabulary."""
-    before, choices = saved.config["data"], saved.config["choices"]
-    training_class, _ = trained.class_and_options(saved.config, "data", pl.LightningDataModule)
-    # Before Hydra composes them: a name could be the path of a file that came with the checkpoint.
-    for part, chosen in (("data", name or choices.get("data")), ("task", choices.get("task"))):
-        if chosen not in (known := config_hints.choices(part)):
-            said = f"data={name}" if name and part == "data" else f"the checkpoint's {part}, {chosen!r},"
-            hint = config_hints.suggest_keys(str(chosen), known)
-            raise ValueError(f"{said} is not a file of conf/{part}.{hint}")
-    choices = choices | {"data": name or choices["data"]}
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_hints.CONF)):
-        cfg = hydra.compose("config", [f"task={choices['task']}", f"data={choices['data']}"])
-    values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    data_class, _ = trained.class_and_options({"data": values}, "data", pl.LightningDataModule)
-    if data_class.vocabulary_of is not training_class.vocabulary_of:
-        raise ValueError(
-            f"data={name} is of another kind than the data of training, {saved.config['choices']['data']}; of the same "
-            f"kind are: {', '.join(data_of_kind(training_class))}"
-        )
-    known, fixed = config_checks.options_of(data_class), data_class.FIXED_BY_CHECKPOINT
-    is_same = choices["data"] == saved.config["choices"]["data"]
-    for key, value in before.items():
-        if key in FOLDERS:
-            is_kept = key in values and Path(str(value)).expanduser().is_dir()
-        else:
-            is_kept = (key in fixed and key in known) or (is_same and key not in ("_target_", *DOWNLOADS))
-        if is_kept:
-            values[key] = value
-    for key, value in changes.items():
-        top, dot, _ = key.partition(".")
-        if top in fixed:
-            raise ValueError(f"data.{key} is fixed by the checkpoint, {values.get(top)}: leave it out")
-        if top not in known:
-            hint = config_hints.suggest_keys(top, [each for each in known if each not in fixed])
-            raise ValueError(f"the data have no option data.{key}.{hint}")
-        if is_same and key in HELD_OUT and value != before.get(key):
-            raise ValueError(f"data.{key}={value} would test examples of training ({before.get(key)}): leave it out")
-        if dot:
-            raise ValueError(f"type data.{top}={{...}} as a whole, not data.{key}")
-    values |= changes
-    # If each split has its own file, only the one of this split is read.
-    values |= {key: values[split] for key in SPLITS if key in values}
-    data_class, options = trained.class_and_options({"data": values}, "data", pl.LightningDataModule)
-    config_checks.check(OmegaConf.create(saved.config | {"data": values, "choices": choices}))
-    data = data_class(**options)
-    data.checkpoint_vocabulary = vocabulary
-    return data
-
-
-def data_of_kind(training_class: Any) -> list[str]:
-    """The files of conf/data with the same kind of vocabulary."""
-
-    def data_class(name: str) -> Any:
-        cfg: Any = OmegaConf.load(config_hints.CONF / f"data/{name}.yaml")
-        return get_class(cfg._target_) if "_target_" in cfg else data_class(cfg.defaults[0])
-
-    return [
-        name for name in config_hints.choices("data") if data_class(name).vocabulary_of is training_class.vocabulary_of
-    ]
 
 
 if __name__ == "__main__":

@@ -1,30 +1,37 @@
-"""Load a trained network from its checkpoint: `task, vocabulary = load("runs/lm/<time>")`.
+"""Load a trained network from its checkpoint, and data to test it: `task, vocabulary = load("runs/lm/<time>")`.
 
 `task.encoder` is the recurrent network, called with x (T, B, input_size); a task with several has `task.encoders`.
 """
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hydra
 import torch
 import yaml
-from hydra.utils import get_object
+from hydra.utils import get_class, get_object
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import LightningDataModule
 from torch import nn
 
 from tasks.base import Task
-from tasks.run import checkpoints, errors
+from tasks.run import checkpoints, config_checks, config_hints, errors
+from tasks.run.signatures import OURS
 
-OURS = ("sru", "tasks", "data")
 PRODUCT = "sru.kernels.linear.linear"  # the only function that a configuration may name
 # Errors from a configuration that is damaged, or belongs to another checkpoint.
 MISFITS = AttributeError, ImportError, KeyError, TypeError, RuntimeError, yaml.YAMLError, OmegaConfBaseException
+SPLITS = ("test", "val", "train")
+# Always from conf/data: a checkpoint may come from a stranger.
+DOWNLOADS = ("files", "rows", "parts", "url", "archive")
+# With other values of these, examples of training would be in the test.
+HELD_OUT = ("fold", "seed", "num_train", "num_val", "valid_bytes", "test_bytes")
 
 
 @dataclass(frozen=True)
@@ -150,3 +157,89 @@ def build(saved: Saved) -> tuple[Any, Any]:
             "take both from one run"
         ) from error
     return task, vocabulary
+
+
+def check_names(part: str, names: Iterable[str], known: list[str], fixed: Iterable[str]) -> None:
+    """Refuse options that a part does not have, and those that belong to the checkpoint."""
+    for name in names:
+        if name in fixed:
+            raise ValueError(f"{part}.{name} is fixed by the checkpoint: leave it out")
+        if name not in known:
+            hint = config_hints.suggest_keys(name, [each for each in known if each not in fixed])
+            raise ValueError(f"there is no option {part}.{name}.{hint}")
+
+
+def build_task(saved: Saved, changes: dict[str, dict[str, Any]]) -> tuple[Any, Any]:
+    """The task with its recorded or changed options, and the vocabulary."""
+    task, vocabulary = build(saved)  # first unchanged, which checks that its classes are this project's
+    changed = [f"{part}.{name}={value}" for part in ("task", "model") for name, value in changes[part].items()]
+    if not changed:
+        return task, vocabulary
+    fixed = ("encoder", "optimizer", "scheduler", "linear", *vocabulary.model_kwargs)
+    check_names("task", changes["task"], config_checks.options_of(type(task)), fixed)
+    free = [name for name in ("eval_memory_length",) if name in saved.config["model"]]
+    check_names("model", changes["model"], free, [name for name in changes["model"] if name not in free])
+    config = saved.config | {part: saved.config[part] | changes[part] for part in ("task", "model")}
+    config_checks.check(OmegaConf.create(config))
+    try:
+        return build(replace(saved, config=config))
+    except ValueError as error:
+        if error.__cause__ is None:  # the class itself refuses a value
+            raise
+        raise ValueError(f"{' '.join(changed)} does not fit the checkpoint's weights: leave it out") from error
+
+
+def build_data(saved: Saved, vocabulary: Any, split: str, name: str | None, changes: dict[str, Any]) -> Any:
+    """The data of training, or other data of the same kind, with the checkpoint's vocabulary."""
+    before, choices = saved.config["data"], saved.config["choices"]
+    training_class, _ = class_and_options(saved.config, "data", LightningDataModule)
+    # Before Hydra composes them: a name could be the path of a file that came with the checkpoint.
+    for part, chosen in (("data", name or choices.get("data")), ("task", choices.get("task"))):
+        if chosen not in (known := config_hints.choices(part)):
+            said = f"data={name}" if name and part == "data" else f"the checkpoint's {part}, {chosen!r},"
+            hint = config_hints.suggest_keys(str(chosen), known)
+            raise ValueError(f"{said} is not a file of conf/{part}.{hint}")
+    choices = choices | {"data": name or choices["data"]}
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_hints.CONF)):
+        cfg = hydra.compose("config", [f"task={choices['task']}", f"data={choices['data']}"])
+    values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    data_class, _ = class_and_options({"data": values}, "data", LightningDataModule)
+    if data_class.vocabulary_of is not training_class.vocabulary_of:
+        raise ValueError(
+            f"data={name} is of another kind than the data of training, {saved.config['choices']['data']}; of the same "
+            f"kind are: {', '.join(data_of_kind(training_class))}"
+        )
+    known, fixed = config_checks.options_of(data_class), data_class.FIXED_BY_CHECKPOINT
+    is_same = choices["data"] == saved.config["choices"]["data"]
+    for key, value in before.items():
+        if key in config_checks.FOLDERS:
+            is_kept = key in values and Path(str(value)).expanduser().is_dir()
+        else:
+            is_kept = (key in fixed and key in known) or (is_same and key not in ("_target_", *DOWNLOADS))
+        if is_kept:
+            values[key] = value
+    check_names("data", changes, known, fixed)
+    for key in HELD_OUT:
+        if is_same and key in changes and changes[key] != before.get(key):
+            said = f"data.{key}={changes[key]}"
+            raise ValueError(f"{said} would test examples of training ({before.get(key)}): leave it out")
+    values |= changes
+    # If each split has its own file, only the one of this split is read.
+    values |= {key: values[split] for key in SPLITS if key in values}
+    data_class, options = class_and_options({"data": values}, "data", LightningDataModule)
+    config_checks.check(OmegaConf.create(saved.config | {"data": values, "choices": choices}))
+    data = data_class(**options)
+    data.checkpoint_vocabulary = vocabulary
+    return data
+
+
+def data_of_kind(training_class: Any) -> list[str]:
+    """The files of conf/data with the same kind of vocabulary."""
+
+    def data_class(name: str) -> Any:
+        cfg: Any = OmegaConf.load(config_hints.CONF / f"data/{name}.yaml")
+        return get_class(cfg._target_) if "_target_" in cfg else data_class(cfg.defaults[0])
+
+    return [
+        name for name in config_hints.choices("data") if data_class(name).vocabulary_of is training_class.vocabulary_of
+    ]

@@ -79,7 +79,7 @@ def load(path: str) -> dict[str, Any]:
 
 
 def mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of floating-point tensors, in float64; other tensors are those of the first state."""
+    """The mean of floating-point tensors, in float64; other tensors are the first state's."""
     return {
         name: torch.stack([state[name].double() for state in states]).mean(0).to(value.dtype)
         if value.is_floating_point()

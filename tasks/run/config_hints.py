@@ -42,7 +42,7 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
 
 
-# Null: in words, before Hydra reads them, and in the configuration.
+# Null in words, before Hydra reads them, and in the configuration.
 
 
 def drop_empty_words(words: list[str]) -> list[str]:
@@ -274,7 +274,7 @@ def key_of(word: str) -> str:
 def compose_without(key: str, words: list[str]) -> DictConfig:
     """The configuration of a command without a wrong key, and without other words that do not compose.
 
-    Of a sweep, that of the first job without such a key.
+    For a sweep, the first job without such a key.
     """
     words = [word for word in words if not word.startswith(("-", "hydra", "+hydra", "resume=")) and key_of(word) != key]
     jobs: Iterator[Any] = iter([()])
@@ -313,7 +313,7 @@ def compose_valid(words: list[str]) -> DictConfig:
 
 
 def class_words(path: str) -> str:
-    """The words that give an option a class; those of a task are called by the task."""
+    """The words that give an option a class; a task calls its classes itself."""
     return f"+{path}._target_=CLASS" + (f" +{path}._partial_=true" if path.startswith("task.") else "")
 
 

@@ -106,8 +106,6 @@ def resolve_devices(cfg: DictConfig) -> int:
         raise ValueError(
             f"trainer.accelerator={cfg.trainer.accelerator}: torch finds no GPU here; type trainer.accelerator=cpu"
         )
-    if rank() >= world_size():
-        raise ValueError(f"process {rank()} was started as one of {world_size()}, which are 0 to {world_size() - 1}")
     if "strategy" not in cfg.trainer:
         if world_size() > 1:
             raise ValueError(

@@ -100,7 +100,7 @@ class MetricsFile(Logger):
 
 
 def result(trainer: Any, task: Any) -> dict[str, Any]:
-    """The content of metrics.json after training; the monitored metric is that of the best epoch."""
+    """The content of metrics.json after training; the monitored metric is the best epoch's."""
     best = trainer.checkpoint_callback
     clock = next(callback for callback in trainer.callbacks if isinstance(callback, ThroughputMonitor))
     metrics = {}

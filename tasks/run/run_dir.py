@@ -141,7 +141,7 @@ def add_recorded_words(arguments: list[str]) -> list[str]:
     if len(folders) > 1 or {"-m", "--multirun"} & set(arguments):
         raise ValueError("resume= continues one run: type it once, and without -m.")
     if not (folder / "run.json").exists():
-        raise FileNotFoundError(f"resume={folder} is no run folder (it has no run.json); runs lie below runs/.")
+        raise FileNotFoundError(f"resume={folder} is not a run folder (it has no run.json); runs lie below runs/.")
     if any(word.startswith(("run_dir=", "hydra.run.dir=")) for word in arguments):
         raise ValueError(f"resume={folder} goes on in that folder: leave run_dir out.")
     overrides = read_recorded_words(folder / "run.json")

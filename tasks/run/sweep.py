@@ -165,7 +165,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def folder_to_resume(arguments: list[str]) -> Path | None:
-    """The folder in resume=FOLDER if it holds a sweep; None for that of a run, and without resume=."""
+    """The folder in resume=FOLDER if it holds a sweep; None for a run's folder, and without resume=."""
     names = [word.removeprefix("resume=") for word in arguments if word.startswith("resume=")]
     folder = Path(names[0].strip("'\"")).absolute() if names else None
     return folder if folder and (folder / "sweep.json").is_file() else None

@@ -21,8 +21,7 @@ class Wandb(WandbLogger):
     A run's name has data, model, depth x width, ablations, seed and fold. Its group is the experiment, with the data if
     the experiment has several corpora; without an experiment, the name without seed and fold. If the configuration has
     a published value, `published/METRIC` is a constant series beside the curves, and the summary has the run's
-    `difference/METRIC`. The summary of a finished run has all of metrics.json: the monitored metric is that of the best
-    epoch.
+    `difference/METRIC`. The summary of a finished run has all of metrics.json, with the metric of the best epoch.
 
     An agent of a wandb sweep chooses project, entity and id. Otherwise the id is WANDB_RUN_ID, or a new one.
 
