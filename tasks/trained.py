@@ -111,19 +111,18 @@ def class_and_options(config: dict[str, Any], part: str, base: type) -> tuple[An
     options name no other class.
     """
     options: dict[str, Any] = dict(config[part])
-    target = str(options.pop("_target_"))
+    name = str(options.pop("_target_"))
+    options.pop("_partial_", None)
     has_product = part == "task" and options.get("linear") == {"_target_": PRODUCT, "_partial_": True}
     if has_product:
         del options["linear"]
-    options.pop("_partial_", None)
-    found = get_object(target) if re.fullmatch(rf"({'|'.join(OURS)})(\.\w+)+", target) else None
-    own = isinstance(found, type) and issubclass(found, base)
-    own = (
-        own and found.__module__.split(".")[0] == target.split(".")[0]
-    )  # not a name that a module imports from elsewhere
-    if not own or "_target_" in json.dumps(options):
-        raise ValueError(f"the run names {target} as {part}, or classes within: not of this project, nothing built")
-    return found, options | ({"linear": get_object(PRODUCT)} if has_product else {})
+    target = get_object(name) if re.fullmatch(rf"({'|'.join(OURS)})(\.\w+)+", name) else None
+    is_own = isinstance(target, type) and issubclass(target, base)
+    # A module of this project may import a class from elsewhere.
+    is_own = is_own and target.__module__.split(".")[0] == name.split(".")[0]
+    if not is_own or "_target_" in json.dumps(options):
+        raise ValueError(f"the run names {name} as {part}, or classes within: not of this project, nothing built")
+    return target, options | ({"linear": get_object(PRODUCT)} if has_product else {})
 
 
 def build(saved: Saved) -> tuple[Any, Any]:

@@ -260,7 +260,7 @@ def test_a_kill_during_a_save_leaves_a_complete_checkpoint_and_a_resume_cleans_u
 
 @pytest.fixture
 def disk(tmp_path):
-    """disk(megabytes): a folder that holds no more; again: that it holds more."""
+    """disk(megabytes): a folder with this much space; call it again to change the size."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
