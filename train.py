@@ -1,5 +1,6 @@
 """Train, test and record one run: `python train.py task=classification data=trec model=sru`."""
 
+import json
 import logging
 import shlex
 import sys
@@ -18,6 +19,7 @@ from tasks.run import (
     console,
     distributed,
     errors,
+    files,
     imports,
     malloc,
     run_dir,
@@ -27,27 +29,28 @@ from tasks.run import (
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Run what the configuration says; returns the monitored metric's best value, which sweepers optimise."""
+    """Train and test one configuration; returns the best value of the monitored metric, which searches optimise."""
     config_hints.drop_null(cfg)
     config_checks.check(cfg)
     config_hints.check(cfg)
     wandb_options.keep_place(cfg)
     with imports.no_garbage():
-        # Not at the top: help, and a command that is refused, would wait seconds for torch.
+        # Not at the top: --help and refused commands must not wait seconds for torch.
         imports.import_lightning()
         import pytorch_lightning as pl
 
         from tasks.run import checkpoint_averaging, checkpoints, metrics, wandb_logger
 
-        config_hints.import_classes(cfg)
+        for key, node in config_checks.targets(cfg):
+            config_checks.import_class(node, key)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logging.getLogger("pytorch_lightning.profilers").setLevel(logging.INFO)  # their reports
-    # A corpus in memory needs no workers, a resumed run finds its checkpoints, how Lightning uses torch is its own.
     warnings.filterwarnings(
         "ignore",
-        ".*does not have many workers.*|Checkpoint directory .* is not empty|.*isinstance.treespec, LeafSpec|"
-        # Metrics are summed over the processes before they are logged.
-        ".*recommended to use .self.log.*sync_dist=True.",
+        ".*does not have many workers.*|"  # the corpus is in memory
+        "Checkpoint directory .* is not empty|"  # a resume
+        ".*isinstance.treespec, LeafSpec|"  # Lightning's use of torch
+        ".*recommended to use .self.log.*sync_dist=True.",  # metrics are summed over the processes before
     )
     if (count := distributed.resolve_devices(cfg)) > distributed.world_size():
         return distributed.launch(cfg, count)
@@ -61,33 +64,33 @@ def run(cfg: DictConfig) -> float | None:
             config_checks.check_data(cfg, data, last)
             kwargs = data.model_kwargs
         task = instantiate(cfg.task)(encoder=instantiate(cfg.model), **kwargs)
-        # A bar in a file is a wall of lines.
+        # In a file, each update of a bar would be a line.
         cfg.trainer.enable_progress_bar &= sys.stdout.isatty()
         if not cfg.trainer.enable_progress_bar:
             config_hints.drop_bars(cfg)
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         recorder = checkpoints.Recorder(config, metrics.provenance(on_gpu=distributed.on_gpu(cfg)), folder)
         if any(".monitor=" in word for word in distributed.overrides()) and not cfg.trainer.num_sanity_val_steps:
-            cfg.trainer.num_sanity_val_steps = 1  # a batch shows whether there is such a metric
+            cfg.trainer.num_sanity_val_steps = 1  # one batch shows whether the metric exists
         sizes, outcome = metrics.sizes(task), None
         trainer = instantiate(cfg.trainer)
         try:
             trainer.callbacks.insert(0, metrics.Monitors())
-            if not trainer.fast_dev_run:  # of which nothing is kept
+            if not trainer.fast_dev_run:  # it saves nothing
                 trainer.callbacks.append(recorder)
             for logger in trainer.loggers:
                 logger.log_hyperparams(config)
             trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
-            # Before the test, which sets the callbacks back to the best epoch.
-            found = metrics.result(trainer, task) | sizes | {"commit": recorder.origin["commit"]}
+            # Before the test, which resets the callbacks to the best epoch.
+            result = metrics.result(trainer, task) | sizes | {"commit": recorder.origin["commit"]}
             path = checkpoint_averaging.checkpoint_to_test(trainer)
-            found["tested"] = path and Path(path).name
-            for tested in trainer.test(task, datamodule=data, ckpt_path=path, verbose=False, weights_only=True):
-                found["metrics"] |= {name: value for name, value in tested.items() if name != "step"}
-            found["wall_seconds"] = time.perf_counter() - start
+            result["tested"] = path and Path(path).name
+            for values in trainer.test(task, datamodule=data, ckpt_path=path, verbose=False, weights_only=True):
+                result["metrics"] |= {name: value for name, value in values.items() if name != "step"}
+            result["wall_seconds"] = time.perf_counter() - start
             if not distributed.rank() and not trainer.fast_dev_run:
-                metrics.write_result(found, folder)
-            outcome = found
+                files.write_text(folder / "metrics.json", json.dumps(result, indent=2) + "\n")
+            outcome = result
         finally:
             wandb_logger.finish(trainer.loggers, outcome, task.test_artifacts)
             if outcome is None and recorder.has_begun and (folder / "checkpoints/last.ckpt").exists():
@@ -103,23 +106,25 @@ def main(cfg: DictConfig) -> float | None:
     try:
         return run(cfg)
     finally:
-        # Hydra's folder, which a refused run or one with another run_dir leaves empty.
+        # Hydra's folder is empty if the run was refused, or has another run_dir.
         if not distributed.rank():
             run_dir.remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
-
-
-def is_no_resume(word: str) -> bool:
-    name, equals, value = word.partition("=")
-    return name == "resume" and bool(equals) and config_hints.is_nothing(value)
 
 
 def command() -> None:
     if (cfg := distributed.config_from_parent()) is not None:
         run(cfg)
         return
-    words = distributed.arguments([word for word in sys.argv[1:] if not is_no_resume(word)])
-    words.sort(key=lambda word: word not in ("-m", "--multirun"))  # argparse takes no flag between two overrides
-    words = sweep.add_recorded_words(words) if sweep.resumes_sweep(words) else run_dir.add_recorded_words(words)
+    # resume=null changes nothing.
+    words = [
+        word
+        for word in sys.argv[1:]
+        if not word.startswith("resume=") or not config_hints.is_nothing(word.removeprefix("resume="))
+    ]
+    words = distributed.arguments(words)
+    words.sort(key=lambda word: word not in ("-m", "--multirun"))  # argparse accepts no flag between two overrides
+    folder = sweep.folder_to_resume(words)
+    words = sweep.add_recorded_words(folder, words) if folder else run_dir.add_recorded_words(words)
     sys.argv[1:] = config_hints.drop_empty_words(words)
     with sweep.report_failures():
         main()

@@ -1,4 +1,4 @@
-"""evaluate.py: the numbers of training again, other splits, data and options, and what is refused; and trained.load."""
+"""evaluate.py: the results of training, other splits, data and options, and refusals; and trained.load."""
 
 import json
 import re
@@ -22,13 +22,13 @@ OF_TASK = {"squad": ["data=squad_sample"], "translation": ["data.tokens_per_batc
 
 
 def metrics_of(folder):
-    """What a training wrote down of its test."""
+    """The recorded test metrics of a run."""
     metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
     return {name: value for name, value in metrics.items() if name.startswith("test/")}
 
 
 @pytest.mark.parametrize("task", options("task"))
-def test_a_checkpoint_alone_gives_the_numbers_of_its_training(configure, tmp_path, task):
+def test_a_checkpoint_alone_reproduces_the_test_results(configure, tmp_path, task):
     train.run(configure(f"task={task}", *OF_TASK.get(task, []), *SMALL))
     expected = metrics_of(tmp_path / "run")
     (tmp_path / "elsewhere").mkdir()
@@ -38,7 +38,7 @@ def test_a_checkpoint_alone_gives_the_numbers_of_its_training(configure, tmp_pat
     assert len(expected) > 1
 
 
-def test_the_mean_of_checkpoints_is_what_a_run_is_tested_by(configure, tmp_path):
+def test_the_folder_of_a_run_selects_its_mean_of_checkpoints(configure, tmp_path):
     often = ("callbacks.average.count=2", "trainer.val_check_interval=2", "task.optimizer.lr=0.01")
     train.run(configure("task=translation", *OF_TASK["translation"], *SMALL, *often))
     run = tmp_path / "run"
@@ -71,7 +71,7 @@ def test_a_split_and_a_precision_and_a_batch_size(configure, tmp_path, capsys):
 
 
 def test_a_text_is_read_with_the_characters_of_the_checkpoint(configure, tmp_path):
-    """The file has fewer of them, whose own numbers would be others: a network's score of each tells."""
+    """The file has fewer characters, so its own vocabulary would number them differently."""
     train.run(configure("task=lm", *SMALL, "data.eval_unroll=100"))
     run, file = tmp_path / "run", tmp_path / "text"
     file.write_text("the end of the line\n" * 200)
@@ -104,7 +104,7 @@ def test_a_text_of_words_is_read_with_the_words_of_the_checkpoint(tmp_path):
 
 
 def test_one_file_to_translate_or_to_answer_is_enough(configure, tmp_path):
-    """The sample by way of files of one's own: the same numbers, by the checkpoint's words."""
+    """The sample as a user's own files gives the same results, with the checkpoint's vocabulary."""
     train.run(configure("task=translation", *OF_TASK["translation"], *SMALL))
     run, prefix = tmp_path / "run", SAMPLES / "translation-dev"
     files = ("data=parallel", f"data.test={prefix}", "data.source=en", "data.target=de")
@@ -152,7 +152,7 @@ def translator(tmp_path_factory):
     return folder
 
 
-def test_what_a_test_writes_lies_where_it_is_told_and_nothing_is_overwritten(translator, tmp_path):
+def test_output_is_written_where_requested_and_never_overwritten(translator, tmp_path):
     before = {path: path.read_bytes() for path in translator.rglob("*") if path.is_file()}
     found = evaluate.main([f"checkpoint={translator}", "task.beam=1", f"output={tmp_path / 'new'}"])
     record = json.loads((tmp_path / "new/metrics.json").read_text())
@@ -170,7 +170,7 @@ def test_what_a_test_writes_lies_where_it_is_told_and_nothing_is_overwritten(tra
 
 
 def test_a_loaded_network_is_the_one_that_was_trained(translator):
-    """Its tied weights too: they are counted once, and go on being trained as one."""
+    """Its tied weights are one parameter, counted once."""
     task, vocabulary = trained.load(translator)
     record = json.loads((translator / "metrics.json").read_text())
     assert sum(p.numel() for p in task.parameters()) == record["parameters"]
@@ -182,7 +182,7 @@ def test_a_loaded_network_is_the_one_that_was_trained(translator):
 
 
 def older(translator, folder, **changes):
-    """The run with a checkpoint that holds no configuration, or one that is changed."""
+    """A copy of the run whose checkpoint has no configuration, or changed content."""
     content = torch.load(translator / "checkpoints/best.ckpt", weights_only=True)
     del content["config"]
     (folder / "checkpoints").mkdir(parents=True)
@@ -201,7 +201,7 @@ def test_an_older_checkpoint_is_used_with_the_configuration_of_its_folder(transl
 @pytest.mark.parametrize("part", ["data", "model", "task"])
 def test_a_checkpoint_from_a_stranger_builds_none_of_its_classes(translator, tmp_path, part):
     config = torch.load(translator / "checkpoints/last.ckpt", weights_only=True)["config"]
-    imported = {"_target_": "sru.layer.torch.nn.Linear"}  # by a module of this project, from elsewhere
+    imported = {"_target_": "sru.layer.torch.nn.Linear"}  # a module of this project imports it from elsewhere
     strangers = ({"_target_": "os.system"}, {"files": {"_target_": "os.system"}}, imported)
     for number, changed in enumerate(strangers):
         folder = older(translator, tmp_path / str(number), config=config | {part: config[part] | changed})
@@ -226,7 +226,7 @@ def test_a_checkpoint_from_a_stranger_names_no_file_to_compose(translator, tmp_p
     for number, name in enumerate(("../data/multi30k", str(tmp_path / "evil"), None, 3, "pydoc,cr", f"{part}=x")):
         config["choices"] = config["choices"] | {part: name}
         folder = older(translator, tmp_path / str(number), config=config)
-        with pytest.raises(ValueError, match=f"the checkpoint's {part}, .* is no file of conf/{part}"):
+        with pytest.raises(ValueError, match=f"the checkpoint's {part}, .* is not a file of conf/{part}"):
             evaluate.main([f"checkpoint={folder}"])
 
 
@@ -237,21 +237,21 @@ def test_a_network_of_more_layers_than_weights_is_refused_before_it_is_made(tran
         trained.load(older(translator, tmp_path / "run", config=config))
 
 
-def test_weights_that_are_no_numbers_give_no_metrics(translator, tmp_path):
+def test_nan_weights_are_refused(translator, tmp_path):
     content = torch.load(translator / "checkpoints/last.ckpt", weights_only=True)
     state = content["state_dict"]
     state |= {name: tensor * float("nan") for name, tensor in state.items() if not name.endswith("scale_x")}
     folder = older(translator, tmp_path / "run", config=content["config"], state_dict=state)
-    with pytest.raises(ValueError, match="test/loss is no number, by the weights of"):
+    with pytest.raises(ValueError, match="test/loss is NaN for checkpoint="):
         evaluate.main([f"checkpoint={folder}"])
 
 
-def test_weights_are_not_tied_and_examples_not_held_out_otherwise_than_in_training(configure, tmp_path):
+def test_other_tied_weights_and_other_held_out_examples_are_refused(configure, tmp_path):
     train.run(configure("task=lm", *SMALL, "data.unroll=20", "data.eval_unroll=50", f"run_dir={tmp_path}/lm"))
-    with pytest.raises(ValueError, match=r"task\.tied=True makes another network"):
+    with pytest.raises(ValueError, match=r"task\.tied=True does not fit the checkpoint's weights"):
         evaluate.main([f"checkpoint={tmp_path}/lm", "task.tied=true"])
     train.run(configure(*SMALL, f"run_dir={tmp_path}/sentences"))
-    with pytest.raises(ValueError, match=r"data.fold=1 would test what was trained on \(0\): leave it out"):
+    with pytest.raises(ValueError, match=r"data.fold=1 would test examples of training \(0\): leave it out"):
         evaluate.main([f"checkpoint={tmp_path}/sentences", "data.fold=1"])
 
 
@@ -259,25 +259,28 @@ def test_weights_are_not_tied_and_examples_not_held_out_otherwise_than_in_traini
     ("words", "expected"),
     [
         (["split=test"], "checkpoint is missing"),
-        (["checkpoint={run}", "data=../data/multi30k"], "data=../data/multi30k is no file of conf/data"),
-        (["checkpoint={run}", "data=multi30"], "data=multi30 is no file of conf/data. Did you mean: multi30k"),
+        (["checkpoint={run}", "data=../data/multi30k"], "data=../data/multi30k is not a file of conf/data"),
+        (["checkpoint={run}", "data=multi30"], "data=multi30 is not a file of conf/data. Did you mean: multi30k"),
         (["checkpoint=/nowhere"], "checkpoint=/nowhere is neither a run's folder nor a .ckpt"),
-        (["checkpoint={run}/config.yaml"], "config.yaml is damaged, or no checkpoint of this project"),
-        (["checkpoint={foreign}"], "is no checkpoint of this project"),
-        (["checkpoint={cut}"], "is damaged, or no checkpoint"),
+        (["checkpoint={run}/config.yaml"], "config.yaml is damaged, or not a checkpoint of this project"),
+        (["checkpoint={foreign}"], "is not a checkpoint of this project"),
+        (["checkpoint={cut}"], "is damaged, or not a checkpoint"),
         (["checkpoint={run}", "split=dev"], "split=dev must be one of test, val, train"),
         (["checkpoint={run}", "splt=val"], "there is no option 'splt'. Did you mean: split"),
-        (["checkpoint={run}", "split"], "'split' is no KEY=VALUE"),
+        (["checkpoint={run}", "split"], "'split': expected KEY=VALUE, each key once"),
         (["checkpoint={run}", "data.max_lenght=9"], "no option data.max_lenght. Did you mean: max_length"),
-        (["checkpoint={run}", "data.vocab_size=900"], "data.vocab_size is settled by the checkpoint, 800: leave it"),
+        (["checkpoint={run}", "data.vocab_size=900"], "data.vocab_size is fixed by the checkpoint: leave it"),
         (["checkpoint={run}", "data.max_length=0"], "data.max_length=0 must be a whole number"),
         (["checkpoint={run}", "task.bean=3"], "no option task.bean. Did you mean: beam"),
         (["checkpoint={run}", "task.beam=0"], "task.beam=0 must be a whole number, 1 to 1000"),
-        (["checkpoint={run}", "task.embedding_size=8"], "task.embedding_size=8 makes another network"),
-        (["checkpoint={run}", "task.vocab_size=8"], "no option task.vocab_size"),
-        (["checkpoint={run}", "model.hidden_size=8"], "model.hidden_size is settled by the checkpoint"),
+        (["checkpoint={run}", "task.embedding_size=8"], "task.embedding_size=8 does not fit the checkpoint's weights"),
+        (["checkpoint={run}", "task.vocab_size=8"], "task.vocab_size is fixed by the checkpoint"),
+        (["checkpoint={run}", "model.hidden_size=8"], "model.hidden_size is fixed by the checkpoint: leave it"),
         (["checkpoint={run}", "data=translation_sampl"], "Did you mean: translation_sample"),
-        (["checkpoint={run}", "data=cr"], "of another kind than the data of training, translation_sample; of the same"),
+        (
+            ["checkpoint={run}", "data=cr"],
+            "of another kind than the data of training, translation_sample; of the same kind are: ",
+        ),
         (["checkpoint={run}", "data=parallel"], "data.source=None must be a language"),
         (["checkpoint={run}", "limit=0"], "limit=0 must be a number of batches"),
         (["checkpoint={run}", "limit=["], "limit=[ must be a number of batches"),
@@ -286,7 +289,7 @@ def test_weights_are_not_tied_and_examples_not_held_out_otherwise_than_in_traini
         (["checkpoint={run}", "output=/proc/x"], "output=/proc/x cannot be written"),
     ],
 )
-def test_evaluation_says_what_is_wrong(translator, tmp_path, words, expected):
+def test_wrong_options_of_evaluate_are_refused(translator, tmp_path, words, expected):
     from tasks.run import errors
 
     best = (translator / "checkpoints/best.ckpt").read_bytes()

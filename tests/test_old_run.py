@@ -1,4 +1,4 @@
-"""A run folder of version 0.1, made before the modules of tasks/ moved, still resumes, evaluates and predicts."""
+"""A run folder of version 0.1, before the modules of tasks/ were renamed, resumes, evaluates and predicts."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ OLD = ROOT / "tests/samples/old_run"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A copy of the old run, in a folder with the text that it was trained on."""
+    """A copy of the old run, next to its training text."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SRU_CACHE", str(tmp_path / "cache"))
     shutil.copy(ROOT / "tests/samples/translation-train.en", "text.txt")
@@ -31,7 +31,7 @@ def command(script, *words):
     return done.stdout
 
 
-def test_it_names_modules_that_have_moved():
+def test_it_names_renamed_modules():
     text = (OLD / "config.yaml").read_text() + (OLD / "run.json").read_text()
     assert {name for name in MOVED if name in text} >= {
         "tasks.clock.Clock",
@@ -41,7 +41,7 @@ def test_it_names_modules_that_have_moved():
 
 
 @pytest.mark.parametrize("old", MOVED)
-def test_a_moved_name_leads_to_what_is_there(old):
+def test_a_renamed_class_exists(old):
     module, _, name = MOVED[old].rpartition(".")
     assert hasattr(importlib.import_module(module), name)
     assert rename_moved(f"a={old}, {old}s x.{old}") == f"a={MOVED[old]}, {old}s x.{old}"
@@ -52,9 +52,9 @@ def test_it_resumes(folder):
     output = command("train.py", f"resume={folder}", "trainer.max_epochs=3")
     after = json.loads((folder / "metrics.json").read_text())
     assert (before["epochs"], after["epochs"]) == (2, 3)
-    assert after["seconds"] > before["seconds"]  # the clock went on
+    assert after["seconds"] > before["seconds"]  # the time continues
     assert after["metrics"]["val/loss"] < before["metrics"]["val/loss"]
-    assert "tasks.clock" not in output  # a class that moved is no change
+    assert "tasks.clock" not in output  # a renamed class is not a change
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["task"]["scheduler"]["_target_"] == MOVED["tasks.newbob.newbob"]
 

@@ -1,4 +1,4 @@
-"""predict.py: prompts that are gone on from, texts that are scored, and what is refused."""
+"""predict.py: continue a prompt, score a text, and refuse wrong input."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_a_prompt_is_gone_on_from(trained, capsys):
+def test_a_prompt_is_continued(trained, capsys):
     told = []
     for checkpoint, seed in ((trained, 1), (trained / "checkpoints/best.ckpt", 1), (trained, 2)):
         predict.main([f"checkpoint={checkpoint}", "prompt=The ", "length=40", f"seed={seed}"])
@@ -46,7 +46,7 @@ def test_a_text_is_scored_line_by_line(trained, tmp_path, capsys):
 
 
 def test_any_bytes_are_scored_as_they_are(configure, tmp_path, capsys):
-    """No UTF-8, a form feed within a line, a carriage return, and no last line's end."""
+    """Invalid UTF-8, a form feed, a carriage return, and no newline at the end."""
     content = b"abc\xff\x0cd\r\n\xe9a\n" * 400
     (tmp_path / "text").write_bytes(content)
     train.run(configure(*SMALL, "data=bytes", f"data.path={tmp_path / 'text'}", "epochs=1"))
@@ -58,7 +58,7 @@ def test_any_bytes_are_scored_as_they_are(configure, tmp_path, capsys):
     predict.main([f"checkpoint={tmp_path / 'run'}", "prompt=abc", "length=9", "temperature=1e-40"])
 
 
-def test_predictions_are_utf8_whatever_the_locale(configure, tmp_path):
+def test_predictions_are_utf8_in_any_locale(configure, tmp_path):
     text = "ab\u2026c \u00e9\n"
     (tmp_path / "text").write_text(text * 400, encoding="utf-8")
     files = ("data=bytes", "data.unit=characters", f"data.path={tmp_path / 'text'}")
@@ -106,11 +106,11 @@ def test_a_text_without_lines_is_scored(configure, tmp_path, capsys):
             "there is no option 'topk'; there are: checkpoint, device, prompt",
         ),
         (["checkpoint={run}", "input=/nowhere"], "input=/nowhere cannot be read"),
-        (["checkpoint={run}", "prompt"], "'prompt' is no KEY=VALUE"),
+        (["checkpoint={run}", "prompt"], "'prompt': expected KEY=VALUE"),
         (["checkpoint={run}/config.yaml", "prompt=x"], "config.yaml"),
     ],
 )
-def test_predictions_say_what_is_wrong(trained, words, expected):
+def test_wrong_options_of_predict_are_refused(trained, words, expected):
     with pytest.raises((ValueError, OSError)) as caught:
         predict.main([word.replace("{run}", str(trained)) for word in words])
     assert expected in str(caught.value)
@@ -130,7 +130,7 @@ def test_the_command_explains_itself_and_its_errors():
 
 
 def copy_of(trained, folder, **changes):
-    """The run in another folder, with another configuration; an older one, whose checkpoint holds none."""
+    """A copy of the run with a changed config.yaml and, as in older versions, no configuration in its checkpoint."""
     (folder / "checkpoints").mkdir(parents=True)
     content = torch.load(trained / "checkpoints/best.ckpt", weights_only=True)
     config = OmegaConf.create(content.pop("config"))
@@ -142,7 +142,7 @@ def copy_of(trained, folder, **changes):
 
 
 def test_a_checkpoint_of_another_size_is_refused(trained, tmp_path):
-    with pytest.raises(ValueError, match=r"config\.yaml is damaged, or not that of .*best\.ckpt"):
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged, or does not belong to .*best\.ckpt"):
         predict.load(str(copy_of(trained, tmp_path / "run", model__hidden_size=24)))
 
 

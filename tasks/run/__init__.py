@@ -1,1 +1,1 @@
-"""What makes a run safe and seen: checks, folders, checkpoints, metrics, signals, sweeps."""
+"""The run machinery: checks of options, run folders, checkpoints, metrics, signals, sweeps."""

@@ -1,4 +1,4 @@
-"""The mean of several checkpoints, as results of translation are often reported (SRU 2018, Table 3, in brackets)."""
+"""Average the weights of several checkpoints, as is usual for translation (SRU 2018, Table 3, in brackets)."""
 
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,21 @@ from tasks.run.distributed import all_gather_object
 class Average(Checkpoint):
     """Keeps the weights of `count` validations, and writes their mean to average.ckpt when training ends.
 
-    The test, and predict.py for the run's folder, then take that instead of the best epoch's.
+    The test, and evaluate.py and predict.py with the run's folder, then use it instead of the best epoch.
 
     Args:
-        dirpath: where the checkpoints of a run lie.
-        count: validations that are kept; 1 for no mean.
-        of: best, by monitor and mode; or last.
+        dirpath: the folder of the run's checkpoints.
+        count: the number of validations; 1 for no mean.
+        of: which validations: the best, by monitor and mode, or the last.
     """
 
     def __init__(self, dirpath: str, count: int, of: str, monitor: str, mode: str) -> None:
         if type(count) is not int or count < 1:
             raise ValueError(f"callbacks.average.count={count} must be a whole number, 1 for no mean, or more")
         if not str(monitor).startswith("val/") or mode not in ("min", "max"):
-            raise ValueError(f"callbacks.average.monitor={monitor} mode={mode}: leave both out, they are those of best")
+            raise ValueError(
+                f"callbacks.average.monitor={monitor} mode={mode}: leave both out; they are those of callbacks.best"
+            )
         if of not in ("best", "last"):
             raise ValueError(f"callbacks.average.of={of} must be best or last")
         super().__init__(
@@ -41,30 +43,28 @@ class Average(Checkpoint):
         self.path = Path(dirpath) / "average.ckpt"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As many as are kept now, of those that are there: a kill may come between a deletion and the next state."""
+        """Keep `count` files that exist: a run may be killed after it deletes one and before it saves its state."""
         super().load_state_dict(state_dict)
-        there = [path for path in self.best_k_models if Path(path).is_file()]
-        there.sort(key=lambda path: float(self.best_k_models[path]), reverse=self.mode == "max")
-        kept = there[: max(0, self.save_top_k)]
+        files = [path for path in self.best_k_models if Path(path).is_file()]
+        files.sort(key=lambda path: float(self.best_k_models[path]), reverse=self.mode == "max")
+        kept = files[: max(0, self.save_top_k)]
         self.best_k_models = {path: self.best_k_models[path] for path in kept}
         self.kth_best_model_path = kept[-1] if kept else ""
 
     def write(self, best: str) -> str:
-        """Write the mean with all else of the checkpoint `best`; returns the path that a test takes."""
+        """Write the checkpoint `best` with the mean weights; returns the path of the checkpoint to test."""
         if self.save_top_k and len(self.best_k_models) < self.save_top_k:
-            print(
-                f"callbacks.average.count={self.save_top_k}: there are {len(self.best_k_models)} checkpoints to average"
-            )
+            print(f"callbacks.average.count={self.save_top_k}: only {len(self.best_k_models)} checkpoints to average")
         if len(self.best_k_models) < 2:
-            self.path.unlink(missing_ok=True)  # of an earlier call
+            self.path.unlink(missing_ok=True)  # from an earlier call
             return best
         content = load(best)
         states = {path: load(path)["state_dict"] for path in sorted(self.best_k_models)}
         own = content["state_dict"]
         for path, state in states.items():
             if {k: v.numel() for k, v in state.items()} != {k: v.numel() for k, v in own.items()}:
-                raise ValueError(f"{path} is of another network; move it elsewhere, and the mean is that of the others")
-            # Earlier versions kept a gate's biases as a row each.
+                raise ValueError(f"{path} has the weights of another network; move it away to average the others")
+            # Earlier versions stored the biases of the gates as two rows.
             states[path] = {name: value.reshape(own[name].shape) for name, value in state.items()}
         content["state_dict"] = mean(list(states.values()))
         AtomicCheckpoints().save_checkpoint(content, self.path)
@@ -74,12 +74,12 @@ class Average(Checkpoint):
 def load(path: str) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
-        raise ValueError(f"{path} is damaged; move it elsewhere, and the mean is that of the others") from error
+    except Exception as error:  # torch.load may raise anything
+        raise ValueError(f"{path} is damaged; move it away to average the others") from error
 
 
 def mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Of numbers, summed in float64; what is no floating number is that of the first."""
+    """The mean of floating-point tensors, in float64; other tensors are the first state's."""
     return {
         name: torch.stack([state[name].double() for state in states]).mean(0).to(value.dtype)
         if value.is_floating_point()
@@ -89,7 +89,7 @@ def mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def checkpoint_to_test(trainer: Any) -> str | None:
-    """The checkpoint that a test takes: a mean, the best one, or none where nothing was validated."""
+    """The checkpoint to test: the mean, the best one, or None without a validation."""
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     average = next((callback for callback in trainer.callbacks if isinstance(callback, Average)), None)
     if average is None or not best:

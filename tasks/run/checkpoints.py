@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, read without executing anything, with the configuration of their run."""
+"""Checkpoints: write them atomically, with the run's configuration, and read them without executing their content."""
 
 import json
 import zipfile
@@ -16,25 +16,28 @@ from tasks.run.files import atomic_write, write_text
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Saves beside the old file and then takes its place; Lightning goes through the system's temporary folder, and a
-    kill during the copy from there would leave half a checkpoint and no old one."""
+    """Saves beside the old file and then replaces it.
+
+    Lightning copies from the system's temporary folder: a kill during the copy leaves half a checkpoint and no old one.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with atomic_write(path, temporary) as file:
+        with atomic_write(path, path.with_name(f".{path.name}.tmp")) as file:
             torch.save(checkpoint, file)
 
 
 class Checkpoint(ModelCheckpoint):
-    """Lightning's, but for this: a run folder that was moved keeps the best epoch so far, and a run that stops within
-    an epoch goes on there, since what is saved is the state after the validation and not after the epoch. A hook of
-    the step that never saves is left out."""
+    """Lightning's ModelCheckpoint with three changes.
+
+    It saves after the validation, not after the epoch, so that a run that stops within an epoch resumes there. A run
+    folder may be moved. A hook that never saves is not called in each step.
+    """
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        # A hook that never saves: Lightning skips what cannot be called.
+        # Lightning skips a hook that is None.
         if not self._every_n_train_steps and self._train_time_interval is None:
             self.on_train_batch_end = None  # type: ignore[assignment, method-assign]
 
@@ -42,30 +45,30 @@ class Checkpoint(ModelCheckpoint):
         return not trainer.enable_validation
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        def moved(path: str) -> str:
+        def move(path: str) -> str:
             return str(Path(str(self.dirpath)) / Path(path).name) if path else path
 
-        paths = {key: moved(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
-        models = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        paths = {key: move(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        models = {move(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | paths | {"best_k_models": models, "dirpath": self.dirpath})
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A run's checkpoint, of which nothing is executed; ValueError for what is none."""
+    """The content of a run's checkpoint, without executing any of it; ValueError for other files."""
     try:
         content = load_checked(path)
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
+    except Exception as error:  # torch.load may raise anything
         raise ValueError(
-            f"{path} is damaged, or no checkpoint of this project ({type(error).__name__}); nothing of it was run. "
-            f"{instead_of(path)}"
+            f"{path} is damaged, or not a checkpoint of this project ({type(error).__name__}); none of it was "
+            f"executed. {instead_of(path)}"
         ) from error
     if not {"random_state", "state_dict", "epoch", "loops", "pytorch-lightning_version"} <= content.keys():
-        raise ValueError(f"{path} is no checkpoint of this project; use a copy of the folder, or start a new run.")
+        raise ValueError(f"{path} is not a checkpoint of this project; use a copy of the folder, or start a new run.")
     return content
 
 
 def load_checked(path: Path) -> dict[str, Any]:
-    # torch compares no checksums: a flipped bit would be a weight like any other.
+    # torch does not compare checksums: a flipped bit would change a weight unnoticed.
     with zipfile.ZipFile(path) as archive:
         if broken := archive.testzip():
             raise ValueError(f"the checksum of {broken} is wrong")
@@ -73,23 +76,23 @@ def load_checked(path: Path) -> dict[str, Any]:
 
 
 def instead_of(damaged: Path) -> str:
-    """What to type where a checkpoint is damaged: the other one of the run may be whole."""
+    """What to type instead of a damaged checkpoint: the run's other one may be complete."""
     other = damaged.with_name("best.ckpt" if damaged.name == "last.ckpt" else "last.ckpt")
     try:
         step = load_checked(other)["global_step"]
-    except Exception:  # as above
+    except Exception:
         return "Use a copy of the folder, or start a new run."
     if damaged.name == "last.ckpt":
-        return f"{other} is whole, of step {step}: to go on from there, `cp {other} {damaged}` and the same again."
-    return f"{other} is whole, of step {step}: take that."
+        copy = f"`cp {other} {damaged}`"
+        return f"{other} is complete, of step {step}: to resume from it, type {copy} and the same command again."
+    return f"{other} is complete, of step {step}: use that."
 
 
 class Recorder(pl.Callback):
-    """Writes config.yaml and run.json, which a resume starts from, and the configuration into each checkpoint, which
-    is then enough to use the network.
+    """Writes config.yaml and run.json, which a resume needs, and adds the configuration to each checkpoint.
 
-    Not before training begins: a run whose checkpoint cannot be read keeps its record. What an earlier training ended
-    with is no result of this one, and is removed.
+    It writes when training begins, so that a run with an unreadable checkpoint keeps its record. It also removes the
+    results of an earlier call.
     """
 
     def __init__(self, config: Any, origin: dict[str, Any], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Text to and from a terminal, a file or a pipe: UTF-8, whatever the locale says."""
+"""The words of a command, and text to and from a terminal, a file or a pipe: UTF-8 in any locale."""
 
 import codecs
 import io
@@ -8,18 +8,18 @@ from pathlib import Path
 
 
 def use_utf8() -> None:
-    """Write UTF-8 to a file or a pipe; a terminal keeps its encoding, and shows what that lacks as \\u2026.
+    """Write UTF-8 to files and pipes; a terminal keeps its encoding and shows other characters as \\u2026.
 
-    For the start of every command.
+    Every command calls this first.
     """
     codecs.register_error("escaped", escape)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a test, or whoever else put something else there, sees to it
+        if isinstance(stream, io.TextIOWrapper):  # a test may have replaced it
             stream.reconfigure(encoding=stream.encoding if stream.isatty() else "utf-8", errors="escaped")
 
 
 def escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Bytes of a file's name as they are, and anything else as backslashreplace has it."""
+    """Bytes of file names unchanged, and other characters as `backslashreplace` writes them."""
     assert isinstance(error, UnicodeEncodeError)
     try:
         return error.object[error.start : error.end].encode(error.encoding, "surrogateescape"), error.end
@@ -28,7 +28,7 @@ def escape(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def read(name: str) -> bytes:
-    """The content of the file that input=NAME names, or of standard input for -."""
+    """The content of the file in input=NAME, or of standard input for -."""
     try:
         return sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
     except OSError as error:
@@ -36,8 +36,21 @@ def read(name: str) -> bytes:
 
 
 def decode_argument(text: str) -> str:
-    """A text of the command line, read as UTF-8 where it is that, though the locale says otherwise."""
+    """A text of the command line as UTF-8, if it is valid UTF-8, in any locale."""
     try:
         return os.fsencode(text).decode()
     except UnicodeError:
         return text
+
+
+def options_of_checkpoint(words: list[str], example: str) -> dict[str, str]:
+    """The options of a command that needs checkpoint=; ValueError unless each word is KEY=VALUE with a new key."""
+    options: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name in options:
+            raise ValueError(f"{word!r}: expected KEY=VALUE, each key once; type for example {example}")
+        options[name] = value
+    if not options.get("checkpoint"):
+        raise ValueError("checkpoint is missing; type checkpoint=FOLDER, the folder of a run below runs/")
+    return options

@@ -1,4 +1,4 @@
-"""Files that are replaced in one step."""
+"""Write files atomically, and name the file in errors of the operating system."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def name_path(path: Path) -> Iterator[None]:
-    """Name the file in an error of the system, which says nothing of it where writing fails."""
+    """Add the path to an OSError of a write, which has none."""
     try:
         yield
     except OSError as error:
@@ -17,27 +17,26 @@ def name_path(path: Path) -> Iterator[None]:
             error.filename = str(path)
         raise
     except RuntimeError as error:
-        # torch.save hides what the system said behind a complaint of its own.
+        # torch.save replaces the OSError by an error without its cause.
         if not isinstance(error.__context__, OSError):
             raise
         raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a break never leaves half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with atomic_write(path, temporary) as file:
+    """Replace a file atomically: a crash never leaves half of it."""
+    with atomic_write(path, path.with_name(path.name + ".tmp")) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, temporary: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when it is whole, on the disk too; none is left of one that is not."""
+    """A file that replaces `path` once it is complete and on disk; after an error it is removed."""
     with name_path(path):
         try:
             with temporary.open("wb") as file:
                 yield file
-                # Else a power cut may leave the new name with no content.
+                # Without this, a power cut may leave the new name with no content.
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -47,6 +46,6 @@ def atomic_write(path: Path, temporary: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What a kill has left of files that were being written."""
+    """Remove the incomplete files of a run that was killed."""
     for path in (*folder.glob("*.tmp"), *folder.glob("checkpoints/.*.tmp")):
         path.unlink(missing_ok=True)

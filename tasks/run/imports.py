@@ -1,4 +1,4 @@
-"""The import of torch and Lightning, which takes most of the time before the first step of a small run."""
+"""Import torch and Lightning faster: the import takes most of the time before the first step of a small run."""
 
 import contextlib
 import gc
@@ -10,15 +10,15 @@ from types import ModuleType
 
 @contextlib.contextmanager
 def no_garbage() -> Iterator[None]:
-    """Turn the garbage collector off during imports, which make no garbage: this saves a fifth of their time."""
-    was_on = gc.isenabled()
+    """Disable the garbage collector during imports, which create no garbage: this saves a fifth of their time."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if not gc.get_freeze_count():  # only once: a later freeze would keep the garbage of a sweep's earlier jobs
+        if not gc.get_freeze_count():  # once: a later freeze would keep the garbage of earlier jobs of a sweep
             gc.freeze()
-        if was_on:
+        if was_enabled:
             gc.enable()
 
 
@@ -30,9 +30,9 @@ def import_lightning() -> None:
     """
     if "pytorch_lightning" in sys.modules:
         return
-    signal = ModuleType("scipy.signal")
-    vars(signal)["hamming"] = None  # so that torchmetrics adds nothing
-    is_free = sys.modules.setdefault("scipy.signal", signal) is signal
+    placeholder = ModuleType("scipy.signal")
+    vars(placeholder)["hamming"] = None  # so that torchmetrics adds nothing
+    is_placeholder = sys.modules.setdefault("scipy.signal", placeholder) is placeholder
     # Lightning logs to stderr only if the root logger has no handler; Hydra's handler writes to stdout.
     root = logging.getLogger()
     handlers, root.handlers = root.handlers, []
@@ -40,5 +40,5 @@ def import_lightning() -> None:
         import pytorch_lightning  # noqa: F401
     finally:
         root.handlers = handlers
-        if is_free:
+        if is_placeholder:
             del sys.modules["scipy.signal"]

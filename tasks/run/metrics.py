@@ -1,10 +1,9 @@
-"""What a run reports: metrics.csv, metrics.json and the closing summary."""
+"""The results of a run: metrics.csv, metrics.json and the final table."""
 
 import contextlib
 import csv
 import difflib
 import io
-import json
 import os
 import platform
 import re
@@ -27,26 +26,26 @@ TESTED = {"average.ckpt": "the mean of several checkpoints", "best.ckpt": "the b
 
 
 class Monitors(pl.Callback):
-    """Tells a metric that a callback waits for and no validation has, before Lightning does in words of its own."""
+    """Refuses a callback whose monitored metric does not exist, with a better message than Lightning's."""
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        there = [name for name in trainer.callback_metrics if name.startswith("val/")]
+        known = [name for name in trainer.callback_metrics if name.startswith("val/")]
         for callback in trainer.callbacks:
             wanted = str(getattr(callback, "monitor", None))
-            if there and wanted.startswith("val/") and wanted not in there:
+            if known and wanted.startswith("val/") and wanted not in known:
                 typed = [word.lstrip("+").partition("=") for word in distributed.overrides()]
                 key = next((k for k, _, value in typed if k.endswith(".monitor") and value == wanted), None)
-                near = difflib.get_close_matches(wanted, there, n=1, cutoff=0.5)
+                near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
                 raise ValueError(
-                    f"no validation has the metric {wanted}, by which {type(callback).__name__} goes; there are: "
-                    f"{', '.join(there)}. Type {key or 'callbacks.best.monitor'}={(near or there)[0]}"
+                    f"the validation has no metric {wanted}, which {type(callback).__name__} monitors; there are: "
+                    f"{', '.join(known)}. Type {key or 'callbacks.best.monitor'}={(near or known)[0]}"
                 )
 
 
 class MetricsFile(Logger):
-    """metrics.csv in the run folder: a row an epoch and one for the test, whole after every epoch.
+    """metrics.csv in the run folder: one row per validation and one for the test, complete after each epoch.
 
-    A resumed run goes on in the same file: rows that lie after the checkpoint it starts from are replaced.
+    A resumed run continues the file and replaces the rows after the checkpoint that it starts from.
     """
 
     def __init__(self, path: str) -> None:
@@ -60,7 +59,7 @@ class MetricsFile(Logger):
                         cells = {key: value for key, value in row.items() if value != ""}
                         self.rows[self.key(cells, int(row["step"]))] = cells
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path} is damaged; move it away to go on without its rows.") from error
+                raise ValueError(f"{self.path} is damaged; move it away to resume without its rows.") from error
 
     @property
     def name(self) -> str:
@@ -72,12 +71,12 @@ class MetricsFile(Logger):
 
     @staticmethod
     def key(metrics: dict[str, Any], step: int) -> tuple[bool, int]:
-        """The place of a row: the test comes last."""
+        """The order of rows: the test comes last."""
         return any(name.startswith("test/") for name in metrics), step
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The run folder holds config.yaml already."""
+        """Does nothing: config.yaml has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -101,11 +100,11 @@ class MetricsFile(Logger):
 
 
 def result(trainer: Any, task: Any) -> dict[str, Any]:
-    """What metrics.json says of a run that was trained; its metric is the best epoch's."""
+    """The content of metrics.json after training; the monitored metric is the best epoch's."""
     best = trainer.checkpoint_callback
     clock = next(callback for callback in trainer.callbacks if isinstance(callback, ThroughputMonitor))
     metrics = {}
-    best_epoch = None  # how many epochs of training it saw
+    best_epoch = None  # the epochs trained until then
     if best.best_model_path:
         metrics[best.monitor] = float(best.best_model_score)
         checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True, mmap=True)
@@ -125,7 +124,7 @@ def result(trainer: Any, task: Any) -> dict[str, Any]:
 
 
 def sizes(task: Any) -> dict[str, int]:
-    """The numbers of parameters, of a network that is not yet parted among processes."""
+    """The numbers of parameters; call it before FSDP shards the network."""
     return {
         "parameters": sum(p.numel() for p in task.parameters()),
         "encoder_parameters": sum(p.numel() for encoder in task.encoders for p in encoder.parameters()),
@@ -133,8 +132,8 @@ def sizes(task: Any) -> dict[str, int]:
 
 
 def processor() -> str:
-    """What this machine's processor is called."""
-    with contextlib.suppress(OSError):  # of Linux alone, where `platform` knows no more than x86_64
+    """The name of the processor."""
+    with contextlib.suppress(OSError):  # on Linux, where `platform` knows only x86_64
         found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
         if found:
             return found[1]
@@ -142,7 +141,7 @@ def processor() -> str:
 
 
 def provenance(*, on_gpu: bool) -> dict[str, Any]:
-    """What a repetition of the run needs beside its configuration."""
+    """Commit, command line, versions and machine: what run.json records."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
@@ -163,23 +162,19 @@ def provenance(*, on_gpu: bool) -> dict[str, Any]:
 
 
 def summary_table(outcome: dict[str, Any], folder: Path) -> str:
-    """The closing table of a run, for people."""
-    rows = [(name, f"{value:.4g}") for name, value in outcome["metrics"].items()]
-    rows += [
-        ("parameters", f"{outcome['parameters']:,} ({outcome['encoder_parameters']:,} in the encoder)"),
+    """The table at the end of a run."""
+    best = "no best one" if outcome["best_epoch"] is None else f"the best is {outcome['best_epoch']:g}"
+    rows = [
+        *metric_rows(outcome["metrics"], outcome),
         ("wall time", f"{outcome['wall_seconds']:.1f} s for this call; training {outcome['seconds']:.1f} s in all"),
-        (
-            "epochs",
-            f"{outcome['epochs']:g}, "
-            + ("no best one" if outcome["best_epoch"] is None else f"the best is {outcome['best_epoch']:g}"),
-        ),
+        ("epochs", f"{outcome['epochs']:g}, {best}"),
         (
             "an epoch",
             f"{outcome['seconds_per_epoch']:.1f} s, {outcome['encoder_seconds_per_epoch']:.1f} s in the encoder",
         ),
         *((f"{name.removesuffix('_per_second')}/s", f"{outcome[name]:.0f}") for name in outcome if "_per_s" in name),
         ("tested", TESTED.get(outcome["tested"], outcome["tested"])),
-        ("run folder", str(folder) if (folder / "metrics.json").exists() else "none: fast_dev_run keeps nothing"),
+        ("run folder", str(folder) if (folder / "metrics.json").exists() else "none: fast_dev_run saves nothing"),
     ]
     place, id_file = Path(os.environ.get("WANDB_DIR") or folder), folder / "wandb_id.txt"
     own = "*" if place == folder else f"*-{id_file.read_text(encoding='utf-8')}" if id_file.exists() else ""
@@ -188,12 +183,14 @@ def summary_table(outcome: dict[str, Any], folder: Path) -> str:
     return table(rows)
 
 
+def metric_rows(metrics: dict[str, float], counts: dict[str, int]) -> list[tuple[str, str]]:
+    """The first rows of a table: the metrics and the numbers of parameters."""
+    parameters = f"{counts['parameters']:,} ({counts['encoder_parameters']:,} in the encoder)"
+    return [*((name, f"{value:.4g}") for name, value in metrics.items()), ("parameters", parameters)]
+
+
 def table(rows: list[tuple[str, str]]) -> str:
-    """Names and values, for people."""
+    """Rows of names and values between two lines."""
     width = max(len(name) for name, _ in rows)
     line = "-" * (width + 2 + max(len(value) for _, value in rows))
     return "\n".join([line, *(f"{name:<{width}}  {value}" for name, value in rows), line])
-
-
-def write_result(outcome: dict[str, Any], folder: Path) -> None:
-    write_text(folder / "metrics.json", json.dumps(outcome, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The folder of a run: opened, locked, and checked before a resume."""
+"""The folder of a run: create and lock it, check a resume, and restore the words of its command."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tasks.run import distributed, files
 
-# Where classes and functions lie now that the records of earlier versions name elsewhere.
+# Dotted paths in the records of earlier versions, and where the classes and functions are now.
 MOVED = {
     "tasks.average.Average": "tasks.run.checkpoint_averaging.Average",
     "tasks.clock.Clock": "tasks.run.throughput.ThroughputMonitor",
@@ -29,7 +29,7 @@ MOVED = {
 
 
 def rename_moved(text: str) -> str:
-    """The text of a record with today's names of what has moved."""
+    """Replace the dotted paths of earlier versions in a record."""
     for old, new in MOVED.items():
         text = re.sub(rf"(?<![\w.]){re.escape(old)}(?![\w.])", new, text)
     return text
@@ -37,9 +37,9 @@ def rename_moved(text: str) -> str:
 
 @contextlib.contextmanager
 def open_run_dir(cfg: DictConfig) -> Iterator[Path]:
-    """The run's folder, made, writable, and this process's alone; what a run has recorded in it is not overwritten.
+    """Create and lock the run's folder; refuse a folder that holds another run, and check a resume.
 
-    Of several processes the first one sees to that, for all.
+    Of several processes, only the first does so.
     """
     folder = Path(cfg.run_dir)
     if distributed.rank():
@@ -67,21 +67,26 @@ def open_run_dir(cfg: DictConfig) -> Iterator[Path]:
         files.remove_leftovers(folder)
         yield folder
     finally:
-        # Before it is released: another process may hold it from then on.
-        (folder / ".lock").unlink(missing_ok=True)
-        lock.release()
-        remove_if_empty(folder)
+        release(lock)
+
+
+def release(lock: FileLock) -> None:
+    """Release the lock of a folder, and remove the folder if it is empty."""
+    path = Path(lock.lock_file)
+    path.unlink(missing_ok=True)  # before the release: then another process may lock it
+    lock.release()
+    remove_if_empty(path.parent)
 
 
 def check_resume(cfg: DictConfig, folder: Path) -> None:
-    """Refuse to go on with a damaged run or another experiment; print what else has changed."""
+    """Refuse to resume a damaged run or another experiment; print the changes that a resume may make."""
     from tasks.run import checkpoints
 
     last = folder / "checkpoints/last.ckpt"
     if not last.exists():
         raise FileNotFoundError(
             f"resume={folder}: it has no checkpoints/last.ckpt, so it stopped before its first epoch ended. "
-            f"Start it anew: the same command without resume, with run_dir={folder}."
+            f"Start it again: the same command without resume, with run_dir={folder}."
         )
     state = checkpoints.read_checkpoint(last)
     try:
@@ -97,27 +102,27 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
     if then != now:
         raise ValueError(
             f"resume={folder} was trained by {then} processes, and these are {now}: each goes on with its own part of "
-            f"the data. Type {f'trainer=ddp trainer.devices={then}' if then > 1 else 'trainer=default'}, or as many "
-            "machines as then."
+            f"the data. Type {f'trainer=ddp trainer.devices={then}' if then > 1 else 'trainer=default'}, or use as "
+            "many machines as before."
         )
-    # A checkpoint between two validations of an epoch counts the epoch that is not done.
+    # In a checkpoint within an epoch, `epoch` is the one in progress.
     progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     done, wanted = state["epoch"] + progress["is_last_batch"], cfg.trainer.max_epochs
     if wanted < done:
         raise ValueError(
-            f"trainer.max_epochs={wanted} lies below the {done} epochs that resume={folder} has trained; "
+            f"trainer.max_epochs={wanted} is less than the {done} epochs that resume={folder} has trained; "
             f"type for example trainer.max_epochs={done + 1}"
         )
-    # What a run may be given anew; the optimiser's settings are not among it, for the checkpoint holds them.
+    # What a resume may change. The optimiser's settings come from the checkpoint.
     free = ("epochs", "paper", "trainer.", "callbacks.", "loggers.", "data.root", "data.cache", "run_dir")
     for key, old, new in changes(before, cfg):
-        # What only names the folder is no change, a list repeats what has keys of its own, the terminal sets the bar.
-        moved = str(old).replace(str(before.run_dir), cfg.run_dir) == str(new)
-        repeated = key in ("trainer.callbacks", "trainer.logger", "choices.ablation")
-        if moved or repeated or key in ("resume", "trainer.enable_progress_bar"):
+        is_path_in_folder = str(old).replace(str(before.run_dir), cfg.run_dir) == str(new)
+        # These lists repeat other keys, and the terminal decides about the bar.
+        repeated = ("trainer.callbacks", "trainer.logger", "choices.ablation", "trainer.enable_progress_bar", "resume")
+        if is_path_in_folder or key in repeated:
             continue
-        is_kind_of_mean = key in ("callbacks.average.of", "callbacks.average.monitor", "callbacks.average.mode")
-        if is_kind_of_mean or not key.startswith(free):
+        fixed = ("callbacks.average.of", "callbacks.average.monitor", "callbacks.average.mode")
+        if key in fixed or not key.startswith(free):
             raise ValueError(
                 f"resume={folder} goes on with the same experiment, but {key} was {old} and is {new}. Leave that "
                 "out, or start a new run. More epochs: trainer.max_epochs=N."
@@ -128,34 +133,39 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
 
 
 def add_recorded_words(arguments: list[str]) -> list[str]:
-    """Put the overrides of the run in `resume=FOLDER` before those given now, and go on in its folder."""
+    """The words of a command with resume=FOLDER: those of the run in FOLDER first, then the new ones."""
     folders = [word.removeprefix("resume=") for word in arguments if word.startswith("resume=")]
     if not folders:
         return arguments
     folder = Path(folders[0].strip("'\"")).resolve()
     if len(folders) > 1 or {"-m", "--multirun"} & set(arguments):
-        raise ValueError("resume goes on with one run: give it once, and without -m.")
+        raise ValueError("resume= continues one run: type it once, and without -m.")
     if not (folder / "run.json").exists():
-        raise FileNotFoundError(f"resume={folder} is no run folder (it has no run.json); runs lie below runs/.")
+        raise FileNotFoundError(f"resume={folder} is not a run folder (it has no run.json); runs lie below runs/.")
     if any(word.startswith(("run_dir=", "hydra.run.dir=")) for word in arguments):
         raise ValueError(f"resume={folder} goes on in that folder: leave run_dir out.")
     overrides = read_recorded_words(folder / "run.json")
-    quoted = "'" + str(folder).replace("'", "\\'") + "'"
+    quoted = quote(folder)
     own = ("resume=", "run_dir=", "hydra.run.dir=")
-    # A plus is right once: what it adds is there already, if it is typed again.
-    given = [word for word in arguments if word[:1] != "+" or word not in overrides]
-    kept = [word for word in [*overrides, *given] if not word.startswith(own)]
+    # Hydra refuses a repeated word with a plus.
+    new = [word for word in arguments if word[:1] != "+" or word not in overrides]
+    kept = [word for word in [*overrides, *new] if not word.startswith(own)]
     return [*kept, f"resume={quoted}", f"run_dir={quoted}", f"hydra.run.dir={quoted}"]
 
 
+def quote(folder: Path) -> str:
+    """The folder as a quoted value of a Hydra override."""
+    return "'" + str(folder).replace("'", "\\'") + "'"
+
+
 def read_recorded_words(path: Path) -> list[str]:
-    """The overrides that run.json or sweep.json keeps."""
+    """The overrides in run.json or sweep.json."""
     try:
         words = json.loads(path.read_text(encoding="utf-8"))["overrides"]
         if not isinstance(words, list) or not all(isinstance(word, str) and word[:1] != "-" for word in words):
-            raise ValueError("overrides are a list of KEY=VALUE")
+            raise ValueError("overrides must be a list of KEY=VALUE")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged; use a copy of the folder, or start anew.") from error
+        raise ValueError(f"{path} is damaged; use a copy of the folder, or start a new run.") from error
     return [rename_moved(word) for word in words]
 
 
@@ -173,5 +183,5 @@ def changes(before: Any, after: Any) -> list[tuple[str, Any, Any]]:
 
 
 def remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # what is not empty, or not there, is not removed
+    with contextlib.suppress(OSError):  # it is not empty, or does not exist
         folder.rmdir()

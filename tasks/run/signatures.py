@@ -1,6 +1,6 @@
-"""Outlines of classes and functions: their names, bases and arguments, read from their source.
+"""Read names, bases and arguments of classes from their source, without importing it.
 
-A command with a wrong word gets its answer from these: importing torch and Lightning takes seconds.
+Importing torch and Lightning takes seconds; a command with a wrong word is answered without them.
 """
 
 import ast
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 OURS = ("sru", "tasks", "data")
-PACKAGES = (*OURS, "torch", "pytorch_lightning", "lightning_fabric")  # whose import is slow
-KNOWN: dict[str, dict[str, Any]] = {}  # the names of the modules that were read
+PACKAGES = (*OURS, "torch", "pytorch_lightning", "lightning_fabric")  # those that are slow to import
+MODULES: dict[str, dict[str, Any]] = {}  # the names of each module read so far
 
 
 @cache
 def outline(target: str) -> Any:
-    """A class or function with the name, signature and literal attributes of the one that a dotted path names.
+    """A class or function with the name, signature and literal attributes of the one at a dotted path.
 
-    None where the source does not say all of that, so that the import decides. Bases that add no argument are left out.
+    None if the source does not tell them all; then the caller must import it. Bases that add no argument are left out.
     """
     module, _, name = target.rpartition(".")
     if target.partition(".")[0] not in PACKAGES or (defined := definition(module, name)) is None:
@@ -27,9 +27,8 @@ def outline(target: str) -> Any:
     if isinstance(node, ast.FunctionDef):
         return None if node.decorator_list else function(node, module)
     methods = {each.name: each for each in node.body if isinstance(each, ast.FunctionDef)}
-    content: dict[str, Any] = {
-        name: None for name in methods if name[:2] != "__"
-    }  # properties hide a base's attributes
+    # Properties hide a base's attributes.
+    content: dict[str, Any] = {name: None for name in methods if name[:2] != "__"}
     for each in node.body:
         if isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name) and each.targets[0].id[:2] != "__":
             content[each.targets[0].id] = literal(each.value, module)
@@ -47,47 +46,47 @@ def outline(target: str) -> Any:
 
 
 def definition(module: str, name: str) -> tuple[str, ast.ClassDef | ast.FunctionDef] | None:
-    """The module that defines what another one calls by that name, and the statement."""
-    seen = set()
+    """The class or function behind a name of a module, with the module that defines it."""
+    visited = set()
     while isinstance(node := names(module).get(name), str):
-        if node in seen:  # a package that imports its own module
+        if node in visited:  # a package that imports its own module
             return None
-        seen.add(node)
+        visited.add(node)
         module, _, name = node.rpartition(".")
     return (module, node) if isinstance(node, (ast.ClassDef, ast.FunctionDef)) else None
 
 
 def names(module: str) -> dict[str, Any]:
-    """What a module defines, by name: the statement or value, as ast has it; of what it imports, the dotted path."""
-    if module in KNOWN:  # perhaps in part only, where modules import one another, as in Python
-        return KNOWN[module]
-    found = KNOWN[module] = {}
+    """The names of a module: a syntax node for each definition, a dotted path for each import."""
+    if module in MODULES:  # incomplete while modules import one another, as in Python
+        return MODULES[module]
+    known = MODULES[module] = {}
     path = source(module)
     package = module if path and path.name == "__init__.py" else module.rpartition(".")[0]
     try:
         statements = ast.parse(path.read_bytes()).body if path else []
-    except (SyntaxError, ValueError):  # the import tells
+    except (SyntaxError, ValueError):  # the import reports it
         statements = []
     for node in statements:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            found[node.name] = node
+            known[node.name] = node
         elif isinstance(node, ast.ImportFrom):
             within = package.rsplit(".", node.level - 1)[0] if node.level else ""
             origin = ".".join(filter(None, [within, node.module]))
             every = names(origin) if node.names[0].name == "*" else ()
-            found.update({name: f"{origin}.{name}" for name in every})
-            found.update({alias.asname or alias.name: f"{origin}.{alias.name}" for alias in node.names})
+            known.update({name: f"{origin}.{name}" for name in every})
+            known.update({alias.asname or alias.name: f"{origin}.{alias.name}" for alias in node.names})
         elif isinstance(node, ast.Import):
             first = {alias.name.partition(".")[0] for alias in node.names if not alias.asname}
-            found.update({name: name for name in first} | {a.asname: a.name for a in node.names if a.asname})
+            known.update({name: name for name in first} | {a.asname: a.name for a in node.names if a.asname})
         elif isinstance(node, ast.Assign):
-            found.update({ast.unparse(target): node.value for target in node.targets})
-    return found
+            known.update({ast.unparse(target): node.value for target in node.targets})
+    return known
 
 
 @cache
 def source(module: str) -> Path | None:
-    """The file of a module; nothing is imported, as importlib.util.find_spec would import the packages around it."""
+    """The file of a module. Nothing is imported; importlib.util.find_spec would import the enclosing packages."""
     package, places = "", None
     for part in module.split("."):
         package = f"{package}.{part}".lstrip(".")
@@ -99,7 +98,7 @@ def source(module: str) -> Path | None:
 
 
 def full_name(node: ast.expr, module: str) -> str:
-    """The dotted path of a base class, as the module's own imports have it."""
+    """The dotted path of a base class, resolved by the imports of its module."""
     if isinstance(node, ast.Subscript):  # Generic[T]
         node = node.value
     first, dot, rest = ast.unparse(node).partition(".")
@@ -108,21 +107,21 @@ def full_name(node: ast.expr, module: str) -> str:
 
 
 def function(node: ast.FunctionDef, module: str) -> Any:
-    """A function with the same arguments, which does nothing; of the annotations it has bool, of the defaults none."""
-    given = node.args
-    for argument in filter(None, (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg)):
+    """An empty function with the same arguments; of the annotations it keeps `bool`, and every default is None."""
+    args = node.args
+    for argument in filter(None, (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg)):
         if argument.annotation and ast.unparse(argument.annotation) != "bool":
             argument.annotation = None
-    given.defaults = [ast.Constant(None) for _ in given.defaults]
-    given.kw_defaults = [default and ast.Constant(None) for default in given.kw_defaults]
-    stub = ast.FunctionDef(node.name, given, [ast.Pass()], [], lineno=0, col_offset=0)
+    args.defaults = [ast.Constant(None) for _ in args.defaults]
+    args.kw_defaults = [default and ast.Constant(None) for default in args.kw_defaults]
+    stub = ast.FunctionDef(node.name, args, [ast.Pass()], [], lineno=0, col_offset=0)
     content: dict[str, Any] = {"__name__": module}
     exec(compile(ast.fix_missing_locations(ast.Module([stub], [])), module, "exec"), content)
     return content[node.name]
 
 
 def literal(node: ast.expr, module: str) -> Any:
-    """The value of an expression, or of the name of one; None of what only running it would tell."""
+    """The value of a literal, or of a name that is assigned one; None for other expressions."""
     value = names(module).get(node.id) if isinstance(node, ast.Name) else node
     try:
         return ast.literal_eval(value) if isinstance(value, ast.expr) else None

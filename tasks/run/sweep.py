@@ -1,9 +1,8 @@
-"""Sweeps: one failed job stops no other, a list at the end tells which failed, and a sweep that stopped goes on."""
+"""Sweeps: a failed job stops no other, a list at the end names the failed jobs, and `resume=` runs what is missing."""
 
 import contextlib
 import gc
 import json
-import multiprocessing
 import os
 import shlex
 import signal
@@ -19,12 +18,14 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from tasks.run import config_checks, errors, run_dir
+from tasks.run import config_checks, errors, files, run_dir
 
-# Words of a resumed sweep that say how it runs and not what; a search may also get longer.
+# A resume may change how the jobs run, and the length of a search, but not the jobs.
 FREE = ("hydra/launcher", "hydra.launcher.", "hydra.sweeper.n_trials")
-# Words that differ between the calls of a sweep, or where one of its jobs is resumed as a run.
+# Words that a resume, of the sweep or of one job, adds.
 OWN = ("resume", "run_dir", "hydra.sweep.dir", "hydra.mode")
+# What reading a damaged JSON file may raise.
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def key(word: str) -> str:
@@ -32,25 +33,18 @@ def key(word: str) -> str:
 
 
 class SweepCallback(Callback):
-    """Keeps the words of a sweep in sweep.json of its folder, for a resume, and the folder for one process.
+    """Records the sweep's words in sweep.json of its folder, for a resume, and locks the folder.
 
-    A signal ends the sweep. Between jobs nobody else hears it; a training puts its own handler in this one's place.
-    joblib's processes, where jobs run side by side, are handed it: each ends its training with a checkpoint, and begins
-    no other job.
+    SIGTERM and SIGUSR1 end the sweep, as Ctrl-C does; during training, preemption.py handles them first.
     """
 
-    folder: ClassVar[Path | None] = None  # of the sweep that this process has started
+    folder: ClassVar[Path | None] = None  # of the sweep that this process started
     lock: ClassVar[FileLock | None] = None
-    is_new: ClassVar[bool] = False  # rather than resumed
-    before: ClassVar[dict[signal.Signals, Any]] = {}  # what heard the signals
-    by_joblib: ClassVar[bool] = False  # jobs run in its processes
-    is_busy: ClassVar[bool] = False  # with a job, in a process of joblib's
-    heard: ClassVar[int | None] = None  # the signal that this process was told to stop by
+    is_new: ClassVar[bool] = False  # not resumed
+    handlers: ClassVar[dict[int, Any]] = {}  # of the signals, before the sweep
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        from tasks.run import files  # not at the top: it imports torch, and Hydra imports this file for every command
-
-        # An Exception would become a warning here.
+        # Hydra turns an Exception of a callback into a warning, but not SystemExit.
         folder = Path(config.hydra.sweep.dir).absolute()
         SweepCallback.lock = FileLock(folder / ".lock", timeout=0)
         try:
@@ -82,124 +76,82 @@ class SweepCallback(Callback):
             except OSError as error:
                 sys.exit(f"error: {errors.explain_failure(error)}.")
         SweepCallback.folder = folder
-        SweepCallback.by_joblib = runs_by_joblib(config.hydra.runtime.choices)
-        numbers = (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM), signal.SIGINT)
-        SweepCallback.before = {number: signal.getsignal(number) for number in numbers}
-        for number, before in SweepCallback.before.items():
-            if before != signal.SIG_IGN:
-                signal.signal(number, SweepCallback.hear)
-        # A launcher's processes find this project from any folder.
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [str(config_checks.ROOT), os.environ.get("PYTHONPATH")])
-        )
-
-    @staticmethod
-    def hear(number: int, _frame: Any) -> None:
-        """In the process of the sweep: hand it to joblib's, which then end; without such, or again, end at once."""
-        others = multiprocessing.active_children() if SweepCallback.by_joblib and SweepCallback.heard is None else []
-        SweepCallback.heard = number
-        for process in others:
-            with contextlib.suppress(OSError):  # it has just ended
-                os.kill(process.pid or 0, signal.SIGTERM)
-        if not others:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            sys.exit(128 + number)
-
-    @staticmethod
-    def hear_apart(number: int, _frame: Any) -> None:
-        """In one of joblib's processes, within a job, but not in its training."""
-        SweepCallback.heard = number
-        if SweepCallback.is_busy:
-            sys.exit(128 + number)
+        for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+            SweepCallback.handlers.setdefault(number, signal.signal(number, exit_by_signal))
+        # The processes of a launcher then find this project from any folder.
+        paths = [str(config_checks.ROOT), os.environ.get("PYTHONPATH")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
-def runs_by_joblib(choices: Any) -> bool:
-    return str(choices["hydra/launcher"]) == "joblib"
+def exit_by_signal(number: int, _frame: Any) -> None:
+    sys.exit(128 + number)
 
 
 def is_job() -> bool:
-    """Whether this run is one of a sweep."""
+    """Whether this run is a job of a sweep."""
     return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | None:
-    """Run one job; its failure is kept in its folder and stops no other job.
+    """Run one job; an error is written to failed.json in its folder, and the sweep goes on.
 
-    In a resumed sweep a finished job gives the value that it had, and one with a checkpoint goes on from there; so does
-    one that a cluster's scheduler has started again.
+    In a resumed sweep, and if a cluster restarts the job: a finished job returns its recorded value, and a job with a
+    checkpoint resumes.
     """
     import torch
-
-    from tasks.run import files
 
     config = HydraConfig.get()
     folder = Path(config.runtime.output_dir)
     failure = folder / "failed.json"
-    if by_joblib := runs_by_joblib(config.runtime.choices):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, SweepCallback.hear_apart)
-        if SweepCallback.heard is not None:
-            return None
     words = [word for word in config.overrides.task if key(word) not in OWN]
-    before = words_before(folder)
+    before = recorded_job(folder)
     if cfg.resume and before not in (None, words):
-        # No Exception, which would be this job's alone.
+        # It ends the whole sweep; an Exception would end only this job.
         sys.exit(
-            f"error: {folder} holds the job {' '.join(before or [])}, where now {' '.join(words)} is due: conf/ has "
-            "changed since, or a search has no hydra.sweeper.sampler.seed. Start a new sweep."
+            f"error: {folder} holds the job {' '.join(before or [])}, but the sweep's job is now {' '.join(words)}: "
+            "conf/ has changed since, or a search has no hydra.sweeper.sampler.seed. Start a new sweep."
         )
     if cfg.resume or before == words:
         if (outcome := read_result(folder)) is not None:
             failure.unlink(missing_ok=True)
             print(f"finished already: {folder}")
             return outcome["metrics"].get(outcome["monitor"])
-        # What a search tries next depends on what it has seen: a trial that failed stays failed.
+        # A search chooses its next trial by the results so far: a failed trial stays failed.
         if failure.exists() and "optuna" in str(config.runtime.choices["hydra/sweeper"]):
             print(f"failed already: {folder}")
             return None
         cfg.resume = str(folder) if (folder / "checkpoints/last.ckpt").exists() else None
     failure.unlink(missing_ok=True)
-    SweepCallback.is_busy = by_joblib
     try:
         if Path(cfg.run_dir).absolute() != folder.absolute():
             raise ValueError("run_dir= is for one run; the jobs of a sweep have folders below hydra.sweep.dir=FOLDER")
         return run(cfg)
-    except SystemExit as ended:
-        # joblib would kill its other processes, which are still saving.
-        if not by_joblib or not isinstance(ended.code, int) or ended.code <= 128:
-            raise
-        SweepCallback.heard = ended.code - 128
-        return None
     except Exception as error:
-        kept = {"overrides": words, "error": errors.explain(error), "traceback": traceback.format_exc()}
-        print(f"failed: {kept['error']}")
+        record = {"overrides": words, "error": errors.explain(error), "traceback": traceback.format_exc()}
+        print(f"failed: {record['error']}")
         try:
-            folder.mkdir(parents=True, exist_ok=True)  # a run that is refused takes its empty folder away
-            files.write_text(failure, json.dumps(kept, indent=2) + "\n")
-        except OSError as refused:
-            print(
-                f"{errors.explain_failure(refused)}; so no list will have this failure, and a resume runs the job again"
-            )
+            folder.mkdir(parents=True, exist_ok=True)  # a refused run removes its empty folder
+            files.write_text(failure, json.dumps(record, indent=2) + "\n")
+        except OSError as full:
+            print(f"{errors.explain_failure(full)}; the list of failures will lack this job, and a resume runs it")
         return None
     finally:
-        SweepCallback.is_busy = False
-        # The next job of this process gets the memory.
+        # Free the memory for the next job in this process.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def words_before(folder: Path) -> list[str] | None:
-    """The words of the job that a folder holds, which began or failed; None of a folder that holds none."""
+def recorded_job(folder: Path) -> list[str] | None:
+    """The words of the job that began or failed in a folder; None without one."""
     for name in ("run.json", "failed.json"):
-        with contextlib.suppress(OSError, ValueError):  # what is damaged is written anew
+        with contextlib.suppress(OSError, ValueError):  # a damaged record is written anew
             return [word for word in run_dir.read_recorded_words(folder / name) if key(word) not in OWN]
     return None
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """What metrics.json says of a finished job; without it, or where it is damaged, the job is not finished."""
+    """The content of metrics.json of a finished job; None for other jobs, and if the file is damaged."""
     path = folder / "metrics.json"
     if not path.exists():
         return None
@@ -207,80 +159,72 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         outcome = json.loads(path.read_text(encoding="utf-8"))
         float(outcome["metrics"].get(outcome["monitor"], 0.0))
         return dict(outcome)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except DAMAGED:
         print(f"{path} is damaged: the job is tested again")
         return None
 
 
-def resumes_sweep(arguments: list[str]) -> bool:
-    return (folder_of(arguments) / "sweep.json").is_file()
+def folder_to_resume(arguments: list[str]) -> Path | None:
+    """The folder in resume=FOLDER if it holds a sweep; None for a run's folder, and without resume=."""
+    names = [word.removeprefix("resume=") for word in arguments if word.startswith("resume=")]
+    folder = Path(names[0].strip("'\"")).absolute() if names else None
+    return folder if folder and (folder / "sweep.json").is_file() else None
 
 
-def folder_of(arguments: list[str]) -> Path:
-    named = [word.removeprefix("resume=") for word in arguments if word.startswith("resume=")]
-    return Path(named[0].strip("'\"")).absolute() if named else Path("/nonexistent")
-
-
-def add_recorded_words(arguments: list[str]) -> list[str]:
-    """The words of the sweep in `resume=FOLDER`, with those given now, which may change only how it runs."""
-    folder = folder_of(arguments)
+def add_recorded_words(folder: Path, arguments: list[str]) -> list[str]:
+    """The recorded words of a sweep and those of the command, which may change only how the jobs run."""
     words = run_dir.read_recorded_words(folder / "sweep.json")
-    given = [word for word in arguments if key(word) != "resume" and word not in ("-m", "--multirun", *words)]
-    for word in given:
+    new = [word for word in arguments if key(word) != "resume" and word not in ("-m", "--multirun", *words)]
+    for word in new:
         if not key(word).startswith(FREE):
             raise ValueError(
                 f"resume={folder} goes on with the same sweep, and {word} would change it. Leave that out, or start "
                 "a new sweep; only hydra/launcher=, hydra.launcher.* and a search's hydra.sweeper.n_trials may differ."
             )
-    if any(key(word) == "hydra/launcher" for word in given):
+    if any(key(word) == "hydra/launcher" for word in new):
         words = [word for word in words if not key(word).startswith(("hydra/launcher", "hydra.launcher."))]
-    words = [word for word in words if key(word) not in map(key, given)]
-    quoted = "'" + str(folder).replace("'", "\\'") + "'"
-    return ["-m", *words, *given, f"resume={quoted}", f"hydra.sweep.dir={quoted}"]
+    words = [word for word in words if key(word) not in map(key, new)]
+    quoted = run_dir.quote(folder)
+    return ["-m", *words, *new, f"resume={quoted}", f"hydra.sweep.dir={quoted}"]
 
 
 @contextlib.contextmanager
 def report_failures() -> Iterator[None]:
-    """When a sweep has ended, and however it has, tell what failed and how to go on; failures are exit status 1."""
-    SweepCallback.folder = SweepCallback.lock = SweepCallback.heard = None
+    """When a sweep ends, for whatever reason, list its failed jobs and how to resume; they give exit status 1."""
+    SweepCallback.folder = SweepCallback.lock = None
     failed: list[Path] = []
     is_done = False
     try:
         yield
-        is_done = SweepCallback.heard is None
+        is_done = True
     finally:
+        while SweepCallback.handlers:
+            signal.signal(*SweepCallback.handlers.popitem())
         if folder := SweepCallback.folder:
-            for number, before in SweepCallback.before.items():
-                signal.signal(number, before)
             if any(folder.glob("*/")):
                 failed = report(folder, is_done)
-            elif SweepCallback.is_new:  # refused as a whole
+            elif SweepCallback.is_new:  # refused before its first job
                 for name in ("sweep.json", "multirun.yaml"):
                     (folder / name).unlink(missing_ok=True)
         if SweepCallback.lock is not None and SweepCallback.lock.is_locked:
-            # Before it is released: another process may hold it from then on.
-            Path(SweepCallback.lock.lock_file).unlink(missing_ok=True)
-            SweepCallback.lock.release()
-            run_dir.remove_if_empty(Path(SweepCallback.lock.lock_file).parent)
-    if SweepCallback.heard is not None:
-        sys.exit(128 + SweepCallback.heard)
+            run_dir.release(SweepCallback.lock)
     if failed:
         sys.exit(1)
 
 
 def report(folder: Path, is_done: bool) -> list[Path]:
-    """Print how a sweep stands; returns the jobs that failed."""
+    """Print the state of a sweep; returns the failed jobs."""
     failed = sorted(folder.rglob("failed.json"), key=lambda path: (len(path.parent.name), path.parent.name))
-    # Below a job may lie what evaluate.py has written.
+    # evaluate.py may have written another metrics.json below a job.
     done = {path.parent for path in folder.rglob("config.yaml") if path.with_name("metrics.json").exists()}
     early = "" if is_done else ", and it stopped early"
     print(f"Sweep {folder}: finished {len(done - {path.parent for path in failed})}, failed {len(failed)}{early}.")
     for path in failed:
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            message = kept["error"].splitlines() or [""]
-            print(f"  {' '.join(kept['overrides'])}: {message[0]} ({path.parent})")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            message = record["error"].splitlines() or [""]
+            print(f"  {' '.join(record['overrides'])}: {message[0]} ({path.parent})")
+        except DAMAGED:
             print(f"  failed.json is damaged; with a resume the job runs again ({path.parent})")
     if failed or not is_done:
         print(f"Go on with: python train.py resume={shlex.quote(str(folder))}")

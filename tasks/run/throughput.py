@@ -1,4 +1,4 @@
-"""What training costs: its time, speed and memory, and when its time is over."""
+"""Measure the time, speed and memory of training, and stop it after max_seconds."""
 
 import sys
 import time
@@ -12,21 +12,21 @@ from tasks.run.distributed import all_reduce_sum, world_size
 
 
 class ThroughputMonitor(pl.Callback):
-    """Log, with every validation, what training costs: time, speed, how a step's time is shared, memory.
+    """Logs time, speed and memory of training with every validation, and prints a line.
 
-    `epoch`: how many were trained, in parts too; `seconds` of training, without validation; examples (or tokens) a
-    second; `step_ms/data`, `/forward`, `/backward` and `/optimizer`, and `/encoder`, which is the encoders' share of
-    forward and backward: means over one step in `SAMPLING`; `peak_memory_mb` of the process, or on a GPU what torch
-    has allocated there. Time goes on across a resume. Prints a line a validation.
+    `epoch`: epochs trained, with fractions; `seconds` of training, without validation; examples (or tokens) per second;
+    `step_ms/data`, `/forward`, `/backward`, `/optimizer`, and `/encoder`, the encoders' share of forward and backward:
+    means over every `SAMPLING`th step; `peak_memory_mb` of the process, or of torch on a GPU. A resumed run continues
+    the counts.
 
     Args:
-        max_seconds: stop after so much training; None for never.
+        max_seconds: stop after this time of training; None for no limit.
     """
 
-    state_key = "Clock"  # the name under which checkpoints hold its state
+    state_key = "Clock"  # the key of its state in checkpoints
     PARTS = ("data", "forward", "backward", "optimizer")
     KEPT = ("seconds", "examples", "epochs", "parts", "sampled")
-    SAMPLING = 16  # the parts of one step in so many are timed: that costs time, and on a GPU waits until each is done
+    SAMPLING = 16  # only every 16th step is timed in parts: timing costs time, and on a GPU it waits for each part
 
     def __init__(self, max_seconds: float | None = None) -> None:
         if max_seconds is not None and (type(max_seconds) not in (int, float) or not max_seconds > 0):
@@ -34,19 +34,19 @@ class ThroughputMonitor(pl.Callback):
         self.max_seconds = max_seconds
         self.seconds = 0.0
         self.examples = 0
-        self._more = 0  # of this process, since the last log
+        self._more = 0  # examples of this process since the last log
         self.epochs = 0.0
         self.parts = dict.fromkeys((*self.PARTS, "encoder"), 0.0)
         self.sampled = 0
-        self._batches = 0  # of this process
+        self._batches = 0  # trained by this process
         self._since = 0.0
-        self._mark: float | None = None  # None while the parts are not timed
+        self._mark: float | None = None  # None in steps that are not timed
         self._interval: Any = None  # batches between validations
         self._hooks: list[Any] = []
-        self._step_hooks: dict[nn.Module, list[Any]] = {}  # on an encoder's parameters, in a step that is timed
+        self._step_hooks: dict[nn.Module, list[Any]] = {}  # on an encoder's parameters, in a timed step
 
     def state_dict(self) -> dict[str, Any]:
-        # A stop may come long after a validation. That other processes had as many examples is near enough.
+        # A run may stop long after a validation. Other processes had about as many examples.
         more = self._more * world_size()
         return {name: getattr(self, name) for name in self.KEPT} | {"examples": self.examples + more}
 
@@ -64,7 +64,7 @@ class ThroughputMonitor(pl.Callback):
             for hook in hooks:
                 hook.remove()
         self._step_hooks.clear()
-        # Of a process the second step is the first one: the first compiles.
+        # The first step compiles; so the second is the first to be timed.
         self._mark = self._wait(module) if self._batches % self.SAMPLING == 1 else None
 
     def _lap(self, part: str, module: Any) -> None:
@@ -74,7 +74,7 @@ class ThroughputMonitor(pl.Callback):
             self._mark = now
 
     def _watch(self, encoder: nn.Module, module: Any) -> None:
-        """Time an encoder: its calls, and backward from the gradient of its output to that of its last parameter."""
+        """Time an encoder: its calls, and backward from its output's gradient to its last parameter's."""
         since: float | None = None
         parameters = [p for p in encoder.parameters() if p.requires_grad]
 
@@ -89,7 +89,7 @@ class ThroughputMonitor(pl.Callback):
                 self.parts["encoder"] += now - since
                 since = now
 
-        def called(_encoder: nn.Module, _inputs: Any, outputs: Any) -> None:
+        def end(_encoder: nn.Module, _inputs: Any, outputs: Any) -> None:
             if since is None:
                 return
             add()
@@ -98,7 +98,7 @@ class ThroughputMonitor(pl.Callback):
                 if encoder not in self._step_hooks:
                     self._step_hooks[encoder] = [p.register_post_accumulate_grad_hook(add) for p in parameters]
 
-        self._hooks += [encoder.register_forward_pre_hook(begin), encoder.register_forward_hook(called)]
+        self._hooks += [encoder.register_forward_pre_hook(begin), encoder.register_forward_hook(end)]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         for encoder in pl_module.encoders:
@@ -109,10 +109,10 @@ class ThroughputMonitor(pl.Callback):
             self._hooks.pop().remove()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        # Not only with an epoch: a resumed run may start within one.
+        # Not only at the start of an epoch: a resumed run may start within one.
         self.on_train_epoch_start(trainer, pl_module)
-        # Lightning takes the end of an epoch for the end only where a validation was due. One was made (see
-        # on_train_batch_end); without this a run that goes on from there would train a step that is no epoch's.
+        # A resume at the end of an epoch: Lightning recognises the end only if a validation was due there, and would
+        # train one step too many. on_train_batch_end has forced a validation.
         self._interval = trainer.val_check_batch
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready >= trainer.num_training_batches:
             trainer.val_check_batch = trainer.num_training_batches
@@ -140,14 +140,14 @@ class ThroughputMonitor(pl.Callback):
         now = time.perf_counter()
         self.seconds += now - self._since
         self._since = now
-        # Lightning would end at max_steps, and an epoch, without a validation, and so without a checkpoint.
+        # At max_steps and at the last batch, Lightning would stop without a validation, so without a checkpoint.
         out_of_steps = 0 <= trainer.max_steps <= trainer.global_step
         is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
         is_at_end = is_last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        # What was accumulated towards a step of the optimiser is in no checkpoint.
+        # A checkpoint contains no accumulated gradients.
         is_step = (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
         out_of_time = self.max_seconds is not None and self.seconds >= self.max_seconds and is_step
-        if self.max_seconds is not None:  # where one process stops, all do
+        if self.max_seconds is not None:  # if one process stops, all do
             out_of_time = trainer.strategy.reduce_boolean_decision(out_of_time, all=False)
         if out_of_steps or is_at_end or out_of_time:
             trainer.should_stop = True
@@ -184,26 +184,26 @@ class ThroughputMonitor(pl.Callback):
 
     @property
     def encoder_share(self) -> float:
-        """The encoders' part of the time of a step."""
+        """The encoders' fraction of the time of a step."""
         total = sum(self.parts[part] for part in self.PARTS)
         return self.parts["encoder"] / total if total else 0.0
 
     @property
     def speed(self) -> float:
-        """Examples or tokens a second of training."""
+        """Examples or tokens per second of training."""
         return self.examples / self.seconds if self.seconds else 0.0
 
 
 def is_in_training(trainer: pl.Trainer) -> bool:
-    """Whether a validation belongs to a training that has begun."""
+    """Whether a validation is part of training, after the sanity check."""
     return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most megabytes (2**20 bytes) that torch held on a GPU, or that the process held, its memory maps included."""
+    """Peak memory of torch on a GPU, or of the process with its memory maps, in units of 2**20 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":  # which does not tell
+    if sys.platform == "win32":  # it has no such number
         return float("nan")
     import resource
 

@@ -1,4 +1,4 @@
-"""wandb: one run of its dashboard for a run folder, named, grouped and summed up so that runs can be compared."""
+"""Log a run to wandb, with a name, group and summary that make runs comparable."""
 
 import os
 import secrets
@@ -16,23 +16,22 @@ STEP = "trainer/global_step"  # Lightning's name for the steps of the optimiser
 
 
 class Wandb(WandbLogger):
-    """Lightning's wandb logger: offline unless the user is logged in, and one run of wandb for a run folder.
+    """Lightning's wandb logger: one wandb run per run folder, offline unless the user is logged in.
 
-    A run's name says data, model, depth x width, ablations, seed and fold. Its group is the experiment, with the data
-    where that has several corpora, or, without an experiment, the name without seed and fold. Where the configuration
-    has a published value, `published/METRIC` is a constant series beside the curves, and `difference/METRIC` in the
-    summary what the run lies above it. The summary of a finished run has all of metrics.json: the best epoch's value
-    of the monitored metric, not the last one's.
+    A run's name has data, model, depth x width, ablations, seed and fold. Its group is the experiment, with the data if
+    the experiment has several corpora; without an experiment, the name without seed and fold. If the configuration has
+    a published value, `published/METRIC` is a constant series beside the curves, and the summary has the run's
+    `difference/METRIC`. The summary of a finished run has all of metrics.json, with the metric of the best epoch.
 
-    An agent of a wandb sweep chooses project, entity and id. Otherwise the id is that of WANDB_RUN_ID, or a new one.
+    An agent of a wandb sweep chooses project, entity and id. Otherwise the id is WANDB_RUN_ID, or a new one.
 
     Args:
-        run_dir: keeps wandb's files, unless WANDB_DIR does, and, in wandb_id.txt, the id that a resume goes on with.
-        project: as in wandb.init, and so entity and job_type.
-        name: another one than the above, and so group.
-        tags: further ones, beside task, data, model, ablations and experiment; without any, those of WANDB_TAGS.
-        artifacts: whether to upload what was tested, and what the test wrote: the checkpoint, with its configuration,
-            and the predictions. Offline they stay where they are, until `wandb sync` reads them there.
+        run_dir: the folder for wandb's files, unless WANDB_DIR is set, and for wandb_id.txt, which a resume reads.
+        project, entity, job_type: as in wandb.init.
+        name, group: replace those above.
+        tags: added to task, data, model, ablations and experiment; by default those of WANDB_TAGS.
+        artifacts: whether to upload the tested checkpoint, its configuration, and the files that the test wrote.
+            Offline they stay in the run folder, until `wandb sync` reads them there.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Wandb(WandbLogger):
             save_dir=os.environ.get("WANDB_DIR") or run_dir,
             settings=wandb.Settings(quiet=True),
         )
-        # Lightning hands on an option that wandb has ended, which then warns.
+        # Lightning passes an option that wandb no longer has, which causes a warning.
         self._wandb_init.pop("anonymous", None)
         self.run_dir = Path(run_dir)
         self.artifacts = artifacts
@@ -66,19 +65,19 @@ class Wandb(WandbLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """Begin wandb's run: what it is called follows from the whole configuration."""
+        """Start the wandb run: its name depends on the whole configuration."""
         import wandb
 
         choices, options, id_file = params["choices"], self._wandb_init, self.run_dir / "wandb_id.txt"
         if "WANDB_SWEEP_ID" in os.environ:
-            # wandb.init takes the agent's, and warns of any other.
+            # wandb.init uses those of the agent, and warns about others.
             options |= {"project": None, "entity": None, "id": None}
         else:
             wanted = os.environ.get("WANDB_RUN_ID")
             kept = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
             options["id"] = kept or wanted or secrets.token_hex(4)
             if kept and wanted not in (None, kept):
-                print(f"WANDB_RUN_ID={wanted} is not used: the run goes on as {kept} on wandb")
+                print(f"WANDB_RUN_ID={wanted} is not used: the run continues as {kept} on wandb")
         if "WANDB_MODE" in os.environ:
             options["mode"] = os.environ["WANDB_MODE"]
         else:
@@ -100,10 +99,10 @@ class Wandb(WandbLogger):
         super().log_hyperparams(params)
         run, best = self.experiment, params["callbacks"]["best"]
         write_text(id_file, run.id)
-        # Any of the three is an axis; the steps are that of a plot of which nobody said more.
+        # Axes to choose from; the default is the step.
         run.define_metric("seconds")
         run.define_metric("epoch")
-        # So that also a run which is killed has its best value, as METRIC.max or METRIC.min.
+        # A killed run then has its best value too, as METRIC.max or METRIC.min.
         run.define_metric(best["monitor"], step_metric=STEP, step_sync=True, summary=best["mode"])
         value = values.get(data)
         self.published = {} if value is None else {paper["metric"]: value}
@@ -114,9 +113,9 @@ class Wandb(WandbLogger):
 
     @rank_zero_only
     def finish(self, outcome: dict[str, Any] | None, writes: Iterable[str] = ()) -> None:
-        """Close wandb's run: the next job of a sweep gets its own.
+        """Close the wandb run; the next job of a sweep has its own.
 
-        outcome: metrics.json, or None: failed. writes: the files of the run's folder that its test wrote.
+        outcome: the content of metrics.json, or None for a failed run. writes: the names of files that tests write.
         """
         if self._experiment is None:
             return
@@ -128,7 +127,7 @@ class Wandb(WandbLogger):
             if self.artifacts:
                 checkpoint = self.run_dir / "checkpoints" / (outcome["tested"] or "last.ckpt")
                 self._upload("checkpoint", "model", [checkpoint, self.run_dir / "config.yaml"])
-                # Of several processes some write likelihoods.0.ark and so on.
+                # Several processes write likelihoods.0.ark and so on.
                 written = [p for name in writes for p in self.run_dir.glob("*".join(os.path.splitext(name)))]
                 self._upload("predictions", "predictions", sorted(written))
         run.finish(exit_code=0 if outcome is not None else 1)
@@ -140,13 +139,13 @@ class Wandb(WandbLogger):
             return
         artifact = wandb.Artifact(f"{name}-{self.experiment.id}", kind)
         for file in files:
-            # Copies in the home folder would be kept otherwise.
+            # Otherwise copies would stay in the home folder.
             artifact.add_file(str(file), policy="immutable", skip_cache=True)
         self.experiment.log_artifact(artifact)
 
 
 def finish(loggers: Iterable[Logger], outcome: dict[str, Any] | None, writes: Iterable[str] = ()) -> None:
-    """Close the wandb runs among the loggers, as `Wandb.finish` does each."""
+    """Call `Wandb.finish` for each wandb logger."""
     for logger in loggers:
         if isinstance(logger, Wandb):
             logger.finish(outcome, writes)

@@ -1,4 +1,4 @@
-"""The options of the wandb logger, and its variables in the environment: checked before a corpus is read."""
+"""Check the options and environment variables of the wandb logger before a corpus is read."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-# Options that take these variables of wandb's where the command says nothing, by conf/logger/wandb.yaml.
+# The environment variables that set the defaults of options, in conf/logger/wandb.yaml.
 VARIABLES = {
     "project": "WANDB_PROJECT",
     "entity": "WANDB_ENTITY",
@@ -27,11 +27,11 @@ def environment_tags() -> list[str]:
 
 
 def keep_place(cfg: DictConfig) -> None:
-    """A resumed run stays where it is on wandb, whatever the environment says by now; a word moves it."""
+    """Keep a resumed run's project, entity, name and group, unless the command sets them."""
     path = Path(str(cfg.resume)) / "config.yaml"
     if not cfg.resume or "wandb" not in cfg.loggers or not path.is_file():
         return
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, OmegaConfBaseException):  # told by the door
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, OmegaConfBaseException):  # check_resume reports it
         before = OmegaConf.select(OmegaConf.load(path), "loggers.wandb", default=None) or {}
         for key, variable in VARIABLES.items():
             if key not in before or not OmegaConf.is_interpolation(cfg.loggers.wandb, key):
@@ -44,11 +44,11 @@ def keep_place(cfg: DictConfig) -> None:
 
 
 def check_environment() -> None:
-    """Refuse variables of wandb's that it would refuse after the corpus is read. An empty one says nothing."""
+    """Refuse environment variables that wandb would refuse after the corpus is read; empty ones are removed."""
     for variable in (*VARIABLES.values(), "WANDB_MODE", "WANDB_RUN_ID", "WANDB_TAGS", "WANDB_DIR"):
         if not os.environ.get(variable, "").strip():
             os.environ.pop(variable, None)
-    # wandb reads these itself, and takes neither capitals nor a comma too many.
+    # wandb reads these too, and accepts neither capitals nor empty tags.
     if tags := environment_tags():
         os.environ["WANDB_TAGS"] = ",".join(tags)
     else:
@@ -73,14 +73,14 @@ def check_environment() -> None:
 
 
 def check(options: Mapping[str, Any]) -> None:
-    """Refuse, before a corpus is read, what wandb would refuse after it."""
+    """Refuse options and variables that wandb would refuse after the corpus is read."""
     check_environment()
 
     def is_text(value: Any, longest: int = 64) -> bool:
         return isinstance(value, str) and 0 < len(value) <= longest
 
     project, entity, group, tags = (options[name] for name in ("project", "entity", "group", "tags"))
-    run_name = options.get("name")  # which earlier runs have not
+    run_name = options.get("name")  # runs of earlier versions have none
     is_list = isinstance(tags, Sequence) and not isinstance(tags, str)
     for name, is_right, wanted, example in (
         (

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def read_offline_run(folder: Path) -> dict[str, Any]:
-    """What the last offline run below a run folder says of itself; `summary` is what it came to at its end."""
+    """The records of the last offline run below a run folder; `summary` is its final summary."""
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 

@@ -1,4 +1,4 @@
-"""Averaged checkpoints: which are kept, what their mean is, and that the test takes it."""
+"""Averaged checkpoints: which validations are kept, their mean, and the test with it."""
 
 import json
 
@@ -25,7 +25,7 @@ def test_a_mean_of_numbers():
 
 
 @pytest.mark.parametrize("of", ["best", "last"])
-def test_the_test_takes_the_mean_of_what_was_kept(configure, tmp_path, of):
+def test_the_test_uses_the_mean_of_the_kept_checkpoints(configure, tmp_path, of):
     train.run(configure(*SMALL, "trainer.max_epochs=2", "callbacks.average.count=3", f"callbacks.average.of={of}"))
     folder = tmp_path / "run/checkpoints"
     kept = sorted(folder.glob("kept-*.ckpt"))
@@ -39,7 +39,7 @@ def test_the_test_takes_the_mean_of_what_was_kept(configure, tmp_path, of):
     assert record["tested"] == "average.ckpt"
     default, _ = predict.load(str(tmp_path / "run"))
     assert all(torch.equal(value, found[name]) for name, value in default.state_dict().items())
-    # The loss of the test tells whose weights it took.
+    # The loss of the test shows which weights it used.
     task, _ = predict.load(str(folder / "average.ckpt"))
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]
     data = train.instantiate(configure(*SMALL).data)
@@ -55,14 +55,14 @@ def test_the_test_takes_the_mean_of_what_was_kept(configure, tmp_path, of):
     assert metrics["test/loss"] == pytest.approx(total / count, rel=1e-4)
 
 
-def test_without_it_nothing_is_kept(configure, tmp_path):
+def test_without_averaging_nothing_is_kept(configure, tmp_path):
     train.run(configure(*SMALL, "trainer.max_epochs=1"))
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
 @pytest.mark.parametrize("of", ["best", "last"])
 def test_a_resumed_run_has_the_same_mean(configure, tmp_path, of):
-    """Cut after more validations than are kept; and once more, when only the test is left."""
+    """Stopped after more validations than are kept, and again before the test."""
     words = (*SMALL, "callbacks.average.count=3", f"callbacks.average.of={of}")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train.run(configure(*words, "trainer.max_epochs=6", f"run_dir={whole}"))
@@ -74,7 +74,7 @@ def test_a_resumed_run_has_the_same_mean(configure, tmp_path, of):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_what_was_deleted_before_a_kill_is_not_looked_for(configure, tmp_path):
+def test_a_file_deleted_before_a_kill_is_not_averaged(configure, tmp_path):
     words = (*SMALL, "callbacks.average.count=3", f"run_dir={tmp_path / 'run'}")
     train.run(configure(*words, "trainer.max_epochs=4"))
     folder = tmp_path / "run/checkpoints"
@@ -100,13 +100,11 @@ def test_a_damaged_checkpoint_is_named(configure, tmp_path, capsys):
     folder = tmp_path / "run/checkpoints"
     path = sorted(folder.glob("kept-*"))[0]
     path.write_bytes(b"garbage")
-    with pytest.raises(
-        ValueError, match=r"kept-\d+\.ckpt is damaged; move it elsewhere, and the mean is that of the others"
-    ):
+    with pytest.raises(ValueError, match=r"kept-\d+\.ckpt is damaged; move it away to average the others"):
         train.run(configure(*words, f"resume={tmp_path / 'run'}", "trainer.max_epochs=2"))
     path.unlink()
     train.run(configure(*words, f"resume={tmp_path / 'run'}", "trainer.max_epochs=2"))
-    assert "there are 1 checkpoints to average" in capsys.readouterr().out
+    assert "only 1 checkpoints to average" in capsys.readouterr().out
     assert not (folder / "average.ckpt").exists()
 
 

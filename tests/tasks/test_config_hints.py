@@ -1,4 +1,4 @@
-"""What a command is answered whose words do not fit: where a plus belongs, what was meant, what null chooses."""
+"""Answers to words that do not fit: a missing plus, a similar key, and null for a group."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def answer(monkeypatch, tmp_path):
         ),
     ],
 )
-def test_what_a_class_takes_and_the_configuration_has_not_is_answered_with_the_plus(answer, words, plus):
+def test_an_argument_that_no_file_lists_is_answered_with_a_plus(answer, words, plus):
     assert f"type {plus}" in answer(words) or f"first, {plus}" in answer(words)
 
 
@@ -114,7 +114,7 @@ def test_what_a_class_takes_and_the_configuration_has_not_is_answered_with_the_p
         ("++trainer.max_epoch=1", "pytorch_lightning.Trainer takes no 'max_epoch'. Did you mean: trainer.max_epochs, "),
         ("+callbacks.best.save_top_k=3", "best.ckpt is one file. To keep more, type +callbacks.top._target_="),
         ("model.batch_first=true", "model.batch_first is not for a run: time comes first in every task"),
-        ("+model.dtype=float64", "model.dtype=float64: the trainer chooses it, by trainer.precision=64-true"),
+        ("+model.dtype=float64", "model.dtype=float64: trainer.precision sets it, for example 64-true"),
         ("+callbacks.best.save_weights_only=true", "a resume and the test need the whole checkpoint. Leave it out"),
         ("callbacks.last.save_weights_only=true", "a resume and the test need the whole checkpoint. Leave it out"),
         ("trainer.callbacks.rate._target_=a.B", "made of callbacks; type +callbacks.rate._target_=a.B"),
@@ -130,7 +130,7 @@ def test_what_a_class_takes_and_the_configuration_has_not_is_answered_with_the_p
         ("trainer.num_nodes=2", "type trainer=ddp"),
         ("callbacks.best.monitor=null", "callbacks.best.monitor=None must be a metric of the validation"),
         ("callbacks.best.mode=up", "callbacks.best.mode=up must be min or max"),
-        ("~trainer.max_epochs", "trainer.max_epochs is missing, without which a run has no end"),
+        ("~trainer.max_epochs", "trainer.max_epochs is missing, and a run needs an end"),
         ("~logger.wandb", "type ~loggers.wandb, or logger=csv"),
         ("logger.wandb=null", "type loggers.wandb=null, or logger=csv"),
         ("+callbacks.last.save_top_k=0", "last.ckpt is one file, and a resume needs it; leave that out"),
@@ -142,7 +142,7 @@ def test_what_a_class_takes_and_the_configuration_has_not_is_answered_with_the_p
         ("task=lm +task.scheduler._target_=tasks.schedules.noam", "type +task.scheduler._partial_=true"),
     ],
 )
-def test_what_nothing_takes_is_answered_by_what_this_command_has(answer, words, said):
+def test_an_unknown_key_is_answered_with_keys_of_this_command(answer, words, said):
     assert said in answer(words)
 
 
@@ -165,7 +165,7 @@ def test_what_nothing_takes_is_answered_by_what_this_command_has(answer, words, 
         "logger=[null,csv]",
     ],
 )
-def test_no_logger_is_the_file_alone(answer, word):
+def test_no_logger_leaves_the_file_only(answer, word):
     assert list(answer(word).loggers) == ["csv"]
 
 
@@ -186,7 +186,7 @@ def test_no_logger_is_the_file_alone(answer, word):
         "trainer=patient callbacks.stop=null",
     ],
 )
-def test_nothing_of_a_group_is_as_if_nothing_was_said(answer, word):
+def test_null_for_an_optional_group_changes_nothing(answer, word):
     plain, cfg = answer(""), answer(word)
     for part in ("choices", "data", "model", "task", "ablations"):
         assert cfg[part] == plain[part]
@@ -197,27 +197,27 @@ def test_a_null_in_a_list_is_left_out(answer):
     assert answer("'ablation=[no_vc,null,no_highway]'").choices.ablation == ["no_vc", "no_highway"]
 
 
-def test_what_no_run_can_use_is_not_suggested(configure):
+def test_unusable_options_are_not_suggested(configure):
     for name in config_hints.choices("model"):
         known = [key.rpartition(".")[2] for key in config_hints.candidates(configure(f"model={name}"))]
         assert not {*config_checks.LIBRARY, "save_weights_only", "save_top_k", "strategy", "num_nodes"} & set(known)
 
 
 @pytest.mark.parametrize("task", config_hints.choices("task"))
-def test_every_task_refuses_a_batch_that_comes_first(configure, task):
+def test_every_task_refuses_batch_first(configure, task):
     with pytest.raises(ValueError, match=r"model\.batch_first=True: time comes first in every task"):
         config_checks.check(configure(f"task={task}", "model=sru", "+model.batch_first=true"))
     config_checks.check(configure(f"task={task}", "model=sru", "+model.batch_first=false"))
 
 
-def test_a_metric_that_is_nowhere_is_told_before_the_first_epoch(configure, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"no validation has the metric val/acc, .* there are: val/loss, val/accuracy"):
+def test_an_unknown_metric_is_refused_before_the_first_epoch(configure, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"the validation has no metric val/acc, .* there are: val/loss, val/accuracy"):
         train.run(configure(*TINY, "trainer=patient", "callbacks.best.monitor=val/acc"))
     assert "epoch 1" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", ["image", "squad", "translation"])
-def test_a_metric_that_is_typed_changes_no_number(configure, tmp_path, task):
+def test_a_typed_metric_changes_no_result(configure, tmp_path, task):
     words = [word for word in TINY if not word.startswith("task=")] + [f"task={task}"]
     words += ["data=squad_sample"] if task == "squad" else []
     found = []
@@ -227,13 +227,13 @@ def test_a_metric_that_is_typed_changes_no_number(configure, tmp_path, task):
     assert found[0] == found[1]
 
 
-def test_a_bar_is_left_out_where_none_is_shown(configure, tmp_path):
+def test_a_progress_bar_is_left_out_without_a_terminal(configure, tmp_path):
     bar = "+callbacks.p._target_=pytorch_lightning.callbacks.RichProgressBar"
     train.run(configure(*TINY, bar))
     assert "p" not in OmegaConf.load(tmp_path / "run/config.yaml").callbacks
 
 
-def test_a_bar_is_left_out_of_what_a_process_was_handed(configure):
+def test_a_progress_bar_is_left_out_of_a_resolved_configuration(configure):
     cfg = configure("+callbacks.p._target_=pytorch_lightning.callbacks.TQDMProgressBar")
     handed = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     config_hints.drop_bars(handed)
@@ -255,12 +255,12 @@ def test_batches_to_overfit_are_the_same_in_every_epoch(configure, tmp_path, mon
     assert seen[0] != seen[1]
 
 
-def test_an_experiment_is_taken_back(answer):
+def test_null_removes_an_experiment(answer):
     assert answer("experiment=classification_sru_8l experiment=null").choices.experiment is None
 
 
 @pytest.mark.parametrize("group", ["task", "data", "model", "trainer"])
-def test_a_group_that_a_run_needs_is_answered_with_its_choices(answer, group):
+def test_null_for_a_required_group_is_answered_with_its_choices(answer, group):
     names = config_hints.choices(group)
     for word in (f"{group}=null", f"~{group}", f"{group}=none", f"-m {group}=null,{names[0]}"):
         assert f"a run needs {group}=NAME, where NAME is one of: {', '.join(names)}" in answer(word)
@@ -270,18 +270,18 @@ def test_a_group_that_a_run_needs_is_answered_with_its_choices(answer, group):
     ("word", "said"),
     [
         ("~logger=csv", "There is no logger=csv to remove"),
-        ("-m experiment=null,squad_sru_4l", "null is no choice of a sweep"),
+        ("-m experiment=null,squad_sru_4l", "a sweep cannot contain null here"),
         ("logger=csv loggers.wandb=null", "no loggers.wandb to take away"),
-        ("hydra/launcher=null", "hydra/launcher=null: null is no file"),
+        ("hydra/launcher=null", "hydra/launcher=null: null is not a file"),
     ],
 )
-def test_nothing_that_is_nowhere_is_told(answer, word, said):
+def test_null_for_something_absent_is_refused(answer, word, said):
     assert said in answer(word)
 
 
 @pytest.mark.parametrize("name", ["classification", "lm", "hybrid"])
-def test_what_is_suggested_for_a_task_is_taken(configure, name):
-    """Each suggestion with a plus composes and passes the door, whatever its value."""
+def test_suggestions_for_a_task_are_accepted(configure, name):
+    """Each suggestion with a plus composes and passes the checks, for any value."""
     cfg = configure(f"task={name}")
     known = [
         key
@@ -294,7 +294,7 @@ def test_what_is_suggested_for_a_task_is_taken(configure, name):
 
 
 @pytest.mark.parametrize("group", ["task", "model", "trainer", "logger", "data"])
-def test_the_files_of_conf_hold_what_their_classes_take(configure, group):
+def test_the_files_of_conf_pass_the_checks(configure, group):
     for name in config_hints.choices(group):
         config_hints.check(configure(f"{group}={name}"))
 
@@ -308,21 +308,21 @@ def test_a_profiler_reports_and_a_monitor_of_the_rate_is_in_the_file(configure, 
     train.run(configure(*TINY, "+trainer.profiler=simple", monitor, *decay, "+trainer.overfit_batches=2"))
     assert "FIT Profiler Report" in caplog.text + capfd.readouterr().err
     assert "lr-Adam" in (tmp_path / "run/metrics.csv").read_text().splitlines()[0]
-    # It goes on, with the words of the run, too: what was recorded can be read again.
+    # The run also resumes: its record can be read.
     train.run(configure(*TINY, "+trainer.profiler=simple", monitor, *decay, "epochs=2", f"resume={tmp_path / 'run'}"))
     assert json.loads((tmp_path / "run/metrics.json").read_text())["epochs"] == 2
 
 
 @pytest.mark.parametrize("logger", ["csv", "wandb"])
-def test_fast_dev_run_ends_and_keeps_nothing(configure, tmp_path, capsys, logger):
+def test_fast_dev_run_ends_and_saves_nothing(configure, tmp_path, capsys, logger):
     assert train.run(configure(*TINY, f"logger={logger}", "+trainer.fast_dev_run=true")) is None
     told = capsys.readouterr().out
-    assert "none: fast_dev_run keeps nothing" in told
+    assert "none: fast_dev_run saves nothing" in told
     assert "test/accuracy" in told
     assert not (tmp_path / "run").exists()
 
 
-def test_fast_dev_run_does_not_touch_a_run_that_is_there(configure, tmp_path):
+def test_fast_dev_run_does_not_change_an_existing_run(configure, tmp_path):
     train.run(configure(*TINY))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="leave it out, or resume="):
@@ -330,7 +330,7 @@ def test_fast_dev_run_does_not_touch_a_run_that_is_there(configure, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
-def test_a_plus_that_is_typed_again_for_a_resume_counts_once(tmp_path):
+def test_a_repeated_word_with_a_plus_counts_once_in_a_resume(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"overrides": ["+trainer.profiler=simple", "depth=1"]}))
     found = run_dir.add_recorded_words(
         [f"resume={tmp_path}", "+trainer.profiler=simple", "+trainer.detect_anomaly=true"]

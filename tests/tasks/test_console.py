@@ -1,4 +1,4 @@
-"""What commands write: UTF-8 in files and pipes, and nothing that a terminal lacks ends them."""
+"""The output of commands: UTF-8 in files and pipes, and escapes for characters that a terminal lacks."""
 
 import ast
 import io
@@ -26,7 +26,7 @@ class Terminal(io.BytesIO):
         return True
 
 
-def test_a_file_gets_utf8_and_a_terminal_what_it_can_show(monkeypatch):
+def test_a_file_gets_utf8_and_a_terminal_gets_escapes(monkeypatch):
     for raw, encoding, expected in (
         (io.BytesIO(), "latin-1", (TEXT + " x\udce9 \\ud800\n").encode("utf-8", "surrogateescape")),
         (Terminal(), "utf-8", (TEXT + " x\udce9 \\ud800\n").encode("utf-8", "surrogateescape")),
@@ -42,7 +42,7 @@ def test_a_file_gets_utf8_and_a_terminal_what_it_can_show(monkeypatch):
 
 
 @pytest.mark.parametrize("locale", LOCALES, ids=str)
-def test_a_command_writes_utf8_whatever_the_locale(tmp_path, locale):
+def test_a_command_writes_utf8_in_any_locale(tmp_path, locale):
     dev = {"data": [{"paragraphs": [{"qas": [{"id": "1", "answers": [{"text": "a"}]}]}]}]}
     (tmp_path / "dev.json").write_text(json.dumps(dev))
     predictions = tmp_path / f"{TEXT}.json"
@@ -68,7 +68,7 @@ def test_a_typed_text_is_read_as_utf8(monkeypatch):
     assert console.decode_argument("caf\u00e9") == "caf\u00e9"
 
 
-def test_every_command_begins_with_it():
+def test_every_command_calls_use_utf8():
     commands = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *(ROOT / "tasks").rglob("*.py")]
     for path in commands:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -1,4 +1,4 @@
-"""Several processes on a CPU: they train as one with larger batches, leave one record, and go on after a kill."""
+"""Several processes on CPUs train as one with larger batches, write one record, and resume after a kill."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ def free_port():
 
 
 def process(number, runs, ports):
-    """One of two, as torchrun starts it, which makes several runs."""
+    """One of two processes with torchrun's variables; it makes several runs."""
     together = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in together.items()}
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost"}
@@ -43,7 +43,7 @@ def process(number, runs, ports):
 
 
 def run_by_two(configure, *runs):
-    """The runs of these words, one after the other, by the same two processes."""
+    """Make the runs one after another in the same two processes."""
     configs = [OmegaConf.to_container(configure(*words, *TWO), resolve=True) for words in runs]
     ports = [free_port() for _ in runs]
     context = torch.multiprocessing.get_context("spawn")
@@ -53,7 +53,7 @@ def run_by_two(configure, *runs):
     while any(each.exitcode is None for each in both) and not any(each.exitcode for each in both):
         time.sleep(0.05)
     for each in both:
-        each.kill()  # one that waits for a failed one
+        each.kill()  # it may wait for a failed one
         each.join()
     assert [each.exitcode for each in both] == [0, 0]
 
@@ -73,7 +73,7 @@ def checkpoint(folder, name="last"):
 
 
 def assert_alike(one, two, **tolerance):
-    """Weights and moments."""
+    """Compare weights and moments."""
     for first, second in (
         (one["state_dict"], two["state_dict"]),
         *((one["optimizer_states"][0]["state"][i], each) for i, each in two["optimizer_states"][0]["state"].items()),
@@ -93,7 +93,7 @@ def losses(folder):
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(configure, tmp_path):
-    """Words and a text, and their metrics in training, validation and test."""
+    """For sentences and a text: weights, moments, and metrics of training, validation and test."""
     kinds = {"words": (*WORDS, "dropout=0", "model.dropout=0", "epochs=2"), "text": (*TEXT, "dropout=0", "epochs=2")}
     evaluated = {"words": (), "text": ("data.eval_batch_size=2",)}
     run_by_two(
@@ -114,7 +114,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(configure, tmp_path):
 
 @pytest.mark.slow
 def test_a_resume_by_two_processes_equals_one_that_was_never_interrupted(configure, tmp_path):
-    """Within an epoch, with dropout, and states that each process carries on."""
+    """Within an epoch, with dropout and carried states."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     often = (*TEXT, "dropout=0.5", "data.batch_size=2", "trainer.val_check_interval=4")
     run_by_two(
@@ -145,8 +145,8 @@ TASKS = {
 
 
 @pytest.mark.slow
-def test_every_task_is_tested_by_two_processes_as_by_one(configure, tmp_path):
-    """A rate of 0 leaves the weights; so what differs is what the two were given, and what became of their parts."""
+def test_two_processes_test_every_task_as_one_does(configure, tmp_path):
+    """With a learning rate of 0 the weights stay, so that only the split and the sums of the test could differ."""
     still = ("epochs=1", "trainer.limit_train_batches=2", "task.optimizer.lr=0")
     run_by_two(configure, *[[*words, *still, f"run_dir={tmp_path / kind}"] for kind, words in TASKS.items()])
     for kind, words in TASKS.items():
@@ -165,7 +165,7 @@ def test_every_task_is_tested_by_two_processes_as_by_one(configure, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_command_starts_its_processes_and_leaves_one_record(tmp_path):
+def test_a_command_starts_its_processes_and_writes_one_record(tmp_path):
     quiet = ["logger=wandb" if word == "logger=csv" else word for word in WORDS]
     status, out, err = ended(start(*quiet, *TWO, "trainer=ddp", "epochs=1", f"hydra.run.dir={tmp_path}/a run"))
     assert status == 0, err
@@ -188,7 +188,7 @@ def wait_for(path, running):
 
 
 def of_process(number, parent):
-    """The id of the process with this number, among the descendants of another."""
+    """The process id of the child with this rank."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
             environment = (path / "environ").read_bytes().split(b"\0")
@@ -206,7 +206,7 @@ LONG = (*TEXT, "trainer.val_check_interval=2", "trainer.max_epochs=100000")
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_killed_process_ends_the_job_and_its_checkpoint_goes_on(tmp_path, number):
+def test_a_killed_process_ends_the_job_which_resumes(tmp_path, number):
     folder = tmp_path / "run"
     running = start(*LONG, *TWO, f"hydra.run.dir={folder}")
     wait_for(folder / "checkpoints/last.ckpt", running)
@@ -227,7 +227,7 @@ def test_a_killed_process_ends_the_job_and_its_checkpoint_goes_on(tmp_path, numb
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
-def test_torchrun_goes_on_from_the_last_checkpoint_after_a_kill(tmp_path):
+def test_torchrun_resumes_from_the_last_checkpoint_after_a_kill(tmp_path):
     folder = tmp_path / "run"
     by = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
           "--master-port", str(free_port()))  # fmt: skip
@@ -245,8 +245,8 @@ def test_torchrun_goes_on_from_the_last_checkpoint_after_a_kill(tmp_path):
 
 
 @pytest.mark.slow
-def test_tasks_of_slurm_find_one_another_and_one_folder(tmp_path):
-    """As srun starts them: two tasks, each with its number and no more."""
+def test_slurm_tasks_connect_and_share_one_folder(tmp_path):
+    """Two tasks with the variables that srun sets."""
     given = {"SLURM_JOB_ID": "4321", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "sru", "SLURM_NTASKS": "2"}
     given |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
     given |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
@@ -283,7 +283,7 @@ def test_each_job_of_a_sweep_has_its_processes(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_the_command_saves_by_all_processes_and_ends_the_sweep(tmp_path, number):
+def test_on_a_signal_all_processes_save_and_the_sweep_ends(tmp_path, number):
     running = start("-m", "seed=1,2", *LONG, *TWO, f"hydra.sweep.dir={tmp_path}")
     wait_for(tmp_path / "0/checkpoints/last.ckpt", running)
     running.send_signal(number)
@@ -301,16 +301,11 @@ def test_a_signal_to_the_command_saves_by_all_processes_and_ends_the_sweep(tmp_p
         (["trainer.devices=2"], {}, r"trainer\.devices=2 needs several processes: type trainer=ddp trainer\.devices=2"),
         (["trainer.accelerator=tpu"], {}, r"trainer\.accelerator=tpu must be one of auto, cpu, gpu"),
         (["trainer=ddp", "trainer.strategy=fsdp"], {}, r"trainer\.strategy=fsdp must be one of auto, ddp"),
-        (["trainer=ddp"], {"TORCHELASTIC_RUN_ID": "a"}, "WORLD_SIZE is not set, where torchrun sets a whole number"),
-        (
-            ["trainer=ddp"],
-            {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": "5", "LOCAL_WORLD_SIZE": "2"},
-            "process 5 was started as one of 2, which are 0 to 1",
-        ),
+        (["trainer=ddp"], {"TORCHELASTIC_RUN_ID": "a"}, "WORLD_SIZE is not set, but torchrun sets a whole number"),
         (
             ["trainer=ddp"],
             {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "x"},
-            "SLURM_NTASKS is x, where srun sets",
+            "SLURM_NTASKS is x, but srun sets",
         ),
         (["trainer=ddp", "trainer.devices=0"], {}, r"trainer\.devices=0 must be a whole number, 1 or more, or auto"),
         (["trainer=ddp", "trainer.devices=[0,1]"], {}, "CUDA_VISIBLE_DEVICES"),
@@ -321,7 +316,7 @@ def test_a_signal_to_the_command_saves_by_all_processes_and_ends_the_sweep(tmp_p
             r"this machine has \d+ GPUs|torch finds no GPU here",
         ),
         (["trainer=ddp", "trainer.devices=3"], {"WORLD_SIZE": "2"}, r"2 processes were started on each of 1 machines"),
-        ([], {"WORLD_SIZE": "2"}, "2 processes were started, and trainer=default is of one: type trainer=ddp"),
+        ([], {"WORLD_SIZE": "2"}, "2 processes were started, but trainer=default uses one: type trainer=ddp"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(configure, monkeypatch, words, started, message):
@@ -335,7 +330,7 @@ def test_numbers_that_do_not_fit_are_refused(configure, monkeypatch, words, star
         train.run(cfg)
 
 
-def test_a_gpu_that_is_not_there_is_told_before_the_data_are_read(configure, monkeypatch):
+def test_an_absent_gpu_is_refused_before_the_data_are_read(configure, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"trainer\.accelerator=gpu: torch finds no GPU here; type trainer\.acc"):
@@ -343,14 +338,14 @@ def test_a_gpu_that_is_not_there_is_told_before_the_data_are_read(configure, mon
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")
-def test_a_parted_network_is_refused_without_gpus(configure):
+def test_fsdp_is_refused_without_gpus(configure):
     cfg = configure("trainer=fsdp")
     config_checks.check(cfg)
-    with pytest.raises(ValueError, match="trainer=fsdp parts a network among GPUs"):
+    with pytest.raises(ValueError, match="trainer=fsdp shards a network across GPUs"):
         distributed.resolve_devices(cfg)
 
 
-def test_the_layers_of_a_parted_network_are_those_of_srupp(configure):
+def test_fsdp_shards_the_attention_and_projections_of_srupp(configure):
     from hydra.utils import instantiate
     from pytorch_lightning.strategies import FSDPStrategy
 
@@ -379,7 +374,7 @@ def test_the_layers_of_a_parted_network_are_those_of_srupp(configure):
         ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, [], []),
     ],
 )
-def test_processes_that_others_start_agree_on_a_folder(monkeypatch, environment, given, expected):
+def test_processes_of_torchrun_and_srun_share_a_folder(monkeypatch, environment, given, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert distributed.arguments(given) == expected
@@ -395,7 +390,7 @@ def test_a_job_without_a_name_or_with_many_runs_says_what_to_type(monkeypatch):
 
 
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_job_that_is_started_again_goes_on(tmp_path, monkeypatch, variable):
+def test_a_restarted_job_resumes(tmp_path, monkeypatch, variable):
     if variable.startswith("TORCH"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -408,7 +403,7 @@ def test_a_job_that_is_started_again_goes_on(tmp_path, monkeypatch, variable):
     both = [*given, "hydra.run.dir=elsewhere"]
     assert distributed.arguments(both) == ["depth=2", f"resume={tmp_path}"]
     monkeypatch.setenv(variable, "0")
-    # By torchrun it may be another machine's, which has lost this one's before.
+    # With torchrun, this machine may replace a lost one.
     expected = ["depth=2", f"resume={tmp_path}"] if variable.startswith("TORCH") else given
     assert distributed.arguments(given) == expected
 

@@ -1,4 +1,4 @@
-"""Memory that training frees stays with the process, in huge pages where Linux has them."""
+"""Freed memory stays with the process, in huge pages on Linux."""
 
 import subprocess
 import sys
@@ -34,12 +34,12 @@ def run(how: str, **environment: str) -> list[int]:
 def test_freed_memory_is_used_again_without_a_page_fault():
     faults, huge = run("kept")
     assert faults < 1000
-    assert run("given back")[0] > 20 * 12 * 2**20 * 4 // 2**21  # one a huge page at least
+    assert run("given back")[0] > 20 * 12 * 2**20 * 4 // 2**21  # at least one per huge page
     enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if enabled.exists() and "[never]" not in enabled.read_text():
         assert huge > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
-def test_what_the_environment_says_of_malloc_stands():
+def test_environment_variables_of_malloc_have_priority():
     assert run("kept", MALLOC_TRIM_THRESHOLD_="131072")[0] > 1000

@@ -28,7 +28,7 @@ def test_a_run_repeats_to_the_bit():
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    """Every call is shared by two threads until the test ends."""
+    """Two threads share every call until the test ends."""
     count = torch.get_num_threads()
     monkeypatch.setattr(cpu, "SERIAL_ELEMENTS", 0)
     torch.set_num_threads(2)
@@ -74,7 +74,7 @@ def test_eight_callers_at_once_get_the_bits_of_one(two_threads):
 
 
 class Encoded(torch.utils.data.Dataset):
-    """Items that a worker computes with a network of its parent."""
+    """Items computed in a worker with the parent's network."""
 
     def __init__(self, network):
         self.network = network

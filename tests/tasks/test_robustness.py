@@ -1,4 +1,4 @@
-"""What happens to a run from outside: signals, kills, full disks, damage, clocks, others in the same place."""
+"""A run survives signals, kills, full disks, damaged files, clock changes and other jobs in its folder."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def checkpoint(folder, name="last"):
 
 
 def rows(folder):
-    """metrics.csv without what the clock says."""
+    """metrics.csv without the columns that depend on time."""
     clock = re.compile("seconds|.*_per_second|step_ms/.*|peak_memory_mb")
     with (folder / "metrics.csv").open(newline="") as file:
         return [{k: v for k, v in row.items() if not clock.fullmatch(k)} for row in csv.DictReader(file)]
@@ -47,11 +47,11 @@ def leaves(node):
 
 
 def assert_same_training(one, two):
-    """To the bit: weights, optimiser, schedules, random numbers, place in the data, what is logged."""
+    """Compare, bit for bit: weights, optimiser, schedules, random state, position in the data, metrics."""
     for name in ("last", "best"):
         a, b = checkpoint(one, name), checkpoint(two, name)
         assert a["global_step"] == b["global_step"]
-        for each in (a, b):  # how often a validation was begun is another number
+        for each in (a, b):  # the count of started validations differs
             each["loops"] = {k: v for k, v in each["loops"]["fit_loop"].items() if "val_loop" not in k}
         for key in ("state_dict", "optimizer_states", "lr_schedulers", "random_state", "loops"):
             pairs = list(zip(leaves(a[key]), leaves(b[key]), strict=True))
@@ -62,8 +62,8 @@ def assert_same_training(one, two):
 
 @pytest.fixture
 def tell(monkeypatch):
-    """tell(signal, stage, call): the process sends itself the signal in so many calls of a stage's step."""
-    # A shell starts what runs in the background with SIGINT ignored, which a training then leaves so.
+    """tell(signal, stage, call): the process sends itself the signal in the given call of a stage's step."""
+    # A shell starts background jobs with SIGINT ignored, and training then keeps ignoring it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     plain = {stage: getattr(Task, f"{stage}_step") for stage in ("training", "validation", "test")}
 
@@ -91,13 +91,13 @@ def stopped(cfg):
     return caught.value.code
 
 
-def test_a_run_that_is_stopped_again_and_again_goes_on_as_if_it_never_was(configure, tmp_path, tell, capfd):
+def test_a_run_stopped_several_times_equals_an_uninterrupted_run(configure, tmp_path, tell, capfd):
     words = ("trainer.limit_train_batches=4", *SHORT[1:], *SMALL, "trainer.max_epochs=2", "dropout=0.5")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train.run(configure(*words, f"run_dir={whole}"))
     for number, stage, call, step in (
         (signal.SIGTERM, "training", 1, 1),  # before any other checkpoint
-        (signal.SIGINT, "training", 3, 4),  # a validation follows, which the next one begins with
+        (signal.SIGINT, "training", 3, 4),  # a validation follows: the resume begins with it
         (signal.SIGUSR1, "validation", 1, 4),  # in the middle of it
         (signal.SIGTERM, "training", 2, 6),  # in the middle of an epoch
         (signal.SIGTERM, "training", 2, 8),  # the last step: only the test is left
@@ -120,7 +120,7 @@ def test_a_run_that_is_stopped_again_and_again_goes_on_as_if_it_never_was(config
     assert one == two
 
 
-def test_a_finished_run_that_trains_on_has_no_result_until_it_ends(configure, tmp_path, tell):
+def test_a_finished_run_that_trains_longer_has_no_result_until_it_ends(configure, tmp_path, tell):
     run = tmp_path / "run"
     train.run(configure(*SHORT, *SMALL, "epochs=1"))
     assert (run / "metrics.json").exists()
@@ -129,14 +129,14 @@ def test_a_finished_run_that_trains_on_has_no_result_until_it_ends(configure, tm
     assert not (run / "metrics.json").exists()  # the configuration beside it is of two epochs
 
 
-def test_what_is_trained_since_a_validation_counts_for_the_speed_after_a_stop(configure, tmp_path, tell):
+def test_a_checkpoint_counts_the_examples_since_the_last_validation(configure, tmp_path, tell):
     words = (*SHORT, *SMALL, "data.batch_size=4", "epochs=1")
     tell(signal.SIGTERM, "training", 3)
     assert stopped(configure(*words)) == 143
     assert checkpoint(tmp_path / "run")["callbacks"]["Clock"]["examples"] == 12
 
 
-def test_a_stopped_text_goes_on_with_its_state_after_a_whole_step_of_the_optimiser(configure, tmp_path, tell):
+def test_a_language_model_stops_after_a_complete_optimiser_step_and_resumes_with_its_state(configure, tmp_path, tell):
     words = (*TEXT, *SHORT, "trainer.accumulate_grad_batches=2", "epochs=1")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train.run(configure(*words, f"run_dir={whole}"))
@@ -148,7 +148,7 @@ def test_a_stopped_text_goes_on_with_its_state_after_a_whole_step_of_the_optimis
 
 
 def in_a_child(function):
-    """The number of a process that is a copy of this one and calls the function; its status is 0 if that returns."""
+    """Fork a process that calls the function; returns its id. Its exit status is 0 if the function returns."""
     child = os.fork()
     if child:
         return child
@@ -163,7 +163,7 @@ def status_of(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_a_second_signal_ends_the_process_at_once_but_not_the_same_that_came_two_ways():
+def test_a_second_signal_ends_the_process_at_once_but_not_within_a_second():
     def tell_twice(pause):
         Interruption("")._listen()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -175,7 +175,7 @@ def test_a_second_signal_ends_the_process_at_once_but_not_the_same_that_came_two
 
 
 def test_a_signal_between_two_handlers_is_not_lost(configure, monkeypatch):
-    """Lightning has put its own there, and this callback not yet."""
+    """It arrives after Lightning has installed its handler and before this callback has."""
     plain = Interruption._listen
 
     def late(self):
@@ -186,7 +186,7 @@ def test_a_signal_between_two_handlers_is_not_lost(configure, monkeypatch):
     assert stopped(configure(*SHORT, *SMALL)) == 143
 
 
-def test_a_job_of_slurm_is_requeued_and_the_same_command_goes_on(configure, tmp_path, tell, monkeypatch):
+def test_a_slurm_job_is_requeued_and_resumes(configure, tmp_path, tell, monkeypatch):
     run = tmp_path / "run"
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\ntest -f "{run}/checkpoints/last.ckpt" && echo "$@" >> "{tmp_path}/requeued"\n')
@@ -207,8 +207,8 @@ def test_a_job_of_slurm_is_requeued_and_the_same_command_goes_on(configure, tmp_
     assert distributed.arguments(other) == other
 
 
-def test_train_ends_as_a_scheduler_expects_and_says_how_to_go_on(tmp_path):
-    """A process of its own, told from outside at any moment of its training."""
+def test_train_exits_with_the_status_of_the_signal_and_prints_how_to_resume(tmp_path):
+    """In its own process, with a signal at any moment of training."""
     words = [f"run_dir={tmp_path / 'run'}", f"hydra.run.dir={tmp_path / 'hydra'}", "logger=csv", "epochs=1000", *SMALL]
     process = subprocess.Popen(
         [sys.executable, "train.py", *words, *SHORT],
@@ -232,7 +232,7 @@ def test_train_ends_as_a_scheduler_expects_and_says_how_to_go_on(tmp_path):
     assert "Traceback" not in err
 
 
-def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one_and_the_next_start_clears_up(configure, tmp_path):
+def test_a_kill_during_a_save_leaves_a_complete_checkpoint_and_a_resume_cleans_up(configure, tmp_path):
     run = tmp_path / "run"
     last, half = run / "checkpoints/last.ckpt", run / "checkpoints/.last.ckpt.tmp"
     train.run(configure(*SHORT, *SMALL, "trainer.max_epochs=1"))
@@ -260,7 +260,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one_and_the_next_st
 
 @pytest.fixture
 def disk(tmp_path):
-    """disk(megabytes): a folder that holds no more; again: that it holds more."""
+    """disk(megabytes): a folder with this much space; call it again to change the size."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -278,15 +278,15 @@ def disk(tmp_path):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk_takes_nothing_that_was_saved_and_the_run_goes_on_when_there_is_room(configure, disk):
+def test_a_full_disk_damages_no_saved_file_and_the_run_resumes_with_more_space(configure, disk):
     run = disk(14) / "run"  # for two checkpoints of 5.4 MB, but not for a third
     words = (*SHORT, *SMALL, f"run_dir={run}", "epochs=3")
     with pytest.raises(OSError, match="No space left") as caught:
         train.run(configure(*words))
     told = errors.explain(caught.value)
     assert re.fullmatch(
-        rf"{run}/checkpoints/(best|last)\.ckpt: No space left on device, \d MiB are free there\. Whatever was "
-        r"saved before is whole\. Make room .* goes on with: python train\.py resume=FOLDER",
+        rf"{run}/checkpoints/(best|last)\.ckpt: No space left on device, \d MiB are free there\. Files "
+        r"saved before are complete\. Make room .* continues with: python train\.py resume=FOLDER",
         told,
     ), told
     assert checkpoints.read_checkpoint(run / "checkpoints/last.ckpt")["global_step"] == 6
@@ -305,7 +305,7 @@ def test_a_full_disk_takes_nothing_that_was_saved_and_the_run_goes_on_when_there
         ("task=hybrid", "data=frames_sample"),
     ],
 )
-def test_a_cache_on_a_full_disk_is_told_by_its_place_and_is_made_when_there_is_room(configure, tmp_path, disk, words):
+def test_a_full_disk_of_the_cache_is_named_and_more_space_is_enough(configure, tmp_path, disk, words):
     from hydra.utils import instantiate
 
     text = tmp_path / "text"
@@ -346,20 +346,19 @@ def test_no_file_of_a_run_is_halved_by_a_limit(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_file_of_the_data_is_not_told_as_if_the_run_was_meant(tmp_path):
+def test_only_errors_of_data_files_name_data_root(tmp_path):
     (tmp_path / "corpus").mkdir()
     with pytest.raises(IsADirectoryError) as caught:
         download.digest(tmp_path / "corpus", "", "sha256")
     assert errors.explain(caught.value) == (
-        f"{tmp_path}/corpus: Is a directory. Corpora lie in data.root=FOLDER, what is prepared of them in "
-        "data.cache=FOLDER"
+        f"{tmp_path}/corpus: Is a directory. Corpora lie in data.root=FOLDER, prepared data in data.cache=FOLDER"
     )
     with pytest.raises(IsADirectoryError) as caught:
         torch.load(tmp_path / "corpus", weights_only=True)
     assert errors.explain(caught.value) == f"{tmp_path}/corpus: Is a directory"
 
 
-def test_a_second_job_is_refused_by_the_folders_name_and_a_killed_ones_lock_is_free(configure, tmp_path):
+def test_a_second_job_in_a_folder_is_refused_and_a_killed_job_does_not_block(configure, tmp_path):
     cfg, ready = configure(), tmp_path / "ready"
 
     def hold():
@@ -397,7 +396,7 @@ def test_two_jobs_prepare_the_same_corpus_at_once(configure, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
-def test_a_damaged_checkpoint_is_told_with_the_one_that_is_whole(configure, tmp_path, damage):
+def test_the_error_of_a_damaged_checkpoint_names_the_complete_one(configure, tmp_path, damage):
     run = tmp_path / "run"
     last, best = run / "checkpoints/last.ckpt", run / "checkpoints/best.ckpt"
     content = {"random_state": {}, "state_dict": {"x": torch.zeros(10**5)}, "epoch": 1, "loops": {}, "global_step": 6}
@@ -410,13 +409,15 @@ def test_a_damaged_checkpoint_is_told_with_the_one_that_is_whole(configure, tmp_
     with pytest.raises(ValueError, match=f"^{last} is damaged") as caught:
         train.run(configure(f"resume={run}"))
     told = str(caught.value)
-    assert f"{best} is whole, of step 6: to go on from there, `cp {best} {last}` and the same again." in told
+    assert (
+        f"{best} is complete, of step 6: to resume from it, type `cp {best} {last}` and the same command again." in told
+    )
     best.write_bytes(b"")
     with pytest.raises(ValueError, match="Use a copy of the folder, or start a new run"):
         train.run(configure(f"resume={run}"))
 
 
-def test_the_best_checkpoint_takes_the_place_of_a_damaged_last_one(configure, tmp_path):
+def test_a_run_resumes_from_the_best_checkpoint_copied_over_the_last(configure, tmp_path):
     run = tmp_path / "run"
     train.run(configure(*SHORT, *SMALL, "epochs=1"))
     (run / "checkpoints/last.ckpt").write_bytes((run / "checkpoints/best.ckpt").read_bytes())
@@ -431,12 +432,12 @@ def test_a_clock_that_goes_back_changes_nothing(configure, tmp_path, monkeypatch
     found = json.loads((tmp_path / "run/metrics.json").read_text())
     assert 0 < found["seconds"] <= found["wall_seconds"] < 600
     assert [row["step"] for row in rows(tmp_path / "run")] == ["6", "12", "12"]
-    with pytest.raises(FileExistsError, match="holds a run already"):  # the same name, of an earlier time
+    with pytest.raises(FileExistsError, match="holds a run already"):  # the earlier run
         train.run(configure(*SHORT, *SMALL, "epochs=2"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc")
-def test_too_little_memory_is_told_with_what_to_type_and_frees_the_folder(configure, tmp_path):
+def test_the_error_of_too_little_memory_says_what_to_type(configure, tmp_path):
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limits = resource.getrlimit(resource.RLIMIT_AS)
     cfg = configure("width=100000", "depth=1")  # 480 MB
@@ -453,10 +454,10 @@ def test_too_little_memory_is_told_with_what_to_type_and_frees_the_folder(config
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reader_that_goes_away_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "predict.py"]  # which prints what there is
+    command = [sys.executable, "predict.py"]  # it prints its options
     done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False, timeout=200)
     os.close(write)
     assert done.returncode == 141

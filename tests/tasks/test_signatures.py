@@ -1,4 +1,4 @@
-"""What a command reads from the source is what the import would say, and help and refusals import no torch."""
+"""Signatures read from source equal those of the imported classes; help and refusals import no torch."""
 
 import inspect
 import os
@@ -13,7 +13,7 @@ from hydra.utils import get_object
 from tasks.run import imports, signatures
 
 NAMED = {name for path in ROOT.glob("conf/**/*.yaml") for name in re.findall(r"_target_: ([\w.]+)", path.read_text())}
-# What a person may type.
+# Classes that a user may type.
 TYPED = (
     "pytorch_lightning.callbacks.LearningRateMonitor",
     "pytorch_lightning.callbacks.ModelCheckpoint",
@@ -28,7 +28,7 @@ HEAVY = {"torch", "pytorch_lightning", "wandb", "datasets", "torchtext", "numba"
 
 
 def shape(found):
-    """The arguments, and of each class of this project its own."""
+    """The arguments of an object, and of each of its bases of this project."""
     ours = [c for c in inspect.getmro(found) if "__init__" in vars(c)] if isinstance(found, type) else []
     ours = [c for c in ours if c.__module__.partition(".")[0] in signatures.OURS]
     return [
@@ -41,7 +41,7 @@ def shape(found):
 @pytest.mark.parametrize(
     "target", sorted({*NAMED, *TYPED} - {"hydra.utils.get_class", "tasks.run.sweep.SweepCallback"})
 )
-def test_an_outline_says_what_the_class_says(target):
+def test_an_outline_has_the_arguments_of_the_class(target):
     found, real = signatures.outline(target), get_object(target)
     assert shape(found) == shape(real)
     assert isinstance(getattr(found, "MODEL_KWARGS", ()), tuple) == isinstance(getattr(real, "MODEL_KWARGS", ()), tuple)
@@ -52,19 +52,19 @@ def test_an_outline_says_what_the_class_says(target):
 @pytest.mark.parametrize(
     "target",
     [
-        "hydra.utils.get_class",  # of another package
-        "tasks.run.sweep.SweepCallback",  # its base is
+        "hydra.utils.get_class",  # in another package
+        "tasks.run.sweep.SweepCallback",  # its base is in another package
         "torch.nn.functional.dropou",
         "torch.Tensor",  # its base has no source
         "sru",
         "nothing",
     ],
 )
-def test_what_the_source_does_not_say_is_left_to_the_import(target):
+def test_an_incomplete_source_has_no_outline(target):
     assert signatures.outline(target) is None
 
 
-def test_the_optimisers_of_a_hint_are_those_of_torch():
+def test_the_suggested_optimisers_are_those_of_torch():
     import torch
 
     real = {name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)}
@@ -102,7 +102,7 @@ def test_help_and_a_refusal_import_nothing_heavy(tmp_path, words):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_one_who_imports_scipy_signal_after_lightning_gets_it():
+def test_scipy_signal_can_be_imported_after_lightning():
     code = (
         "import sys\nfrom tasks.run import imports\nimports.import_lightning()\n"
         "assert not any(name.startswith('scipy.signal') for name in sys.modules)\n"
@@ -111,7 +111,7 @@ def test_the_one_who_imports_scipy_signal_after_lightning_gets_it():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_an_import_of_lightning_leaves_what_is_there():
+def test_an_import_of_lightning_keeps_an_imported_scipy_signal():
     import scipy.signal
 
     imports.import_lightning()

@@ -1,4 +1,4 @@
-"""Sweeps: failures, resume after a kill, jobs side by side, searches, and the files of conf/sweep/."""
+"""Sweeps: failures, resume after a kill, parallel jobs, searches, and the files of conf/sweep/."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from test_conf import bind
 
 import train
-from tasks.run import config_checks, errors, files, sweep
+from tasks.run import checkpoints, config_checks, errors, files, sweep
 
 TINY = ("logger=csv", "width=16", "data.batch_size=8", "trainer.enable_progress_bar=false")
 TINY += ("trainer.limit_train_batches=4", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2")
@@ -29,8 +29,8 @@ TINY += ("trainer.limit_train_batches=4", "trainer.limit_val_batches=2", "traine
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
-    """command(*words): train.py in this process, as a start takes seconds; returns the exit status."""
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # so that what the command sets is undone
+    """command(*words): run train.py in this process, because a new one takes seconds; returns the exit status."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # so that monkeypatch restores it
     monkeypatch.setenv("SRU_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     monkeypatch.chdir(tmp_path)
@@ -62,6 +62,10 @@ def times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+def last_step(folder):
+    return checkpoints.read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"]
+
+
 def weights(folder):
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
@@ -70,7 +74,7 @@ def results(folder):
     return {path.parent.name: json.loads(path.read_text())["metrics"] for path in folder.glob("*/metrics.json")}
 
 
-def test_a_failed_job_stops_no_other_is_listed_and_is_run_again(command, tmp_path, capsys):
+def test_a_failed_job_stops_no_other_and_a_resume_runs_it_again(command, tmp_path, capsys):
     folder, corpus = tmp_path / "a sweep", tmp_path / "late.txt"
     (tmp_path / "early.txt").write_bytes(b"what is said is said again. " * 400)
     words = ("task=lm", "data=bytes", f"data.path={corpus},{tmp_path / 'early.txt'}", "depth=1", "trainer=debug")
@@ -89,7 +93,7 @@ def test_a_failed_job_stops_no_other_is_listed_and_is_run_again(command, tmp_pat
     assert times(folder / "1") == done
 
 
-def test_a_killed_sweep_goes_on_to_the_same_bits(command, configure, tmp_path):
+def test_a_killed_sweep_resumes_to_the_same_bits(command, configure, tmp_path):
     folder, words = tmp_path / "sweep", ("depth=1", "trainer.max_epochs=12", *TINY)
     start = [sys.executable, "train.py", "-m", "seed=1,2,3", *words, f"hydra.sweep.dir={folder}"]
     process = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -108,7 +112,7 @@ def test_a_killed_sweep_goes_on_to_the_same_bits(command, configure, tmp_path):
     done = times(folder / "0")
     assert command(f"resume={folder}") == 0
     assert times(folder / "0") == done
-    # The second broke off within, the third before its beginning.
+    # The second job was killed during training, the third had not begun.
     for seed in (2, 3):
         whole = tmp_path / f"whole{seed}"
         value = train.run(configure(*words, f"seed={seed}", f"run_dir={whole}"))
@@ -124,13 +128,13 @@ def test_a_resumed_sweep_is_the_same_sweep(command, tmp_path, capsys):
     for word in ("depth=2", "seed=1,2", "hydra.sweeper.max_batch_size=3", "run_dir=elsewhere"):
         assert f"{word} would change it" in command(f"resume={folder}", word)
     assert "holds a sweep already" in command("-m", "seed=2", *TINY, f"hydra.sweep.dir={folder}")
-    # Whoever changes what the jobs are is not given the results of others.
+    # A changed record must not return results of other jobs.
     record = folder / "sweep.json"
     record.write_text(record.read_text().replace("seed=1", "seed=2"))
     assert "holds the job seed=1" in command(f"resume={folder}")
     assert times(folder / "0") == done
     record.write_text(record.read_text().replace("seed=2", "seed=1"))
-    assert command(f"resume={folder / '0'}") == 0  # a job is a run too, and still that of the sweep
+    assert command(f"resume={folder / '0'}") == 0  # a job resumes as a run and stays a job of the sweep
     done = times(folder / "0")
     assert command(f"resume={folder}") == 0
     for damage in ("", "{", "[]", '{"overrides": "seed=1"}', '{"overrides": ["--config-dir=/x"]}'):
@@ -140,11 +144,11 @@ def test_a_resumed_sweep_is_the_same_sweep(command, tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_job_that_a_scheduler_starts_again_goes_on(command, tmp_path, capsys):
+def test_a_job_restarted_by_a_scheduler_resumes(command, tmp_path, capsys):
     words = ("-m", "seed=1", "depth=1", "trainer=debug", *TINY, f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert command(*words) == 0
     job = tmp_path / "sweep/0"
-    (tmp_path / "sweep/sweep.json").unlink()  # of which a launcher's process knows nothing
+    (tmp_path / "sweep/sweep.json").unlink()  # the process of a launcher does not read it
     assert command(*words) == 0
     assert f"finished already: {job}" in capsys.readouterr().out
     (tmp_path / "sweep/sweep.json").unlink()
@@ -156,7 +160,7 @@ def test_a_job_that_a_scheduler_starts_again_goes_on(command, tmp_path, capsys):
     assert results(tmp_path / "sweep")["0"]["test/accuracy"] >= 0
 
 
-def test_a_failure_is_no_other_jobs(command, tmp_path):
+def test_a_failure_recorded_for_another_job_is_refused(command, tmp_path):
     folder = tmp_path / "sweep"
     assert (
         command("-m", "seed=1", "task=lm", "data=bytes", "data.path=absent", "logger=csv", f"hydra.sweep.dir={folder}")
@@ -165,36 +169,51 @@ def test_a_failure_is_no_other_jobs(command, tmp_path):
     path = folder / "0/failed.json"
     path.write_text(path.read_text().replace("seed=1", "seed=2"))
     assert f"{folder}/0 holds the job seed=2" in command(f"resume={folder}")
-    path.write_text("{")  # which the job that runs again replaces
+    path.write_text("{")  # the job replaces it
     assert command(f"resume={folder}") == 1
     assert "absent" in json.loads(path.read_text())["error"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_has_jobs_side_by_side_save_and_begins_no_other(tmp_path, number):
-    words = ("task=image", "depth=1", "logger=csv", "trainer.max_epochs=100000", "trainer.val_check_interval=1.0")
-    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}")
-    start = [sys.executable, "train.py", "-m", "seed=1,2,3", *words, *launcher]
-    running = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def test_a_signal_stops_parallel_jobs_with_complete_checkpoints_and_the_sweep_resumes(command, tmp_path, number):
+    folder = tmp_path / "sweep"
+    words = ("seed=1,2,3", "depth=1", "trainer.max_epochs=100000", *TINY, f"hydra.sweep.dir={folder}")
+    start = [sys.executable, "train.py", "-m", *words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+
+    def hear_ctrl_c():  # a shell starts background jobs, perhaps this one, with SIGINT ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    running = subprocess.Popen(start, cwd=ROOT, text=True, preexec_fn=hear_ctrl_c, **pipes)
     until = time.monotonic() + 240
-    while not all((tmp_path / job / "checkpoints/last.ckpt").exists() for job in "01"):
+    while not all((folder / job / "checkpoints/last.ckpt").exists() for job in "01"):
         assert running.poll() is None, running.communicate()
         assert time.monotonic() < until
         time.sleep(0.1)
-    steps = 39  # of an epoch
     running.send_signal(number)
-    told, _ = running.communicate(timeout=120)
-    assert running.returncode == 128 + number, told
-    assert f"Go on with: python train.py resume={tmp_path}" in told
-    assert "Traceback" not in told
-    found = [torch.load(tmp_path / job / "checkpoints/last.ckpt", weights_only=True)["global_step"] for job in "01"]
-    assert any(step % steps for step in found), found  # not that of the last validation
-    assert not list(tmp_path.glob("*/.lock"))
-    assert not (tmp_path / "2/run.json").exists()
+    try:
+        output, _ = running.communicate(timeout=120)
+    finally:
+        running.kill()
+    assert running.returncode == 128 + number, output
+    assert f"Go on with: python train.py resume={folder}" in output
+    assert "Traceback" not in output
+    assert not (folder / "2/run.json").exists()
+    steps = []
+    for job in "01":
+        with FileLock(folder / job / ".lock", timeout=20):  # it is not running any more
+            steps.append(last_step(folder / job))
+    # The same sweep with fewer epochs: two more than the jobs have, of 4 steps each.
+    epochs = max(steps) // 4 + 2
+    for path in (folder / "sweep.json", *folder.glob("*/run.json")):
+        path.write_text(path.read_text().replace("trainer.max_epochs=100000", f"trainer.max_epochs={epochs}"))
+    assert command(f"resume={folder}", "hydra/launcher=basic") == 0
+    for job in "012":
+        assert last_step(folder / job) == 4 * epochs
 
 
-def test_a_disk_that_is_full_is_told_before_a_sweep_begins(command, tmp_path, monkeypatch):
+def test_a_full_disk_is_refused_before_a_sweep_begins(command, tmp_path, monkeypatch):
     def full(path, text):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
@@ -209,7 +228,7 @@ def test_a_sweep_that_does_not_compose_leaves_nothing(command, tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_sweep_in_no_folder_is_refused_once(command, tmp_path, recwarn):
+def test_an_unwritable_folder_is_refused_once(command, tmp_path, recwarn):
     (tmp_path / "file").touch()
     folder = tmp_path / "file/sweep"
     told = command("task=image", "-m", "seed=1,2", f"hydra.sweep.dir={folder}")  # a flag between two overrides
@@ -227,7 +246,7 @@ def test_a_damaged_record_of_a_failure_hides_no_other(tmp_path, capsys):
     assert f"seed=2: so it is ({tmp_path}/1)" in told
 
 
-def test_jobs_run_side_by_side_by_joblib_and_share_the_cores(command, tmp_path, monkeypatch):
+def test_joblib_runs_jobs_in_parallel_and_they_share_the_cores(command, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     folder = tmp_path / "sweep"
     launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
@@ -270,7 +289,7 @@ def test_jobs_run_by_submitit(command, tmp_path):
     assert {path.parent.name for path in folder.glob("*/failed.json")} == {"1", "3"}
 
 
-def test_a_search_finds_and_goes_on_where_it_stopped(command, tmp_path, capsys):
+def test_a_search_finds_the_best_trial_and_resumes(command, tmp_path, capsys):
     words = ("sweep=search", "hydra.sweeper.sampler.n_startup_trials=1", "depth=1", "trainer=debug", *TINY)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert command("-m", *words, "hydra.sweeper.n_trials=3", f"hydra.sweep.dir={whole}") == 0
@@ -285,7 +304,7 @@ def test_a_search_finds_and_goes_on_where_it_stopped(command, tmp_path, capsys):
 
 
 def master(*words):
-    """What Hydra composes of `-m` and the words, before the jobs."""
+    """The configuration that Hydra composes for a sweep before its jobs."""
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         cfg = compose("config", overrides=["hydra.mode=MULTIRUN", *words], return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
@@ -300,7 +319,7 @@ def _no_leftover():
 
 @pytest.mark.usefixtures("_no_leftover")
 @pytest.mark.parametrize("name", options("sweep"))
-def test_every_value_of_a_sweep_composes_binds_and_passes_the_door(configure, name):
+def test_every_value_of_a_sweep_composes_binds_and_passes_the_checks(configure, name):
     cfg = master(f"sweep={name}", "run_dir=x")
     if "Optuna" in cfg.hydra.sweeper._target_:
         fixed = [f"{key}={low}" for key, low in (("task.optimizer.lr", 1e-4), ("dropout", 0), ("model.forget_bias", 3))]
@@ -321,7 +340,7 @@ def test_every_value_of_a_sweep_composes_binds_and_passes_the_door(configure, na
 
 
 @pytest.mark.usefixtures("_no_leftover")
-def test_a_search_goes_the_way_of_the_tasks_metric():
+def test_a_search_maximises_or_minimises_by_the_tasks_metric():
     found = {}
     for task in options("task"):
         cfg = master(f"task={task}", "sweep=search", "run_dir=x")

@@ -1,4 +1,4 @@
-"""What a run says that training costs, by a clock that the test turns."""
+"""Measured times and speeds, with a clock that the test controls."""
 
 import sys
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from tasks.run import metrics, throughput
 
 
 class Takes(torch.autograd.Function):
-    """Nothing but seconds: `forward` of them there, `backward` on the way back."""
+    """Advances the clock by `forward` seconds in forward and `backward` seconds in backward."""
 
     @staticmethod
     def forward(ctx, x, now, forward, backward):
@@ -27,7 +27,7 @@ class Takes(torch.autograd.Function):
 
 
 class Encoder(nn.Module):
-    """3 seconds, and 5 on the way back."""
+    """Takes 3 s forward and 5 s backward."""
 
     def __init__(self, now):
         super().__init__()
@@ -39,7 +39,7 @@ class Encoder(nn.Module):
 
 @pytest.fixture
 def training(monkeypatch):
-    """training(steps): the clock behind so many steps of 1 s for data, 3 + 1 forward, 2 + 5 backward, 8 to step."""
+    """training(steps): the monitor after steps of 1 s for data, 3 + 1 s forward, 2 + 5 s backward, 8 s optimiser."""
 
     def trained(steps, **options):
         now, logged = [100.0], {}
@@ -73,16 +73,16 @@ def training(monkeypatch):
             stops.append(trainer.should_stop)
         logged["stops"], logged["state"] = stops, own.state_dict()
         own.on_validation_start(trainer, module)
-        now[0] += 1000  # of which nothing counts
+        now[0] += 1000  # not counted
         own.on_validation_epoch_end(trainer, module)
         return own, logged
 
     return trained
 
 
-def test_the_time_of_a_step_is_shared_out(training):
+def test_the_time_of_a_step_is_split_into_parts(training):
     own, logged = training(3 * throughput.ThroughputMonitor.SAMPLING)
-    # One step in so many, and not the first one, which compiles.
+    # Every 16th step, but not the first, which compiles.
     assert own.sampled == 3
     parts = {"data": 1000, "forward": 4000, "backward": 7000, "optimizer": 8000, "encoder": 8000}
     assert {name: logged[f"step_ms/{name}"] for name in parts} == pytest.approx(parts)
@@ -130,13 +130,13 @@ def test_memory_is_in_megabytes():
     assert throughput.peak_memory(torch.device("cpu")) == pytest.approx(kib / 1024, rel=0.05)
 
 
-def test_training_ends_with_the_step_that_its_time_is_over_in(training):
+def test_training_ends_after_the_step_that_exceeds_max_seconds(training):
     _, logged = training(4, max_seconds=50)
     assert logged["stops"] == [False, False, True, True]
     assert training(4)[1]["stops"] == [False] * 4
 
 
-def test_a_state_counts_what_all_processes_have_seen_since_the_last_validation(training, monkeypatch):
+def test_a_state_counts_the_examples_of_all_processes(training, monkeypatch):
     monkeypatch.setattr(throughput, "world_size", lambda: 3)
     _, logged = training(2)
     assert logged["state"]["examples"] == 3 * 2 * 7

@@ -1,4 +1,4 @@
-"""Runs from start to end: every task with every model, resume, sweeps, wandb, and what goes wrong."""
+"""Complete runs: every task with every model, resume, sweeps, wandb, and wrong input."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ def rows(folder):
 
 
 def pairs():
-    """Every task with every model; two models with each task, and each model with two tasks, are the quick ones."""
+    """Every task with every model. Not slow: two models with each task, and two tasks with each model."""
     for task in options("task"):
         for model in options("model"):
             is_quick = model in ("sru", "srupp") or task in ("classification", "lm")
@@ -45,7 +45,7 @@ def pairs():
 
 @pytest.mark.parametrize(("task", "model"), pairs())
 def test_every_task_trains_every_model(configure, tmp_path, task, model):
-    # Others have a corpus by default that needs no download.
+    # The default corpora of the other tasks need no download.
     data = [f"data={name}" for name in ("squad_sample",) if task == "squad"]
     train.run(configure(f"task={task}", *data, f"model={model}", "trainer=debug", "depth=2", "width=64"))
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
@@ -71,7 +71,7 @@ def test_hooks_of_a_step_are_called_where_they_do_something(configure, tmp_path,
     assert late.on_train_batch_start is task.on_before_backward is None
 
 
-def test_a_run_leaves_its_record(configure, tmp_path):
+def test_a_run_writes_its_record(configure, tmp_path):
     value = train.run(configure("trainer.max_epochs=2", *SHORT))
     folder = tmp_path / "run"
     outcome = json.loads((folder / "metrics.json").read_text())
@@ -129,12 +129,12 @@ def test_resumed_equals_uninterrupted(configure, tmp_path):
         assert one["epoch"] == two["epoch"]
     moments = [c["optimizer_states"][0]["state"] for c in (checkpoint(whole), checkpoint(parts))]
     assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i])
-    # The first part's own test lies between its epochs; the file of the resumed run has it replaced.
+    # The resumed run replaces the row of the first part's test.
     assert rows(whole) == rows(parts)
 
 
-def test_a_run_whose_gates_had_a_row_each_goes_on_to_the_bit(configure, tmp_path):
-    """Checkpoints of earlier versions hold v and bias, and what the optimiser knows of them, as (2, D)."""
+def test_a_run_of_an_earlier_version_resumes_to_the_same_bits(configure, tmp_path):
+    """Checkpoints of earlier versions store v, bias and their moments as (2, D)."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     words = (*SHORT, "callbacks.average.count=2", "callbacks.average.of=last")
     train.run(configure(*words, f"run_dir={whole}", "trainer.max_epochs=2"))
@@ -158,8 +158,8 @@ def test_a_run_whose_gates_had_a_row_each_goes_on_to_the_bit(configure, tmp_path
     assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i])
 
 
-def test_a_resume_at_an_epochs_end_trains_no_step_too_many(configure, tmp_path):
-    """Where no validation was due at the end: four batches do not divide the epoch of six."""
+def test_a_resume_at_the_end_of_an_epoch_trains_no_extra_step(configure, tmp_path):
+    """No validation was due there: an epoch has six batches, and every fourth has a validation."""
     often = (*SHORT, "trainer.val_check_interval=4")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train.run(configure(*often, f"run_dir={whole}", "trainer.max_epochs=3"))
@@ -172,7 +172,7 @@ def test_a_resume_at_an_epochs_end_trains_no_step_too_many(configure, tmp_path):
 
 
 def test_patience_lasts_over_a_resume(configure, tmp_path):
-    """With a rate of 0 the first epoch stays the best: both stop after as many epochs."""
+    """With a learning rate of 0 the first epoch stays the best: both stop after the same epoch."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     words = ("trainer=patient", "callbacks.stop.patience=3", "task.optimizer.lr=0", *SHORT)
     train.run(configure(f"run_dir={whole}", *words))
@@ -182,7 +182,7 @@ def test_patience_lasts_over_a_resume(configure, tmp_path):
 
 
 def test_a_mean_is_over_examples_not_over_batches(configure, tmp_path, monkeypatch):
-    """The last batch is shorter, and by its loss tells whether it counts for less."""
+    """The last batch is shorter and has another loss, so that a mean over batches would differ."""
     from tasks.classification import Classification
 
     monkeypatch.setattr(
@@ -223,11 +223,11 @@ def test_a_run_is_not_overwritten(configure, tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
-def test_a_finished_run_says_that_nothing_is_left_and_does_not_shrink(configure, tmp_path, capsys):
+def test_a_finished_run_only_tests_again_and_refuses_fewer_epochs(configure, tmp_path, capsys):
     folder = tmp_path / "run"
     train.run(configure("trainer.max_epochs=2", *SHORT))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"trainer\.max_epochs=1 lies below the 2 epochs .* trainer\.max_epochs=3"):
+    with pytest.raises(ValueError, match=r"trainer\.max_epochs=1 is less than the 2 epochs .* trainer\.max_epochs=3"):
         train.run(configure("trainer.max_epochs=1", f"resume={folder}", *SHORT))
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     capsys.readouterr()
@@ -262,7 +262,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(configure, tmp_path, monkeypatc
         last.write_bytes(last.read_bytes()[: 1000 if damage == "truncated" else 0])
     else:
         torch.save({"state_dict": {}} if damage == "foreign" else {"state_dict": Evil()}, last)
-    with pytest.raises(ValueError, match=r"last\.ckpt is (damaged|no checkpoint)"):
+    with pytest.raises(ValueError, match=r"last\.ckpt is (damaged|not a checkpoint)"):
         train.run(configure("trainer=debug", f"resume={tmp_path / 'run'}"))
     assert not (tmp_path / "executed").exists()
 
@@ -273,7 +273,7 @@ def test_one_run_folder_takes_one_process_at_a_time(configure, tmp_path):
         train.run(cfg)
 
 
-def test_a_run_that_broke_off_before_its_first_checkpoint_starts_anew(configure, tmp_path):
+def test_a_folder_without_a_checkpoint_can_be_used_again(configure, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("seed: 1\n")
     train.run(configure("trainer=debug"))
@@ -297,7 +297,7 @@ def test_the_command_line_resumes_in_the_same_folder_and_the_same_wandb_run(tmp_
     assert json.loads((folder / "metrics.json").read_text())["epochs"] == 2
 
 
-def test_a_sweep_gives_a_folder_and_a_wandb_run_a_job(tmp_path):
+def test_each_job_of_a_sweep_has_a_folder_and_a_wandb_run(tmp_path):
     done = start(
         "-m", "ablation=[],[no_vc]", "depth=1,2", "trainer=debug", "trainer.enable_progress_bar=false",
         f"hydra.sweep.dir={tmp_path}",
@@ -327,13 +327,13 @@ def test_a_sweep_gives_a_folder_and_a_wandb_run_a_job(tmp_path):
         (["data=cr", "data.root=/dev/null/x"], "/dev/null/x"),
         (["model=lstm", "ablation=[no_vc]"], "sru.LSTM has no option 'has_vc_term'"),
         (["run_dir=/proc/nowhere"], "run_dir=/proc/nowhere cannot be written"),
-        (["resume=/nonexistent"], "resume=/nonexistent is no run folder"),
+        (["resume=/nonexistent"], "resume=/nonexistent is not a run folder"),
         (["depth=deep"], "depth=deep must be a whole number, 1 to 1000"),
         (["hydra.run.dir=/dev/null/x"], "hydra.run.dir=FOLDER"),
         (["ablation=[no_vx]"], "Did you mean: no_vc"),
         (["model.dropout=1.5"], "dropout must lie in [0, 1), not 1.5"),
-        (["trec"], "'trec' is no KEY=VALUE; type data=trec"),
-        (["depth", "3"], "'depth' is no KEY=VALUE; type for example depth=3"),
+        (["trec"], "'trec': expected KEY=VALUE; type data=trec"),
+        (["depth", "3"], "'depth': expected KEY=VALUE; type for example depth=3"),
         (["--depth", "3"], "depth=3, not --depth 3"),
         (["--model=lstm"], "--help lists"),
         (["ablation=no_vc,no_highway"], "add -m; type a list as 'ablation=[no_vc,no_highway]'."),
@@ -341,10 +341,10 @@ def test_a_sweep_gives_a_folder_and_a_wandb_run_a_job(tmp_path):
     ],
 )
 def test_bad_input_gets_one_message(tmp_path, monkeypatch, capsys, words, expected):
-    """In this process: each one of its own would take seconds to start."""
+    """In this process, because a new one takes seconds."""
     from hydra.core.hydra_config import HydraConfig
 
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # so that what the command sets is undone
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # so that monkeypatch restores it
     monkeypatch.delenv("HYDRA_FULL_ERROR")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["train.py", f"hydra.run.dir={tmp_path}/hydra", "logger=csv", *words])

@@ -1,4 +1,4 @@
-"""What wandb is told of a run, read back from the files of offline runs."""
+"""What a run logs to wandb, read from the files of offline runs."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def _no_run_is_left():
 
 
 def begun(cfg):
-    """What is said of a run at its beginning; nothing is trained."""
+    """What is logged at the start of a run; nothing is trained."""
     logger = instantiate(cfg.loggers.wandb)
     logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     logger.finish(None)
@@ -42,7 +42,7 @@ def test_variables_are_cleaned_before_wandb_reads_them(configure, monkeypatch, t
     assert begun(cfg)["tags"] == ["classification", "pydoc", "sru", *(left.split(",") if left else ())]
 
 
-def test_a_run_says_what_it_is_and_what_came_out(configure, tmp_path):
+def test_a_run_logs_its_configuration_and_its_result(configure, tmp_path):
     folder = tmp_path / "run"
     train.run(configure(*QUICK, "trainer.max_epochs=2", "ablation=[no_vc]", "loggers.wandb.tags=[mine]"))
     run, outcome = read_offline_run(folder), json.loads((folder / "metrics.json").read_text())
@@ -87,7 +87,7 @@ def test_a_published_value_is_a_line_beside_the_curves_and_a_difference(configur
     assert run["summary"]["difference/test/accuracy"] == run["summary"]["test/accuracy"] - 71.5
 
 
-def test_artifacts_are_what_was_tested_and_what_the_test_wrote(configure, tmp_path):
+def test_artifacts_are_the_tested_checkpoint_and_the_files_of_the_test(configure, tmp_path):
     train.run(configure(*QUICK, "loggers.wandb.artifacts=true"))
     found = read_offline_run(tmp_path / "run")["artifacts"]
     folder = tmp_path / "run"
@@ -106,7 +106,7 @@ def test_artifacts_are_what_was_tested_and_what_the_test_wrote(configure, tmp_pa
         (["task=squad", "data=squad_sample"], {"predictions.json"}),
     ],
 )
-def test_what_a_tasks_test_writes_are_predictions(configure, tmp_path, words, names):
+def test_the_files_of_a_test_are_uploaded_as_predictions(configure, tmp_path, words, names):
     train.run(configure(*words, "logger=wandb", "trainer=debug", "loggers.wandb.artifacts=true"))
     paths = {name: tmp_path / "run" / name for name in names}
     assert all(path.stat().st_size for path in paths.values())
@@ -128,7 +128,7 @@ def test_what_a_tasks_test_writes_are_predictions(configure, tmp_path, words, na
         (["loggers.wandb.group=mine"], "{} seed 1234 fold 0", "mine"),
     ],
 )
-def test_a_group_is_the_experiment_or_what_its_runs_have_in_common(configure, words, name, group):
+def test_a_group_is_the_experiment_or_the_name_without_seed_and_fold(configure, words, name, group):
     cfg = configure("logger=wandb", *words)
     own = f"{cfg.choices.data} {cfg.choices.model} {cfg.depth}x{cfg.width}"
     run = begun(cfg)
@@ -136,7 +136,7 @@ def test_a_group_is_the_experiment_or_what_its_runs_have_in_common(configure, wo
     assert (cfg.choices.experiment in run["tags"]) == (cfg.choices.experiment is not None)
 
 
-def test_a_failed_run_is_marked_so_keeps_its_best_and_the_next_job_has_its_own(configure, tmp_path, monkeypatch):
+def test_a_failed_run_is_marked_as_failed_and_keeps_its_best_value(configure, tmp_path, monkeypatch):
     real, calls = Classification.loss, []
 
     def loss(self, batch):
@@ -163,7 +163,7 @@ def test_a_failed_run_is_marked_so_keeps_its_best_and_the_next_job_has_its_own(c
     assert len(list(one.glob("wandb/offline-run-*"))) == 2
 
 
-def test_disabled_it_trains_without_a_file_of_wandbs(configure, tmp_path, monkeypatch):
+def test_disabled_wandb_writes_no_file(configure, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     train.run(configure(*QUICK, "loggers.wandb.artifacts=true"))
     assert (tmp_path / "run/metrics.json").exists()
@@ -183,7 +183,7 @@ def test_disabled_it_trains_without_a_file_of_wandbs(configure, tmp_path, monkey
         ("artifacts=all", "loggers.wandb.artifacts=all must be true or false"),
     ],
 )
-def test_a_wrong_option_is_refused_at_the_door(configure, word, message):
+def test_a_wrong_option_is_refused_before_training(configure, word, message):
     with pytest.raises(ValueError, match=message):
         config_checks.check(configure("logger=wandb", f"loggers.wandb.{word}"))
 
@@ -214,7 +214,7 @@ SAID = {
 
 @pytest.fixture
 def environment(monkeypatch):
-    """environment(NAME=VALUE, ...): the variables, and a wandb that has not read them before, then and afterwards."""
+    """environment(NAME=VALUE, ...): set the variables and make wandb read them again; undone after the test."""
 
     def said(**variables):
         for name, value in variables.items():
@@ -226,7 +226,7 @@ def environment(monkeypatch):
     wandb.teardown()
 
 
-def test_wandbs_variables_hold_where_the_command_says_nothing(configure, environment):
+def test_environment_variables_of_wandb_are_defaults(configure, environment):
     environment(**SAID)
     run = begun(configure("logger=wandb"))
     assert (run["project"], run["entity"], run["name"], run["group"]) == ("theirs", "team", "a name", "a group")
@@ -234,7 +234,7 @@ def test_wandbs_variables_hold_where_the_command_says_nothing(configure, environ
     assert run["tags"] == ["classification", "pydoc", "sru", "one", "two"]
 
 
-def test_what_the_command_says_wins_over_wandbs_variables(configure, environment):
+def test_options_override_environment_variables_of_wandb(configure, environment):
     environment(**SAID)
     words = {"project": "mine", "entity": "own", "name": "my name", "group": "my group", "job_type": "job"}
     words = [f"loggers.wandb.{name}={value}" for name, value in words.items()]
@@ -250,7 +250,7 @@ def test_what_the_command_says_wins_over_wandbs_variables(configure, environment
     assert "one" not in run["tags"]
 
 
-def test_an_empty_variable_of_wandbs_says_nothing(configure, environment):
+def test_an_empty_environment_variable_of_wandb_is_ignored(configure, environment):
     environment(**dict.fromkeys([*SAID, "WANDB_MODE", "WANDB_DIR"], ""))
     cfg = configure("logger=wandb", "depth=1", "width=8")
     config_checks.check(cfg)
@@ -259,7 +259,7 @@ def test_an_empty_variable_of_wandbs_says_nothing(configure, environment):
     assert (run["project"], run["name"], len(run["id"])) == ("sru", "pydoc sru 1x8 seed 1234 fold 0", 8)
 
 
-def test_a_resume_stays_in_its_run_of_wandb_whatever_the_variables_say_by_then(
+def test_a_resume_keeps_its_wandb_run_if_the_environment_variables_change(
     configure, tmp_path, environment, monkeypatch, capsys
 ):
     environment(**SAID)
@@ -273,12 +273,12 @@ def test_a_resume_stays_in_its_run_of_wandb_whatever_the_variables_say_by_then(
     for key in ("project", "entity", "name", "group", "job_type", "id"):
         assert run[key] == SAID[{"group": "WANDB_RUN_GROUP", "id": "WANDB_RUN_ID"}.get(key, f"WANDB_{key.upper()}")]
     told = capsys.readouterr().out
-    assert "WANDB_RUN_ID=id8 is not used: the run goes on as id7 on wandb" in told
+    assert "WANDB_RUN_ID=id8 is not used: the run continues as id7 on wandb" in told
     assert "WANDB_PROJECT=another is not used: type loggers.wandb.project= to change theirs" in told
     assert begun(configure(*again, "loggers.wandb.project=moved"))["project"] == "moved"
 
 
-def test_wandbs_files_go_where_its_variable_says_and_the_summary_tells_it(configure, tmp_path, environment, capsys):
+def test_wandb_writes_to_wandb_dir_and_the_table_names_it(configure, tmp_path, environment, capsys):
     place = tmp_path / "elsewhere"
     environment(WANDB_DIR=str(place), WANDB_RUN_ID="id9")
     train.run(configure(*QUICK))
@@ -298,7 +298,9 @@ def test_wandbs_files_go_where_its_variable_says_and_the_summary_tells_it(config
         ("WANDB_TAGS", f"a,{'x' * 65}", "WANDB_TAGS has x*, longer than 64 characters"),
     ],
 )
-def test_a_wrong_variable_of_wandbs_is_refused_at_the_door(configure, tmp_path, environment, name, value, message):
+def test_a_wrong_environment_variable_of_wandb_is_refused_before_training(
+    configure, tmp_path, environment, name, value, message
+):
     environment(**{name: value}, WANDB_CONFIG_DIR=str(tmp_path), NETRC=str(tmp_path / "none"))
     with pytest.raises(ValueError, match=message):
         config_checks.check(configure("logger=wandb"))
@@ -314,7 +316,7 @@ def test_modes_are_those_of_wandb():
 
 
 def sweep_words(parameters):
-    """The command that a wandb agent starts for these parameters, by wandb's own functions."""
+    """The command that a wandb agent starts for these parameters, from wandb's own functions."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
     sweep = load_sweep_config(str(ROOT / "scripts/wandb_sweep.yaml"))
@@ -325,7 +327,7 @@ def sweep_words(parameters):
     return sweep, words
 
 
-def test_what_an_agent_types_composes_and_optimises_what_is_logged(configure):
+def test_the_command_of_an_agent_composes_and_optimises_a_logged_metric(configure):
     sweep, _ = sweep_words({})
     for pick in (min, max):
         chosen = {
@@ -357,7 +359,7 @@ def test_an_agents_run_keeps_the_id_and_project_of_the_agent(configure, tmp_path
     assert (run["id"], run["project"], run["sweep"], run["exit_code"]) == ("abc123", "theirs", "sweep7", 0)
     assert run["name"] == "pydoc sru 1x8 seed 1234 fold 0"
     assert (run["config"]["depth"], run["config"]["width"]) == (1, 8)
-    assert isinstance(run["summary"]["val/accuracy"], float)  # what the sweep goes by
-    # Later, by hand, it goes on with the same id.
+    assert isinstance(run["summary"]["val/accuracy"], float)  # the metric of the sweep
+    # A later resume by hand keeps the id.
     cfg = configure(*QUICK, "trainer.max_epochs=2", f"resume={tmp_path / 'run'}")
     assert begun(cfg)["id"] == "abc123"
