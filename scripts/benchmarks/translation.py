@@ -69,8 +69,8 @@ def prepare_decoding(task: Translation, decoder: Any, beam: int) -> Call:
     """Translations of exactly WORDS words: the end of a sentence is made unlikely."""
     source = draw_sentences(TRANSLATED)
 
-    def step(words: Tensor, state: Any, seen: Any) -> tuple[Tensor, Any]:
-        h, state = decoder.step(task.target_embedding(words), state, seen)
+    def step(words: Tensor, state: Any, memory: Any) -> tuple[Tensor, Any]:
+        h, state = decoder.step(task.target_embedding(words), state, memory)
         logits = task.logits(task.readout(h))
         logits[:, EOS] -= 1e4
         return logits, state
@@ -78,11 +78,11 @@ def prepare_decoding(task: Translation, decoder: Any, beam: int) -> Call:
     def translate() -> None:
         task.eval()
         if isinstance(decoder, Recomputing):
-            state, seen = None, (task.encoder(task.source_embedding(source))[0], source == 0)
+            state, memory = None, (task.encoder(task.source_embedding(source))[0], source == 0)
         else:
-            state, seen = task.read(source)
+            state, memory = task.encode(source)
         limits = torch.full((TRANSLATED,), WORDS)
-        found = beam_search(step, state, seen, limits, bos=BOS, eos=EOS, beam=beam, length_penalty=0.6)
+        found = beam_search(step, state, memory, limits, bos=BOS, eos=EOS, beam=beam, length_penalty=0.6)
         assert all(len(sentence) == WORDS - 1 for ((_, sentence),) in found)
 
     return translate
