@@ -189,7 +189,10 @@ def run_epochs(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         words = write_vectors(folder, options, 300)
-        runs = {name: Run(configure(folder / name, *words, *model)) for name, model in EPOCH_MODELS.items()}
+        runs = {
+            name: Run(configure(folder / str(i), *words, *model))
+            for i, (name, model) in enumerate(EPOCH_MODELS.items())
+        }
         speeds: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(options.turns + 1):
             for name, run in runs.items():
