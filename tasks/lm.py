@@ -171,7 +171,7 @@ class LanguageModelling(StatefulTask):
         Args:
             prompt: the text to continue.
             length: number of tokens to add (300).
-            temperature: 1 samples as trained, lower values choose likelier tokens, 0 always the most likely one.
+            temperature: 1 as trained; lower values choose likelier tokens, 0 always the most likely one.
             top_k: sample from this many most likely tokens; 0 for all.
             top_p: sample from the most likely tokens that together have this probability; 1 for all.
             seed: seed of the random draws (0).

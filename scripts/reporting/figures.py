@@ -72,6 +72,13 @@ def select_style(number: int) -> tuple[str, str]:
     return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
 
 
+def add_bars(figure: go.Figure, name: str, task: str, model: str, **options: Any) -> None:
+    """Add bars that the page's filters know by task and model."""
+    i = len(figure.data)
+    options = {"uid": f"bars{i}", "marker": {"color": select_style(i)[0]}} | options
+    figure.add_bar(name=wrap(name), meta={"task": task, "model": model}, textposition="none", **options)
+
+
 def draw_curves(groups: list[Group]) -> list[Chart]:
     """A chart per data set, a line per group, over time; `meta` has the steps for the page's switch."""
     panels, messages = average_curves(groups)
@@ -129,26 +136,25 @@ def draw_ablations(groups: list[Group]) -> list[Chart]:
                 bars.setdefault(group.runs[0].names["ablation"], []).append((cluster, mean, std, len(group.runs)))
         if bars:
             order = sorted(bars, key=lambda name: ABLATIONS.index(name) if name in ABLATIONS else len(ABLATIONS))
-            figure = draw_clusters({name: bars[name] for name in order}, {"task": task, "model": model}, metric)
+            figure = draw_clusters({name: bars[name] for name in order}, task, model, metric)
             charts.append(Chart(data, f"{task}: {model}, {metric}, ± one standard deviation", figure))
     return charts
 
 
-def draw_clusters(bars: dict[str, list[Bar]], meta: dict[str, str], metric: str) -> go.Figure:
+def draw_clusters(bars: dict[str, list[Bar]], task: str, model: str, metric: str) -> go.Figure:
     """The bars of each ablation, on an axis that starts below the smallest value."""
     figure = go.Figure()
-    for i, (ablation, cluster) in enumerate(bars.items()):
+    for ablation, cluster in bars.items():
         names, means, deviations, _ = zip(*cluster, strict=True)
-        figure.add_bar(
+        add_bars(
+            figure,
+            ablation or "full",
+            task,
+            model,
             x=names,
             y=means,
             error_y={"type": "data", "array": [std or 0.0 for std in deviations]},
-            marker={"color": select_style(i)[0]},
-            name=wrap(ablation or "full"),
-            uid=f"bars{i}",
-            meta=meta,
             text=[format_value(mean, std, count) for _, mean, std, count in cluster],
-            textposition="none",
             hovertemplate="%{x}, %{fullData.name}: %{text}<extra></extra>",
         )
     ends = [m + sign * (s or 0.0) for cluster in bars.values() for _, m, s, _ in cluster for sign in (-1, 1)]
@@ -180,22 +186,15 @@ def draw_benchmarks(files: list[Path]) -> list[Chart]:
 def draw_layer(row: dict[str, Any], device: str) -> Chart:
     """Bars of the forward pass, and of forward and backward, for each contender at one shape."""
     (steps, batch, size), figure = row["shape"], go.Figure()
-    for i, (name, passes) in enumerate(row["cells"].items()):
+    for name, passes in row["cells"].items():
         cells = {label: passes.get(kind, {}) for kind, label in (("infer", "forward"), ("train", "and backward"))}
         times = {
             label: cell.get("device", cell["eager"])["median"] * 1e3 for label, cell in cells.items() if "eager" in cell
         }
         if times:
             model = next((known for start, known in CONTENDERS.items() if name.startswith(start)), "other")
-            figure.add_bar(
-                x=[*times],
-                y=[*times.values()],
-                name=wrap(name),
-                uid=f"bars{i}",
-                marker={"color": select_style(i)[0]},
-                meta={"task": "", "model": model},
-                hovertemplate="%{fullData.name}, %{x}: %{y:.3g} ms<extra></extra>",
-            )
+            hover = "%{fullData.name}, %{x}: %{y:.3g} ms<extra></extra>"
+            add_bars(figure, name, "", model, x=[*times], y=[*times.values()], hovertemplate=hover)
     lay_out(figure, "", "ms", plot=260)
     title = f"One layer: {steps} steps, {batch} sequences, {size} features, {row['mode']}"
     return Chart(title, f"{device}; forward alone, and with backward; lower is faster", figure)
@@ -217,16 +216,17 @@ def draw_logged_speed(groups: list[Group]) -> list[Chart]:
         for i, (group, speeds) in enumerate(bars):
             mean, std = mean_and_std(speeds)
             machines = ", ".join(sorted({str(run.origin.get("machine", "?")) for run in group.runs}))
-            figure.add_bar(
+            add_bars(
+                figure,
+                group.label,
+                task,
+                group.runs[0].names["model"],
                 x=[mean],
                 y=[str(i)],
                 orientation="h",
-                name=wrap(group.label),
                 error_x={"type": "data", "array": [std or 0.0]},
                 marker={"color": COLOURS[0]},
-                meta={"task": task, "model": group.runs[0].names["model"]},
                 text=[wrap(f"{mean:,.4g} {unit}/s, n={len(speeds)}, on {machines}")],
-                textposition="none",
                 hovertemplate="%{fullData.name}: %{text}<extra></extra>",
             )
         lay_out(figure, f"{unit}/s", "", plot=40 + 44 * len(bars), has_legend=False)

@@ -5,13 +5,12 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
 from reporting.figures import Chart, draw_ablations, draw_benchmarks, draw_curves, draw_logged_speed
-from reporting.paper_rows import NOTES, STATES, Row, describe_runs, format_published, judge_orders
+from reporting.paper_rows import NOTES, STATES, Row, describe_row, judge_orders
 from reporting.runs import DamagedError, Found, Group, Place
 from reporting.table import describe_group
 
@@ -53,23 +52,14 @@ def write_papers(rows: list[Row]) -> str:
     ran = {row.source for row in rows if row.runs or row.others}
     for row in sorted(rows, key=lambda row: row.source not in ran):
         attributes = {"data-task": row.task, "data-model": row.model, "data-state": row.state}
-        cells = {"state": f"{SIGNS[row.state]} {row.state}", "experiment": row.experiment, "data": row.data}
-        cells |= {"metric": row.metric, "published": format_published(row), "command": row.command}
-        cells |= {"substitute": row.substitute} | (describe_measured(row, row.shown) if row.shown else {})
+        first, *others = describe_row(row)
         lines = bodies.setdefault(row.source, [])
-        lines.append((attributes, cells))
-        for differs, runs in row.others.items():
-            if differs != row.substitute:
-                other = {"experiment": f"↳ with {differs}"} | describe_measured(row, runs)
-                lines.append((attributes | {"class": "other"}, other))
+        lines.append((attributes, first | {"state": f"{SIGNS[row.state]} {row.state}"}))
+        for cells in others:
+            lines.append((attributes | {"class": "other"}, cells | {"experiment": f"↳ with {cells['experiment']}"}))
     numbers = {"published", "measured", "n", "difference", "hours"}
     notes = "".join(f"<p>{escape(note)}</p>" for note in (*judge_orders(rows), *NOTES))
     return write_table("Rows of the papers", [*columns, "hours", "hardware", "command"], numbers, bodies) + notes
-
-
-def describe_measured(row: Row, runs: list[Any]) -> dict[str, str]:
-    cells = describe_runs(row, runs)
-    return cells | {"measured": cells["mean"] + (f" ± {cells['std']}" if cells["std"] else "")}
 
 
 def write_groups(groups: list[Group]) -> str:

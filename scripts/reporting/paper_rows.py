@@ -212,23 +212,36 @@ def describe_runs(row: Row, runs: list[Run]) -> dict[str, str]:
     """The table cells for runs of a row."""
     mean, std = summarise(row.metric, runs)
     places = row.digits + 1
-    origins = [run.origin for run in runs if run.origin]
+    value = "" if math.isnan(mean) else f"{mean:.{places}f}"
+    deviation = "" if std is None or math.isnan(std) else f"{std:.{places}f}"
+    repeats = len(runs) - len({run.chance for run in runs})
     hardware = {
         f"{o.get('machine')}, "
         + (f"{o['processes']} processes, " if o.get("processes", 1) > 1 else "")
         + f"{o.get('threads')} threads, torch {o.get('torch')}"
-        for o in origins
+        for o in (run.origin for run in runs if run.origin)
     }
     hours = [run.record["seconds"] / 3600 for run in runs if "seconds" in run.record]
     return {
-        "mean": "" if math.isnan(mean) else f"{mean:.{places}f}",
-        "std": "" if std is None or math.isnan(std) else f"{std:.{places}f}",
-        "n": f"{len(runs)}"
-        + (f" (repeated {repeats})" if (repeats := len(runs) - len({r.chance for r in runs})) else ""),
+        "mean": value,
+        "std": deviation,
+        "measured": value + (f" ± {deviation}" if deviation else ""),
+        "n": f"{len(runs)}" + (f" (repeated {repeats})" if repeats else ""),
         "difference": "" if math.isnan(mean) else f"{mean - row.value:+z.{places}f}",
         "hours": f"{sum(hours) / len(hours):.2g}" if hours else "",
         "hardware": "; ".join(sorted(hardware)),
     }
+
+
+def describe_row(row: Row) -> list[dict[str, str]]:
+    """The table cells of a row, then of its runs with other options, which they have as `experiment`."""
+    cells = {"state": row.state, "experiment": row.experiment, "data": row.data, "metric": row.metric}
+    cells |= {"published": format_published(row), "command": row.command, "substitute": row.substitute}
+    lines = [cells | (describe_runs(row, row.shown) if row.shown else {})]
+    for differs, runs in row.others.items():
+        if differs != row.substitute:
+            lines.append({"experiment": differs} | describe_runs(row, runs))
+    return lines
 
 
 def format_published(row: Row) -> str:
@@ -241,15 +254,10 @@ def tabulate_papers(rows: list[Row]) -> str:
     names = ["state", "row", "data", "metric", "published", "mean", "std", "n", "difference", "substitute", "hours"]
     lines = [[*names, "hardware", "command"]]
     for row in rows:
-        known = {"state": row.state, "row": f"{row.source}: {row.experiment}", "data": row.data, "metric": row.metric}
-        known |= {"published": format_published(row), "command": f"`{row.command}`", "substitute": row.substitute}
-        ours = describe_runs(row, row.shown) if row.shown else {}
-        lines.append([(known | ours).get(name, "") for name in lines[0]])
-        for differs, runs in row.others.items():
-            if differs == row.substitute:
-                continue
-            other = describe_runs(row, runs) | {"state": "–", "row": f"– with {differs}"}
-            lines.append([other.get(name, "") for name in lines[0]])
+        first, *others = describe_row(row)
+        first |= {"row": f"{row.source}: {row.experiment}", "command": f"`{row.command}`"}
+        others = [cells | {"state": "–", "row": f"– with {cells['experiment']}"} for cells in others]
+        lines += [[cells.get(name, "") for name in lines[0]] for cells in (first, *others)]
     numbers = ("published", "mean", "std", "n", "difference", "hours")
     text = format_table(lines, [name in numbers for name in lines[0]])
     states = [row.state for row in rows]
