@@ -1,21 +1,18 @@
-"""Measure speed as ratios within one run: python scripts/benchmark.py [SECTION], one of those below or all.
+"""Measure speed, as ratios within one run: `python scripts/benchmark.py SECTION`.
 
-With `--device cpu` or `--device cuda`, the SRU beside other networks on that device.
+With --device, compare SRU with other networks on that device.
 """
 
 import argparse
 import importlib
-import os
-import platform
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# A section's module and function; imported at use, since most need the packages of the experiments.
+# {section: module.function}; imported at use, since most need the packages of the experiments.
 SECTIONS = {
     "recurrence": "kernels.run_recurrence",
     "layer": "kernels.run_layer",
@@ -27,31 +24,36 @@ SECTIONS = {
     "speech": "speech.run",
     "import": "startup.run",
 }
-LEVELS = "accuracy", "recurrence", "layer", "stack", "step"  # of --device
+LEVELS = "accuracy", "recurrence", "layer", "stack", "step"  # with --device
 
 
 def parse() -> argparse.Namespace:
     corpora = sorted(path.stem for path in (ROOT / "conf/data").glob("[!_]*.yaml"))
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("section", nargs="?", default="all", choices=[*dict.fromkeys([*SECTIONS, *LEVELS]), "all"])
-    parser.add_argument("--data", default="pydoc", choices=corpora, help="of `epoch`, `framework` (default: pydoc)")
-    parser.add_argument("--root", help="where that corpus lies (data.root)")
     parser.add_argument(
-        "--turns", type=int, default=3, help="epochs of each model in `epoch`, `framework` (default: 3)"
-    )
-    parser.add_argument("--official", help="a Python whose environment holds sru 2.6.0, for `layer` to compare with")
-    parser.add_argument(
-        "--parameters", type=float, help="of each model of `lm` (default: 1e6), `translation` (6e6), `speech` (2e6)"
+        "section",
+        nargs="?",
+        default="all",
+        choices=[*dict.fromkeys([*SECTIONS, *LEVELS]), "all"],
+        metavar="SECTION",
+        help=f"one of {', '.join(SECTIONS)} or all (the default)",
     )
     parser.add_argument(
-        "--depth", type=int, help="layers of each model of `lm`, `speech` (default: 4), `translation` (3 a side)"
+        "--data", default="pydoc", choices=corpora, metavar="DATA", help="corpus of epoch and framework (pydoc)"
     )
-    device = parser.add_argument_group(f"the SRU beside others on one device: {', '.join(LEVELS)}")
-    device.add_argument("--device", choices=("cpu", "cuda"), help="measure these levels, instead of the sections")
-    device.add_argument("--shapes", help="A,B,C,D,E or TxBxD, with commas (default: those for the device and level)")
-    device.add_argument("--modes", help="fp32,tf32,bf16,fp16 (default: all that the device takes)")
-    device.add_argument("--seconds", type=float, default=0.25, help="for each contender and pass (default: 0.25)")
-    device.add_argument("--out", default="bench/results", help="folder of what is written (default: bench/results)")
+    parser.add_argument("--root", help="folder of that corpus (data.root)")
+    parser.add_argument("--turns", type=int, default=3, help="epochs per model in epoch and framework (3)")
+    parser.add_argument("--official", help="a Python interpreter with sru 2.6.0 installed, to compare layer with")
+    parser.add_argument(
+        "--parameters", type=float, help="size of each model in lm (1e6), translation (6e6) and speech (2e6)"
+    )
+    parser.add_argument("--depth", type=int, help="layers of each model in lm and speech (4), translation (3 per side)")
+    parser.add_argument("--seconds", type=float, default=0.25, help="time for each contender and pass (0.25)")
+    device = parser.add_argument_group(f"SRU and other networks on one device, SECTION of {', '.join(LEVELS)} or all")
+    device.add_argument("--device", choices=("cpu", "cuda"))
+    device.add_argument("--shapes", help="A,B,C,D,E or TxBxD, separated by commas (default depends on the section)")
+    device.add_argument("--modes", help="fp32,tf32,bf16,fp16 (default: all that the device supports)")
+    device.add_argument("--out", default="bench/results", help="folder for the results (bench/results)")
     options = parser.parse_args()
     if options.turns < 1:
         parser.error(f"--turns must be at least 1, not {options.turns}")
@@ -73,22 +75,12 @@ def load(name: str) -> Callable[[argparse.Namespace], None]:
     return getattr(importlib.import_module(f"benchmarks.{module}"), function)
 
 
-def describe_machine() -> str:
-    import torch
-
-    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numba"))
-    return (
-        f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
-        f"Python {platform.python_version()}, {packages}"
-    )
-
-
 def main(options: argparse.Namespace) -> None:
     if options.device:
         return load("device_report.run")(options)
-    print(f"{describe_machine()}\n")
+    from benchmarks.timing import describe_machine
+
+    print(", ".join(f"{key} {value}" for key, value in describe_machine().items()) + "\n")
     for name, function in SECTIONS.items():
         if options.section in (name, "all"):
             load(function)(options)
@@ -98,7 +90,7 @@ if __name__ == "__main__":
     words = parse()
     try:
         from tasks.run.errors import guard
-    except ModuleNotFoundError:  # a machine with a GPU may hold what the layer needs, and not the experiments' packages
+    except ModuleNotFoundError:  # a machine with a GPU may have what the layer needs, but not the experiments' packages
         main(words)
     else:
         guard(lambda: main(words))

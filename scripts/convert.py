@@ -1,7 +1,7 @@
-"""Turn a file's SRUs into our layout or an official one: `python scripts/convert.py IN.pt OUT.pt [--to 2.6.0]`.
+"""Convert the SRUs in a file to our layout or an official one: `python scripts/convert.py IN.pt OUT.pt [--to 2.6.0]`.
 
-IN.pt is a state dict or a checkpoint that contains state dicts. Every SRU in it is converted, also inside a larger
-model; the rest is kept.
+IN.pt is a state dict or a checkpoint that contains state dicts. Every SRU in it is converted, also as a part of a
+larger model; everything else stays as it is.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from sru import SRU, SRUCell, SRUpp, convert, official_format
 
 # The layouts, and the name of a stack's list of layers in each.
 LISTS = {"ours": "layers", **dict.fromkeys((*convert.VERSIONS, "2017"), "rnn_lst")}
-# Options that no shape shows. The number of directions is not needed: in every layout the columns of the second follow
-# those of the first, each with its k numbers.
+# Options that cannot be inferred from shapes. The number of directions is not needed: in every layout the columns of
+# the second direction follow those of the first.
 parse_bool = {"true": True, "false": False, "True": True, "False": False}.__getitem__
 SETTABLE: dict[str, Callable[[str], Any]] = {"v1": parse_bool, "has_vc_term": parse_bool}
 ENTRY = re.compile(r"weight|weight_proj|weight_c|v|bias|scale_x|gain|(layer_norm|custom_m|transform_module)\..+")
-# The modules of 3.0 that are matrices only.
+# transform_modules of 3.0 that consist of matrices only.
 MATRICES = {"transform_module.weight"}, {"transform_module.0.weight", "transform_module.1.weight"}
 
 
@@ -40,17 +40,17 @@ def detect_layout(state: dict[str, Any], prefix: str) -> str:
         return "3.0.0.dev" if any(key.startswith(f"{prefix}transform_module.") for key in state) else "2.6.0"
     v, scale_x, weight = (state.get(f"{prefix}{name}") for name in ("v", "scale_x", "weight"))
     if weight_c is None and (isinstance(v, Tensor) or isinstance(scale_x, Tensor)):
-        # Files of earlier versions have one row for each gate; a layer without the term has no v.
+        # Files of older versions have one row per gate; a layer without the term has no v.
         fits = bias.shape == v.shape if isinstance(v, Tensor) else bias.numel() % 2 == 0
         return "ours" if bias.dim() in (1, 2) and fits else ""
-    # Only in a stack of the official name: torch's own layers have a weight and a bias too.
+    # Only in a stack with the official name: torch's layers have weight and bias too.
     if re.search(rf"(^|\.){LISTS['2017']}\.\d+\.$", prefix) and isinstance(weight, Tensor) and bias.dim() == 1:
         return "2017"
     return ""
 
 
 def infer(entries: dict[str, Tensor], source: str, has_module: bool) -> dict[str, Any]:
-    """The arguments of SRUCell that follow from a layer's entries."""
+    """The arguments of SRUCell that can be inferred from a layer's entries."""
     size, norm = entries["bias"].numel() // 2, entries.get("layer_norm.weight")
     arguments: dict[str, Any] = {
         "input_size": size if norm is None else norm.numel(),
@@ -61,7 +61,7 @@ def infer(entries: dict[str, Tensor], source: str, has_module: bool) -> dict[str
     } | infer_correction(torch.ones(1) if source == "2017" else entries.get("scale_x"))
     if "transform_module.linear1.weight" in entries:  # of SRU++
         arguments["input_size"] = entries["transform_module.linear1.weight"].shape[1]
-    if has_module:  # it maps to the same columns in every layout, so its entries only move
+    if has_module:  # its columns are the same in every layout, so its entries are only renamed
         return arguments | {"transform_module": nn.Identity()}
     matrix, projection = entries.get("weight"), entries.get("weight_proj")
     if source == "3.0.0.dev":
@@ -70,32 +70,32 @@ def infer(entries: dict[str, Tensor], source: str, has_module: bool) -> dict[str
     elif source in ("2.6.0", "2017"):
         matrix, projection = (None if a is None else a.t() for a in (matrix, projection))
     if matrix is None or matrix.shape[0] not in (3 * size, 4 * size):
-        found = "no matrix" if matrix is None else f"a matrix to {matrix.shape[0]} columns"
-        raise ValueError(f"it has {found}; one to {3 * size} or {4 * size} fits its bias")
+        form = "no matrix" if matrix is None else f"a matrix to {matrix.shape[0]} columns"
+        raise ValueError(f"it has {form}; its bias needs {3 * size} or {4 * size}")
     arguments["input_size"] = input_size = (matrix if projection is None else projection).shape[1]
     return arguments | {
         "projection_size": 0 if projection is None else projection.shape[0],
         "normalize_after": norm is not None and norm.numel() == size != input_size,
-        # Where the sizes are equal, a layer without the highway looks the same.
+        # With equal sizes, a layer without the highway looks the same.
         "has_skip_term": matrix.shape[0] == 4 * size or input_size == size,
     }
 
 
 def infer_correction(alpha: Tensor | None) -> dict[str, Any]:
-    """The arguments of a layer whose scaling correction is alpha; empty if the file has no alpha."""
+    """The arguments of a layer with scaling correction alpha; empty if the file has no alpha."""
     if alpha is None or alpha.numel() != 1:
         return {}
     if alpha.item() == 1:
         return {"rescale": False}
     power = (alpha.item() ** 2 - 1) / 2  # alpha = sqrt(1 + 2 exp(highway_bias))
     if not 0 < power < math.inf:
-        return {}  # not valid for any layer; loading it raises an error
+        return {}  # invalid for any layer; loading raises an error
     digits = next((n for n in range(5) if is_same_alpha(round(math.log(power), n), alpha)), 5)
     return {"rescale": True, "highway_bias": round(math.log(power), digits) + 0.0}  # not -0.0
 
 
 def is_same_alpha(highway_bias: float, alpha: Tensor) -> bool:
-    """Whether a layer with this bias has this scaling correction, but for its rounding."""
+    """Whether a layer with this bias has this scaling correction, up to rounding."""
     rounding = max(torch.finfo(alpha.dtype).eps, 1e-7)  # the correction itself is rounded to float32
     return math.isclose(math.sqrt(1 + 2 * math.exp(highway_bias)), alpha.item(), rel_tol=rounding)
 
@@ -103,7 +103,7 @@ def is_same_alpha(highway_bias: float, alpha: Tensor) -> bool:
 def convert_layer(
     entries: dict[str, Tensor], source: str, to: str, options: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict]:
-    """One layer's entries, from one layout to another, and the arguments of its SRUCell."""
+    """One layer's entries in another layout, and the arguments of its SRUCell."""
     module = {key for key in entries if key.startswith(("custom_m.", "transform_module."))}
     if source != "ours" and module in MATRICES:
         module = set()
@@ -116,25 +116,25 @@ def convert_layer(
     written = cell.state_dict() if to == "ours" else convert.cell_to_official(cell, to)
     if "scale_x" in entries:
         written["scale_x"] = written["scale_x"].to(entries["scale_x"].dtype)  # a layer keeps it in float32 at least
-    elif source != "2017":  # as in a dict of parameters alone
+    elif source != "2017":  # the file has only parameters
         del written["scale_x"]
     name = "custom_m" if to == "2.6.0" else "transform_module"
-    moved = {f"{name}.{key.partition('.')[2]}": entries[key] for key in module}
+    renamed = {f"{name}.{key.partition('.')[2]}": entries[key] for key in module}
     if first is not None:
         arguments |= {"proj_size": first.shape[0], "attends": "transform_module.linear3.weight" in entries}
-    return {key: value.contiguous() for key, value in written.items()} | moved, arguments
+    return {key: value.contiguous() for key, value in written.items()} | renamed, arguments
 
 
 def convert_all(
     state: dict, to: str, options: dict[str, Any], found: dict[str, tuple[str, dict[str, dict]]], where: str = ""
 ) -> dict:
-    """A copy of a dict with every SRU in it, at any depth, in another layout, and all else as it is.
+    """A copy of a dict with every SRU in it, at any depth, in another layout.
 
-    Adds to `found`, by the place of each SRU, its layout and the arguments of its layers by their numbers, which are
-    empty for an SRUCell. ValueError: a layer that cannot be converted.
+    Adds {place: (layout, {layer number: arguments})} to `found` for each SRU; the number of an SRUCell is "".
+    ValueError: a layer cannot be converted.
     """
     named: dict[str, Any] = {key: value for key, value in state.items() if isinstance(key, str)}
-    layers: dict[str, dict[str, Tensor]] = {}  # by the name of each old entry, the new ones of its layer
+    layers: dict[str, dict[str, Tensor]] = {}  # {old entry: all new entries of its layer}
     for prefix in [key.removesuffix("bias") for key in named if key.split(".")[-1] == "bias"]:
         source = detect_layout(named, prefix)
         if not source:
@@ -157,7 +157,7 @@ def convert_all(
         found.setdefault(f"{where}{owner}"[:-1], (source, {}))[1][number] = arguments
         entries = {f"{place}{key}": value for key, value in entries.items()}
         layers |= dict.fromkeys(own, entries)
-    result = copy.copy(state)  # of its class, with what a state dict carries beside its entries
+    result = copy.copy(state)  # keeps its class and the attributes of a state dict
     result.clear()
     for key, value in state.items():
         inner = convert_all(value, to, options, found, f"{where}{key}.") if isinstance(value, dict) else value
@@ -166,14 +166,14 @@ def convert_all(
 
 
 def format_calls(layers: dict[str, dict[str, Any]]) -> list[str]:
-    """Constructor calls for a network of these layers: with one direction and, if the columns are even, with two."""
+    """Constructor calls for these layers: with one direction and, if the number of columns is even, with two."""
     ordered = [layers[number] for number in sorted(layers, key=lambda number: int(number or 0))]
     sizes = [layer.get("projection_size", 0) for layer in ordered]
-    arguments: dict[str, Any] = ordered[0] | {  # the first shows the most: in the others the sizes are equal
+    arguments: dict[str, Any] = ordered[0] | {  # the first is the most specific: in the others the sizes are equal
         "projection_size": sizes if len(set(sizes)) > 1 else sizes[0],
         "transform_module": ... if any("transform_module" in layer for layer in ordered) else None,
         "v1": not any(layer["has_vc_term"] for layer in ordered),
-        "has_vc_term": True,  # v1 says it
+        "has_vc_term": True,  # implied by v1
     }
     name, size = "SRUCell", arguments["hidden_size"]
     if "" not in layers:
@@ -196,22 +196,22 @@ def format_calls(layers: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def holds_optimizer(content: Any) -> bool:
-    """Whether it contains the state of an optimizer, at any depth."""
+    """Whether a file contains the state of an optimizer, at any depth."""
     if isinstance(content, dict):
         return {"state", "param_groups"} <= content.keys() or any(map(holds_optimizer, content.values()))
     return isinstance(content, list | tuple) and any(map(holds_optimizer, content))
 
 
 def read(path: Path) -> dict:
-    """The dict in a file; ValueError if it is not a dict, or contains more than tensors and numbers."""
+    """The dict in a file; ValueError if it is not a dict, or contains anything but tensors and plain values."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
+    except Exception as error:  # torch.load raises many types for damaged files
         raise ValueError(
-            f"{path} is damaged, not from torch.save, or needs pickle, which may run any code; nothing of it was run "
-            f"({type(error).__name__}). Where you trust it, load it and torch.save(model.state_dict(), PATH)."
+            f"{path} is damaged, not from torch.save, or needs pickle, which may run any code; nothing was run "
+            f"({type(error).__name__}). If you trust it, load it and torch.save(model.state_dict(), PATH)."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
@@ -226,7 +226,7 @@ def parse(words: list[str]) -> dict[str, Any]:
         try:
             value = SETTABLE[key](text)
         except (KeyError, ValueError):
-            raise ValueError(f"--set takes v1=true or v1=false, not {word}; the shapes tell the rest") from None
+            raise ValueError(f"--set takes v1=true or v1=false, not {word}; the rest follows from the shapes") from None
         options |= {"has_vc_term": not value} if key == "v1" else {key: value}
     return options
 
@@ -239,9 +239,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--to", default="ours", choices=("ours", *convert.VERSIONS), help="the layout to write (default: %(default)s)"
     )
-    help_set = "v1=true or v1=false: the layers are of 2017, or not (default: v1=true where all of a weight_c is 0)"
+    help_set = "v1=true or v1=false: whether the layers are those of 2017 (default: true if weight_c is all zeros)"
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help_set)
-    parser.add_argument("--force", action="store_true", help="overwrite OUT.pt, which may be IN.pt")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT.pt, which may be the same as IN.pt")
     options = parser.parse_args(words)
     found: dict[str, tuple[str, dict[str, dict]]] = {}
     temporary = options.target.with_name(f".{options.target.name}.{os.getpid()}")
@@ -264,11 +264,11 @@ def main(words: list[str] | None = None) -> int:
             temporary.unlink()
     for place, (source, layers) in found.items():
         print(f"{place or options.source.name}: {source} -> {options.to}", *format_calls(layers), sep="\n    ")
-    print("If there are two calls, the second is for a bidirectional network. The file does not hold the number of")
-    print("directions, the activation or the dropout, nor, if all layers have the same size, has_skip_term and")
-    print("normalize_after. The rest of the file is unchanged.")
+    print("If there are two calls, the second is for a bidirectional network. The file does not contain the number of")
+    print("directions, the activation and the dropout; if all layers have the same size, it does not contain")
+    print("has_skip_term and normalize_after either. The rest of the file is unchanged.")
     if any("rescale" not in layer for _, layers in found.values() for layer in layers.values()):
-        print("A layer has no scale_x in the file: pass the rescale and highway_bias that it was trained with.")
+        print("The file has a layer without scale_x: pass the rescale and highway_bias that it was trained with.")
     if holds_optimizer(content):
         print("Create a new optimizer: its state in the file has the old order of the weights.")
     return 0

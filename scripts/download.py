@@ -1,4 +1,4 @@
-"""Fetch and check a corpus ahead of a run: python scripts/download.py data=cr [data.root=DIR] [data.vectors=NAME]."""
+"""Download and check a corpus: `python scripts/download.py data=cr [data.root=DIR] [data.vectors=NAME]`."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `data` is not installed, it lies beside this folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # data/ and tasks/ are not installed
 
 from tasks.run import config_checks, config_hints, console, errors
 
@@ -17,7 +17,7 @@ def main(cfg: DictConfig) -> None:
     config_checks.check(cfg)
     data = hydra.utils.instantiate(cfg.data)
     data.prepare_data()
-    data.setup()  # reads it all, so that what is wrong with it shows now
+    data.setup()  # reads everything, so that errors in the data show now
     print(f"{HydraConfig.get().runtime.choices['data']}: ready")
 
 
@@ -28,5 +28,5 @@ def command() -> None:
 
 if __name__ == "__main__":
     console.use_utf8()
-    sys.argv.append("hydra.run.dir=.")  # nothing of this is a run
+    sys.argv.append("hydra.run.dir=.")  # no folder for a run
     errors.guard(command)

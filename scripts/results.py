@@ -1,4 +1,4 @@
-"""Tabulate finished runs beside the published numbers: `python scripts/results.py runs/ --png curves.png`."""
+"""Tabulate finished runs and published numbers: `python scripts/results.py runs/ --png curves.png`."""
 
 import argparse
 import sys
@@ -20,32 +20,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="*",
         type=Path,
         metavar="RUNS",
-        help="folders of runs, at any depth, and .jsonl files of kept ones; with --papers and --html also .json files "
-        "of scripts/benchmark.py, and by default bench/results and runs",
+        help="folders with runs at any depth, and .jsonl files of kept runs; with --papers and --html also .json files "
+        "of scripts/benchmark.py (default: bench/results and runs)",
     )
-    parser.add_argument("--png", type=Path, help="draw the learning curves into this file")
-    parser.add_argument("--output", type=Path, help="write the table into this file too")
-    parser.add_argument(
-        "--keep", type=Path, metavar="JSONL", help="write the finished runs into this file, a line each"
+    parser.add_argument("--png", type=Path, help="draw learning curves into this file")
+    parser.add_argument("--output", type=Path, help="also write the table into this file")
+    parser.add_argument("--keep", type=Path, metavar="JSONL", help="write finished runs into this file, one per line")
+    parser.add_argument("--curve", help="with --png: column of metrics.csv to draw over steps, for example train/loss")
+    papers = "tabulate the rows of the papers' tables: reached, not reached or not run"
+    parser.add_argument("--papers", action="store_true", help=papers)
+    parser.add_argument("--html", type=Path, help="write everything into one HTML page")
+    readme = (
+        "rewrite the tables between <!-- results: ... --> and <!-- end --> in these files (default: README.md, docs/)"
     )
-    parser.add_argument("--curve", help="of --png: this column of metrics.csv over steps, train/loss for example")
-    parser.add_argument(
-        "--papers", action="store_true", help="tabulate the rows of the papers: run or not, reached or not"
-    )
-    parser.add_argument("--html", type=Path, help="write everything as one page")
-    readme = "rewrite the tables between <!-- results: ... --> and <!-- end --> in these files (or README.md and docs/)"
     parser.add_argument("--readme", nargs="*", type=Path, metavar="MARKDOWN", help=readme)
     options = parser.parse_args(arguments)
-    # So that a file of kept runs is not overwritten by mistake.
-    for option, example in (
-        ("keep", "mine.jsonl"),
-        ("html", "page.html"),
-        ("png", "curves.png"),
-        ("output", "table.md"),
-    ):
+    # A wrong ending may mean that another file would be overwritten by mistake.
+    examples = {"keep": "mine.jsonl", "html": "page.html", "png": "curves.png", "output": "table.md"}
+    for option, example in examples.items():
         path = getattr(options, option)
         if path and path.suffix != Path(example).suffix:
-            parser.error(f"--{option} {path} must end in {Path(example).suffix}: {example} for example")
+            parser.error(f"--{option} {path} must end in {Path(example).suffix}, for example {example}")
     if not options.places:
         if not (options.papers or options.html or options.readme is not None):
             parser.error("name folders of runs, or .jsonl files of kept runs, such as runs/")
@@ -55,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; returns the exit code: 0, or 1 without a finished run or if a file cannot be written."""
+    """Print the table; returns the exit code: 1 if there is no finished run or a file cannot be written."""
     options = parse(arguments)
     try:
         if options.readme is not None:
@@ -77,8 +72,8 @@ def show(options: argparse.Namespace) -> int:
     missing = [place for place in options.places if not place.is_dir() and not is_file(place, ".jsonl", ".json")]
     if missing:
         return fail(
-            f"no folder {', '.join(map(str, missing))}, and no file of kept runs (.jsonl). "
-            "Runs are below runs/ unless run_dir=... says otherwise."
+            f"{', '.join(map(str, missing))} is neither a folder nor a file of kept runs (.jsonl). "
+            "Runs are below runs/ unless you typed run_dir=..."
         )
     places = [place for place in options.places if not is_file(place, ".json")]
     found = read_runs(find_runs(places))
@@ -119,7 +114,7 @@ def write(options: argparse.Namespace, groups: list[Group], found: Found, text: 
 
 
 def list_left_out(found: Found) -> list[str]:
-    """Lines that count and name the runs missing from the table."""
+    """Lines that count and name the runs that are not in the table."""
     text = []
     for word, places in (
         ("unfinished (no metrics.json)", found.unfinished),

@@ -1,4 +1,4 @@
-"""Save a report that compares the runs of a task on wandb: `python scripts/wandb_report.py classification`."""
+"""Save a wandb report that compares the runs of a task: `python scripts/wandb_report.py classification`."""
 
 import argparse
 import re
@@ -11,15 +11,15 @@ from reporting.paper_rows import RISING
 
 ROOT = Path(__file__).parent.parent
 STEP = "trainer/global_step"  # as in tasks/run/wandb_logger.py
-# The metric that papers report, if the task monitors another one; for words instead of bytes: --metric test/perplexity.
+# The metric that papers report, if the task monitors another one. (For words: --metric test/perplexity.)
 REPORTED = {"lm": "test/bpc", "translation": "test/bleu", "squad": "test/em"}
 SPEEDS = ("examples_per_second", "tokens_per_second", "frames_per_second", "steps_per_second")
 
 
 def build(task: str, monitor: str, metric: str, mode: str, data: str | None, project: str, entity: str) -> Any:
-    """A wandb report of the finished and running runs of one task; a group (of seeds and folds) is one item.
+    """A wandb report on the finished and running runs of one task, grouped over seeds and folds.
 
-    With `entity` "" it contacts no server, so that the specification can be read.
+    With entity="" it does not contact a server.
     """
     import wandb_workspaces.reports.v2 as wr
     from wandb_workspaces import expr
@@ -27,7 +27,7 @@ def build(task: str, monitor: str, metric: str, mode: str, data: str | None, pro
     published, difference, is_up = f"published/{metric}", f"difference/{metric}", mode == "max"
 
     def runs(*, grouped: bool) -> list[Any]:
-        # By tags: wandb filters configurations well only by keys that are not nested and by lists of values.
+        # By tags: wandb's filters do not support nested configuration keys well.
         wanted = [expr.Tags().isin([name]) for name in (task, data) if name]
         columns = [metric, monitor, published, difference, "parameters", "encoder_parameters", "seconds_per_epoch"]
         columns += ["peak_memory_mb", "best_epoch", "commit"]
@@ -51,11 +51,7 @@ def build(task: str, monitor: str, metric: str, mode: str, data: str | None, pro
 
     def bars(title: str, *metrics: str) -> Any:
         return wr.BarPlot(
-            title=title,
-            metrics=list(metrics),
-            groupby="Group",
-            groupby_aggfunc="mean",
-            groupby_rangefunc="minmax",
+            title=title, metrics=list(metrics), groupby="Group", groupby_aggfunc="mean", groupby_rangefunc="minmax"
         )
 
     def points(title: str, x: str, *, log_x: bool) -> Any:
@@ -69,13 +65,13 @@ def build(task: str, monitor: str, metric: str, mode: str, data: str | None, pro
         project=project,
         entity=entity,
         title=" ".join(["SRU:", task, *([data] if data else [])]),
-        description=f"{metric}, the {'largest' if is_up else 'smallest'} first; a bar or line is the mean of a group.",
+        description=f"{metric}, {'highest' if is_up else 'lowest'} first. A bar or line is the mean of a group.",
         width="fluid",
         blocks=[
-            wr.H1(text="Result, and the published one"),
+            wr.H1(text="Measured and published result"),
             wr.PanelGrid(
                 runsets=runs(grouped=True),
-                panels=[bars(metric, metric, published), bars("difference from the published", difference)],
+                panels=[bars(metric, metric, published), bars("difference from published", difference)],
             ),
             wr.H1(text="Curves"),
             wr.PanelGrid(
@@ -86,14 +82,14 @@ def build(task: str, monitor: str, metric: str, mode: str, data: str | None, pro
             wr.PanelGrid(
                 runsets=runs(grouped=False),
                 panels=[
-                    bars("speed of training, a second", *SPEEDS),
+                    bars("training speed per second", *SPEEDS),
                     bars("seconds per epoch", "seconds_per_epoch", "encoder_seconds_per_epoch"),
                     bars("peak memory, MB", "peak_memory_mb"),
                     points(f"{metric} by parameters", "parameters", log_x=True),
                     points(f"{metric} by seconds of training", "seconds", log_x=True),
                 ],
             ),
-            wr.H1(text="What differs"),
+            wr.H1(text="Differences between runs"),
             wr.PanelGrid(
                 runsets=runs(grouped=False),
                 panels=[
@@ -110,21 +106,25 @@ def main(arguments: list[str] | None = None) -> int:
     """Save the report and print its address; returns the exit code."""
     tasks = sorted(path.stem for path in (ROOT / "conf/task").glob("*.yaml"))
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=tasks, help="whose runs: one of %(choices)s", metavar="task")
+    parser.add_argument("task", choices=tasks, help="one of %(choices)s", metavar="task")
     corpora = sorted(path.stem for path in (ROOT / "conf/data").glob("[!_]*.yaml"))
-    parser.add_argument("--data", choices=corpora, metavar="DATA", help="only the runs on this corpus")
-    parser.add_argument("--metric", help="the metric to compare by (default: the one that papers report)")
-    parser.add_argument("--mode", choices=("max", "min"), help="whether more is better (default: as the metric says)")
-    parser.add_argument("--project", default="sru", help="as in loggers.wandb.project (%(default)s)")
-    parser.add_argument("--entity", help="a team (default: your own)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the specification here, save nothing online")
+    parser.add_argument("--data", choices=corpora, metavar="DATA", help="only runs on this corpus")
+    parser.add_argument("--metric", help="metric to compare (default: the one that papers report)")
+    parser.add_argument(
+        "--mode", choices=("max", "min"), help="max if higher is better (default depends on the metric)"
+    )
+    parser.add_argument("--project", default="sru", help="wandb project (%(default)s)")
+    parser.add_argument("--entity", help="wandb team (default: your own entity)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the specification into this file and save nothing online"
+    )
     options = parser.parse_args(arguments)
     best = yaml.safe_load((ROOT / f"conf/task/{options.task}.yaml").read_text(encoding="utf-8"))["callbacks"]["best"]
     metric = options.metric or REPORTED.get(options.task) or re.sub("^val/", "test/", best["monitor"])
     mode = options.mode or ("max" if metric.rpartition("/")[2] in RISING else "min")
-    what = (options.task, best["monitor"], metric, mode, options.data, options.project)
+    selection = (options.task, best["monitor"], metric, mode, options.data, options.project)
     try:
-        report = build(*what, "")
+        report = build(*selection, "")
     except ModuleNotFoundError as error:
         return fail(f"this needs {error.name}: type pip install -e '.[report]'")
     if options.json:
@@ -143,9 +143,9 @@ def main(arguments: list[str] | None = None) -> int:
         entity = options.entity or wandb.Api(timeout=20).default_entity
         if not entity:
             return fail("wandb has no default entity for you: type --entity NAME")
-        report = build(*what, entity)
+        report = build(*selection, entity)
         report.save()
-    except Exception as error:  # wandb, the network and the server raise many kinds
+    except Exception as error:  # wandb, the network and the server raise many types
         message = " ".join(str(error).split()).rstrip(".")
         return fail(f"{message}. Are you online, and is --entity/--project right? --json FILE needs no network")
     print(report.url)

@@ -1,1 +1,1 @@
-"""Training tasks: one LightningModule a file."""
+"""Training tasks: one LightningModule per file."""

@@ -1,9 +1,10 @@
-"""What every task shares: the stages, the optimiser, the log and the random state across a resume."""
+"""The base class of all tasks: training and evaluation steps, optimiser, logging and resume."""
 
 import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,8 +13,10 @@ from pytorch_lightning.profilers import PassThroughProfiler
 from torch import Tensor, nn
 
 from tasks.run.distributed import all_gather_object, all_reduce_sum, rank, world_size
+from tasks.run.files import write_text
 
-# The hooks of a training step from which Lightning needs no result.
+NOT_FINITE = "the network returns NaN or infinite values: its checkpoint is damaged, or its training diverged"
+# Hooks of a training step whose return value Lightning ignores.
 STEP_HOOKS = (
     "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
     "on_before_optimizer_step", "on_train_batch_end",
@@ -21,7 +24,7 @@ STEP_HOOKS = (
 
 
 class NoProfiler(PassThroughProfiler):
-    """Lightning's own without its generators: it enters a profiler's context dozens of times a step."""
+    """Lightning's default profiler without its generators, which Lightning enters dozens of times per step."""
 
     NOTHING = contextlib.nullcontext()
 
@@ -29,15 +32,12 @@ class NoProfiler(PassThroughProfiler):
         return self.NOTHING
 
 
-def leave_out_idle_hooks(trainer: Any) -> None:
-    """Have Lightning call only the hooks of a step that do something.
-
-    The idle ones of all callbacks take 0.2 ms a step (bench/NOTES.md, "Small steps").
-    """
+def skip_empty_hooks(trainer: Any) -> None:
+    """Make Lightning skip the hooks that nothing overrides; calling them takes 0.2 ms per step (bench/NOTES.md)."""
     for owner, base in [(trainer.lightning_module, pl.LightningModule), *((c, pl.Callback) for c in trainer.callbacks)]:
         for name in STEP_HOOKS:
             if getattr(getattr(owner, name), "__func__", None) is getattr(base, name):
-                setattr(owner, name, None)  # Lightning skips what cannot be called
+                setattr(owner, name, None)  # Lightning skips a hook that is not callable
     if type(trainer.profiler) is PassThroughProfiler:
         trainer.profiler = NoProfiler()
 
@@ -45,18 +45,17 @@ def leave_out_idle_hooks(trainer: Any) -> None:
 class Task(pl.LightningModule, ABC):
     """A network with its loss and metrics; a subclass builds the network and defines `loss`.
 
-    Metrics are means over what the loss counts. Those of training are over the time since the last validation.
-
-    Of several processes each has a part of a batch, and their gradients are averaged. A mean over its own part counts
-    as much as that part is of the whole: the gradient is that of one batch of all parts.
+    Validation and test metrics are means over an epoch; training metrics are means since the last validation. Each of
+    several processes computes a part of the batch and weights its loss by the size of that part, so that the averaged
+    gradient is the gradient of the whole batch.
 
     Args:
-        optimizer: builds the optimiser from the parameters that are trained.
-        scheduler: builds the schedule of its learning rate, as tasks/schedules.py does; None leaves it as it is.
+        optimizer: builds the optimiser from the trainable parameters.
+        scheduler: builds the learning-rate schedule, as in tasks/schedules.py; None keeps the rate constant.
     """
 
-    unit = "examples"  # what `loss` counts
-    test_artifacts: tuple[str, ...] = ()  # the files that a test leaves in the trainer's folder
+    unit = "examples"  # what the size that `loss` returns counts
+    test_artifacts: tuple[str, ...] = ()  # files that a test writes into the run folder
 
     def __init__(
         self,
@@ -66,31 +65,31 @@ class Task(pl.LightningModule, ABC):
         super().__init__()
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.batch_size = 0  # of the last step, for the clock
-        self.sums: dict[str, dict[str, Any]] = {}  # of each stage, since they were last logged
+        self.batch_size = 0  # size of the last batch, read by ThroughputMonitor
+        self.sums: dict[str, dict[str, Any]] = {}  # {stage: {metric: sum}} since the last log entry
         self.random_state: dict[str, Any] | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning sets this dozens of times a step, and torch checks each time whether it is a parameter.
+        # Lightning sets this attribute dozens of times per step; nn.Module would search its parameters each time.
         if name == "_current_fx_name":
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
 
     def setup(self, stage: str) -> None:
-        leave_out_idle_hooks(self.trainer)
+        skip_empty_hooks(self.trainer)
 
     @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], int]:
-        """The loss to minimise, further metrics, and the number of examples that both are means over."""
+        """The loss to minimise, other metrics, and the number of examples over which all of them are means."""
 
     def epoch_metrics(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
-        """Metrics that follow from the whole of a stage, where the mean of what follows from a batch would be wrong."""
+        """Metrics that need the whole epoch: a mean over batches would be wrong. `means` are the other metrics."""
         return {}
 
     @property
     def encoders(self) -> list[nn.Module]:
-        """The networks whose time and parameters are told apart."""
+        """The networks whose time and parameters are reported separately."""
         return [self.encoder]  # type: ignore[list-item]
 
     def _step(self, batch: Any, stage: str) -> Tensor:
@@ -98,7 +97,7 @@ class Task(pl.LightningModule, ABC):
         self.batch_size = size
         sums = self.sums.setdefault(stage, {"size": 0})
         sums["size"] += size
-        # The sum of an epoch has more digits than a float32; Apple's GPUs have no float64.
+        # The sum over an epoch needs more digits than float32 has; Apple's GPUs have no float64.
         dtype = torch.float32 if loss.device.type == "mps" else torch.float64
         for name, value in {"loss": loss, **metrics}.items():
             if name not in sums:
@@ -114,7 +113,7 @@ class Task(pl.LightningModule, ABC):
             sums["size"] = torch.tensor(float(sums["size"]), device=self.device)
             sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
             size = sums.pop("size")
-            # Nothing that counts for the loss is no loss, rather than one of 0.
+            # An epoch without any example has no loss, rather than a loss of 0.
             means = {name: value / size for name, value in sums.items() if size > 0}
             if self.trainer.state.fn == "fit" and means and not torch.isfinite(means["loss"]):
                 raise ValueError(
@@ -123,13 +122,13 @@ class Task(pl.LightningModule, ABC):
                 )
             means |= self.epoch_metrics(means, stage)
             self.log_dict({f"{stage}/{name}": value.float() for name, value in means.items()}, prog_bar=stage == "val")
-            # The row of the loggers; Lightning's own count is another one after a resume within an epoch.
+            # The loggers' x axis; Lightning's own counter differs after a resume within an epoch.
             self.log("step", float(self.trainer.global_step))
 
     def training_step(self, batch: Any) -> Tensor:
         return self._step(batch, "train")
 
-    # Lightning asks for it at every step, and `inspect` takes what stands here.
+    # Lightning inspects the signature at every step; `inspect` is faster if it finds it here.
     training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Any) -> None:
@@ -142,27 +141,32 @@ class Task(pl.LightningModule, ABC):
         self._log_means("train")
         self._log_means("val")
 
+    def on_test_epoch_end(self) -> None:
+        self._log_means("test")
+
     def on_train_epoch_end(self) -> None:
         self._repeat_batches()
         if not self.trainer.enable_validation:
             self._log_means("train")
 
     def _repeat_batches(self) -> None:
-        # Those of trainer.overfit_batches are the same in every epoch, whatever the order of the others would be.
+        # trainer.overfit_batches needs the same batches in every epoch, and the loaders shuffle by epoch.
         trainer: Any = self.trainer
         for loader in trainer.fit_loop._combined_loader.flattened if trainer.overfit_batches else ():
             if getattr(loader, "start", 0) == 0 and hasattr(loader, "epoch"):
                 loader.epoch = 0
 
-    def on_test_epoch_end(self) -> None:
-        self._log_means("test")
+    def write_artifact(self, name: str, text: str) -> None:
+        """Write a file of `test_artifacts` into the run folder, once for all processes."""
+        if not rank():
+            write_text(Path(self.trainer.default_root_dir) / name, text)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         if not gradient_clip_val:
             return
-        # Where each process has a part of the network, the norm is that of all parts.
+        # FSDP splits the network over the processes; only it can compute the norm of all parts.
         network: Any = self.trainer.strategy.model
         if gradient_clip_algorithm != "value" and hasattr(network, "clip_grad_norm_"):
             network.clip_grad_norm_(gradient_clip_val)
@@ -176,10 +180,10 @@ class Task(pl.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
 
     def own_state(self) -> dict[str, Any]:
-        """What a resumed run goes on with, and another process has otherwise; on the CPU."""
-        # Lightning keeps no random state; without it, a resumed run would draw other dropout masks.
+        """State of this process that a resumed run needs, on the CPU."""
+        # Lightning saves no random state; without it, a resumed run would draw other dropout masks.
         random_state = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        sums = self.sums.get("train")  # of a checkpoint between two validations
+        sums = self.sums.get("train")  # set in a checkpoint between two validations
         return {
             "random_state": random_state,
             "sums": sums and {name: torch.as_tensor(sums[name]).cpu().clone() for name in sums},
@@ -187,7 +191,7 @@ class Task(pl.LightningModule, ABC):
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         self.random_state = state["random_state"]
-        if sums := state.get("sums"):  # which those of older versions lack
+        if sums := state.get("sums"):  # absent in checkpoints of older versions
             self.sums["train"] = sums
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -197,10 +201,10 @@ class Task(pl.LightningModule, ABC):
             checkpoint["processes"] = every
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Of another number of processes, which the door lets no training go on with, the first one's will do.
+        # Evaluation may use another number of processes, and any state will do. (Training refuses another number.)
         every = checkpoint.get("processes", [])
         self.load_own_state(every[rank()] if rank() < len(every) else checkpoint)
-        # Earlier versions kept a gate's biases as a row each: the same numbers in another shape.
+        # Older versions stored each gate's biases as one row: the same numbers in another shape.
         parameters = [p for p in self.parameters() if p.requires_grad]
         for optimizer in checkpoint.get("optimizer_states", []):
             for i, p in enumerate(parameters):
@@ -211,11 +215,31 @@ class Task(pl.LightningModule, ABC):
 
     def on_train_start(self) -> None:
         self._repeat_batches()
-        # What a checkpoint brought lies on the CPU.
+        # Sums from a checkpoint are on the CPU.
         self.sums = self.transfer_batch_to_device(self.sums, self.device, 0)
         if self.random_state is None and rank():
-            torch.manual_seed(torch.initial_seed() + rank())  # or all would drop the same
+            torch.manual_seed(torch.initial_seed() + rank())  # otherwise all processes would draw the same masks
         if self.random_state is not None:
             torch.set_rng_state(self.random_state["cpu"])
             torch.cuda.set_rng_state_all(self.random_state["cuda"])
             self.random_state = None
+
+
+class StatefulTask(Task):
+    """A task that trains on consecutive segments of sequences: truncated back-propagation through time.
+
+    `state` is the encoder's state after the last training segment, without gradient, and is part of a checkpoint.
+    """
+
+    state: Any = None
+
+    def own_state(self) -> dict[str, Any]:
+        return super().own_state() | {"state": self.transfer_batch_to_device(self.state, torch.device("cpu"), 0)}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        super().load_own_state(state)
+        self.state = state["state"]
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.state = self.transfer_batch_to_device(self.state, self.device, 0)

@@ -1,15 +1,13 @@
 """Question answering by the DrQA reader (Chen et al., ACL 2017, section 3.2; SRU 2018, section 4.2).
 
-`python -m tasks.squad DEV.json PREDICTIONS.json` prints EM and F1 of any predictions.
+`python -m tasks.squad DEV.json PREDICTIONS.json` prints EM and F1 of a file of predictions.
 """
 
-import inspect
 import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,35 +15,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.base import Task
+from tasks.base import NOT_FINITE, Task
 from tasks.modules import squad_metrics
-from tasks.modules.layers import Dropout, apply_linear
+from tasks.modules.encoders import takes_option
+from tasks.modules.layers import Dropout, apply_linear, word_embedding
 from tasks.run import console, errors
-from tasks.run.distributed import all_gather_object, rank
-from tasks.run.files import write_text
+from tasks.run.distributed import all_gather_object
 
 
 class QuestionAnswering(Task):
-    """Finds the tokens of a passage that answer a question; metrics: exact match and F1 in per cent.
+    """Finds the span of a passage that answers a question; metrics: exact match (em) and F1 in per cent.
 
-    Both texts are embedded and encoded. A token of the passage also has its features and a mean of the question's
-    embeddings, weighed by likeness; the question becomes a weighted mean of its steps. A bilinear form of it with each
-    step of the passage scores where the answer starts, another where it ends.
+    Passage and question are embedded and encoded. The encoder's input for a passage token also has the token's
+    features and an attention over the question's embeddings. The question becomes one vector, a weighted mean of its
+    encoder's steps. Two bilinear forms of this vector and each passage step score the start and the end of the answer.
 
-    A batch is (passage (T, B), features (T, B, num_features), question (Q, B), first (B,), last (B,), items), where 0
-    is padding, first and last are -1 without a target, and an item has id, text, starts, ends and answers.
+    A batch is (passage (T, B), features (T, B, num_features), question (Q, B), first (B,), last (B,), items), 0 for
+    padding. first and last are the answer's tokens, -1 for none; an item has id, text, starts, ends and answers.
 
     Args:
         encoder: builds each of the two encoders from `input_size`.
-        optimizer, scheduler: as in Task.
-        vocab_size, num_features: of the data.
-        vectors: word vectors (vocab_size, n), or None for embeddings of `embedding_size` that are learnt.
-        tuned_words: how many of the vectors, from the start of the vocabulary, are trained; the others are fixed.
-        dropout: on what the encoders return (they have their own, between layers). embedding_dropout: on embeddings.
-        num_layers, concatenate_layers: with True, what each of so many layers returns is put side by side, as in DrQA,
-            and `dropout` lies between the layers. False: what the encoder returns, as in the SRU's rows.
-        max_answer: tokens of the longest answer, 15 as in the released code.
-        linear: makes the alignment's products, as torch.nn.functional.linear or faster.
+        optimizer, scheduler: see Task.
+        vocab_size, num_features: number of words, and of a passage token's features.
+        vectors: word vectors (vocab_size, n), or None to train embeddings.
+        embedding_size: features of trained embeddings.
+        tuned_words: number of most frequent words whose vectors are trained; the others stay fixed.
+        dropout: on the encoders' outputs. (They have their own, between layers.) embedding_dropout: on the embeddings.
+        num_layers, concatenate_layers: True: encoders of this many layers return the concatenated outputs of all
+            layers, as in DrQA, with `dropout` between the layers. False: they return the output of the last layer, as
+            in the SRU's rows of the table.
+        max_answer: longest answer in tokens, 15 as in the released code.
+        linear: computes the alignment's products; torch.nn.functional.linear or a faster one.
     """
 
     test_artifacts = ("predictions.json",)
@@ -69,24 +69,13 @@ class QuestionAnswering(Task):
         linear: Callable[..., Tensor] = F.linear,
     ) -> None:
         super().__init__(optimizer, scheduler)
-        for name, value, low in (
-            ("embedding_size", embedding_size, 1),
-            ("tuned_words", tuned_words, 0),
-            ("max_answer", max_answer, 1),
-        ):
-            if type(value) is not int or value < low:
-                raise ValueError(f"task.{name}={value} must be a whole number, {low} or more")
-        if not isinstance(concatenate_layers, bool):
-            raise ValueError(f"task.concatenate_layers={concatenate_layers} must be true or false")
         self.embedding = Embedding(vocab_size, embedding_size, vectors, tuned_words)
         size = self.embedding.size
         self.likeness = nn.Linear(size, size)
         passage_size = 2 * size + num_features
         if concatenate_layers:
-            if "num_layers" not in inspect.signature(encoder).parameters:
-                raise ValueError(
-                    "task.concatenate_layers=true needs a model of several layers; leave it out for this one"
-                )
+            if not takes_option(encoder, "num_layers"):
+                raise ValueError("task.concatenate_layers=true needs a model of several layers; leave it out")
             encoder = partial(Layers, encoder, num_layers=num_layers, dropout=dropout)
         self.passage_encoder = encoder(input_size=passage_size)
         self.question_encoder = encoder(input_size=size)
@@ -98,7 +87,7 @@ class QuestionAnswering(Task):
         self.dropout = Dropout(dropout)
         self.max_answer = max_answer
         self.linear = linear
-        self.found: dict[str, tuple[float, str]] = {}  # of each question: the best window's score and answer
+        self.answers: dict[str, tuple[float, str]] = {}  # {question: (score, answer)} of its best window
         self.references: dict[str, list[str]] = {}
 
     @property
@@ -106,11 +95,11 @@ class QuestionAnswering(Task):
         return [self.passage_encoder, self.question_encoder]
 
     def forward(self, passage: Tensor, features: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (B, T) of where the answer starts and ends; -inf at padding."""
+        """Scores (B, T) of each token as the first and as the last of the answer; -inf at padding."""
         p, q = (self.embedding_dropout(self.embedding(words)) for words in (passage, question))
         p_pad, q_pad = passage == 0, question == 0
         x = torch.cat([p, self.attend_question(p, q, q_pad), features.to(p.dtype)], dim=2)
-        # Without padding there is nothing to mask, and the encoders have less to do.
+        # Encoders are faster without a mask.
         h_p, _ = self.passage_encoder(x, None, p_pad if p_pad.any() else None)
         h_q, _ = self.question_encoder(q, None, q_pad if q_pad.any() else None)
         h_p, h_q = self.dropout(h_p), self.dropout(h_q)
@@ -125,7 +114,7 @@ class QuestionAnswering(Task):
         return first, last
 
     def attend_question(self, p: Tensor, q: Tensor, q_pad: Tensor) -> Tensor:
-        """For each step of p (T, B, n) the mean of q (Q, B, n), weighed by the likeness of the two."""
+        """For each step of p (T, B, n) a mean of the steps of q (Q, B, n), weighted by similarity."""
         p_keys, q_keys = (F.relu(apply_linear(self.likeness, a, self.linear)).transpose(0, 1) for a in (p, q))
         scores = at_least_float32(torch.bmm(p_keys, q_keys.transpose(1, 2)))
         weights = scores.masked_fill(q_pad.T[:, None], -math.inf).softmax(dim=2).to(q.dtype)
@@ -135,7 +124,7 @@ class QuestionAnswering(Task):
         passage, features, question, first, last, items = batch
         first_scores, last_scores = self(passage, features, question)
         if not self.training:
-            self.keep(first_scores, last_scores, items)
+            self.record_answers(first_scores, last_scores, items)
         size = int((first >= 0).sum())
         losses = [
             F.cross_entropy(scores, target, ignore_index=-1, reduction="sum")
@@ -144,7 +133,7 @@ class QuestionAnswering(Task):
         return sum(losses) / max(1, size), {}, size  # type: ignore[return-value]
 
     def spans(self, first: Tensor, last: Tensor, count: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """The best spans of at most `max_answer` tokens: sums of scores, first and last tokens, each (B, count)."""
+        """The best spans of at most `max_answer` tokens: their scores, first and last tokens, each (B, count)."""
         steps = first.shape[1]
         longest = min(self.max_answer, steps)
         ends = F.pad(last, (0, longest - 1), value=-math.inf).unfold(1, longest, 1)  # (B, T, longest)
@@ -152,29 +141,28 @@ class QuestionAnswering(Task):
         start = best.indices // longest
         return best.values, start, start + best.indices % longest
 
-    def keep(self, first: Tensor, last: Tensor, items: list[Any]) -> None:
-        """Note the answers, of several windows of a passage the one with the best score."""
+    def record_answers(self, first: Tensor, last: Tensor, items: list[Any]) -> None:
+        """Record the best answer of each question over all windows of its passage."""
         values, starts, ends = (a[:, 0].tolist() for a in self.spans(first, last))
         for item, value, start, end in zip(items, values, starts, ends, strict=True):
             self.references[item.id] = item.answers
-            if item.id not in self.found or value > self.found[item.id][0]:
+            if item.id not in self.answers or value > self.answers[item.id][0]:
                 text = item.text[item.starts[start] : item.ends[end]] if len(item.starts) else ""
-                self.found[item.id] = value, text
+                self.answers[item.id] = value, text
 
     def epoch_metrics(self, means: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         if stage == "train":
             return {}
-        for found, references in all_gather_object((self.found, self.references)):
+        for answers, references in all_gather_object((self.answers, self.references)):
             self.references |= references
-            for id, best in found.items():  # two windows of a passage may be of two processes
-                self.found[id] = max(best, self.found.get(id, best), key=lambda each: each[0])
-        predictions = {id: self.found[id][1] for id in sorted(self.found)}
-        evaluated = squad_metrics.evaluate(self.references, predictions)
-        if stage == "test" and not rank():
-            folder = Path(self.trainer.default_root_dir)
-            write_text(folder / "predictions.json", json.dumps(predictions, ensure_ascii=False) + "\n")
-        self.found, self.references = {}, {}
-        return {name: torch.tensor(evaluated[name], device=self.device) for name in ("em", "f1")}
+            for id, best in answers.items():  # different processes may have read windows of the same passage
+                self.answers[id] = max(best, self.answers.get(id, best), key=lambda each: each[0])
+        predictions = {id: self.answers[id][1] for id in sorted(self.answers)}
+        metrics = squad_metrics.evaluate(self.references, predictions)
+        if stage == "test":
+            self.write_artifact("predictions.json", json.dumps(predictions, ensure_ascii=False) + "\n")
+        self.answers, self.references = {}, {}
+        return {name: torch.tensor(metrics[name], device=self.device) for name in ("em", "f1")}
 
     @torch.no_grad()
     def predict(
@@ -186,13 +174,13 @@ class QuestionAnswering(Task):
         input: str | None = None,
         n_best: int = 1,
     ) -> Iterator[str]:
-        """Answer a question on a passage; lines to be printed: probability, the answer's characters, its text.
+        """Answer a question about a passage; yields lines: probability, position in characters, text of the answer.
 
         Args:
-            question: what to answer.
-            passage: the text that answers it.
-            input: instead of a passage, a text file, or - for standard input.
-            n_best: how many answers, the likeliest first (1).
+            question: the question.
+            passage: the text that contains the answer.
+            input: instead of passage, a text file, or - for standard input.
+            n_best: number of answers, the most likely first (1).
         """
         if question is None or (passage is None) == (input is None):
             raise ValueError("give question='some text?' and passage='some text', or input=FILE for the passage")
@@ -201,8 +189,8 @@ class QuestionAnswering(Task):
         question, passage = console.decode_argument(question), console.decode_argument(passage or "")
         if input is not None:
             passage = vocabulary.text(console.read(input), f"input={input}")
-        best: dict[tuple[int, int], float] = {}  # characters: sum of scores
-        # The best score of a token in all windows that hold it, by its first and by its last character.
+        best: dict[tuple[int, int], float] = {}  # {(start, end) in characters: score}
+        # The best score of each token over all windows: as first token by its start, as last token by its end.
         totals = np.full((2, len(passage) + 1), -math.inf)
         for batch in vocabulary.batches(passage, question):
             first, last = self(*(a.to(self.device) for a in (batch.passage, batch.features, batch.question)))
@@ -216,43 +204,38 @@ class QuestionAnswering(Task):
                         best[span] = max(value, best.get(span, -math.inf))
         total = float(torch.from_numpy(totals).logsumexp(1).sum())
         if not best or not math.isfinite(total):
-            raise ValueError("the network gives no finite score: its checkpoint is damaged, or its training was")
+            raise ValueError(NOT_FINITE)
         for (start, end), value in sorted(best.items(), key=lambda pair: -pair[1])[:n_best]:
             yield f"{math.exp(value - total):<8.4g}  {start}-{end}  {' '.join(passage[start:end].split())}\n"
 
 
 def at_least_float32(scores: Tensor) -> Tensor:
-    """For a softmax under mixed precision."""
+    """Scores that are precise enough for a softmax, also under mixed precision."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 class Embedding(nn.Module):
-    """Embeddings of words, whose first is padding: learnt ones, or vectors of which the first few are tuned."""
+    """Trained embeddings, or fixed word vectors of which the first `tuned` are trained; word 0 is padding."""
 
     def __init__(self, vocab_size: int, embedding_size: int, vectors: Tensor | None, tuned: int) -> None:
         super().__init__()
-        if vectors is None:
-            self.words = nn.Embedding(vocab_size, embedding_size, padding_idx=0)
-            with torch.no_grad():  # as in classification
-                self.words.weight.uniform_(-0.25, 0.25)[0] = 0
-        else:
-            self.words = nn.Embedding.from_pretrained(vectors, freeze=True)
+        self.words = word_embedding(vocab_size, vectors, 0, embedding_size)
         self.size = self.words.embedding_dim
-        # <pad> and <unk> come first, and are not among the words that are counted.
+        # <pad> and <unk> come first and are not counted.
         self.tuned = None if vectors is None or not tuned else nn.Parameter(vectors[: tuned + 2].clone())
 
     def forward(self, words: Tensor) -> Tensor:
-        """(T, B, n) of words (T, B)."""
+        """Vectors (T, B, n) of words (T, B)."""
         fixed = self.words(words)
         if self.tuned is None:
             return fixed
         is_tuned = (words < len(self.tuned)) & (words > 0)
-        # Of the others, padding's row is looked up: it gets no gradient.
+        # The fixed words look up padding's row, which gets no gradient.
         return torch.where(is_tuned[..., None], F.embedding(words * is_tuned, self.tuned, padding_idx=0), fixed)
 
 
 class Layers(nn.Module):
-    """Encoders of one layer each, one upon the other; their outputs side by side (DrQA's readers)."""
+    """A stack of one-layer encoders that returns the concatenated outputs of all layers (DrQA)."""
 
     def __init__(self, encoder: Callable[..., Any], *, input_size: int, num_layers: int, dropout: float) -> None:
         super().__init__()
@@ -273,4 +256,4 @@ class Layers(nn.Module):
 
 if __name__ == "__main__":
     console.use_utf8()
-    errors.guard(lambda: squad_metrics.command(sys.argv[1:]))
+    errors.guard(lambda: squad_metrics.main(sys.argv[1:]))

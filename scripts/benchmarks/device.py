@@ -1,16 +1,12 @@
-"""The measuring part of `python scripts/benchmark.py --device cuda`: the SRU beside other networks on one shape.
+"""Measurements of `python scripts/benchmark.py --device`: SRU and other networks on one shape.
 
-Runs in a process of its own, which scripts/benchmarks/device_report.py starts.
+scripts/benchmarks/device_report.py runs this module in a separate process per shape.
 """
 
 import contextlib
 import gc
-import importlib.metadata
 import json
 import math
-import os
-import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -18,23 +14,27 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.timing import import_official, medians
+from benchmarks import timing
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KINDS = {"accuracy": ["errors"], "recurrence": ["infer", "forward", "backward"], "step": ["infer"]}
-KINDS = {level: KINDS.get(level, ["infer", "train"]) for level in ("accuracy", "recurrence", "layer", "stack", "step")}
+PASSES = {
+    "accuracy": ["errors"],
+    "recurrence": ["infer", "forward", "backward"],
+    "layer": ["infer", "train"],
+    "stack": ["infer", "train"],
+    "step": ["infer"],
+}
 EAGER = "SRU (eager)"
 
 
 class Convolutions(nn.Sequential):
-    """Causal, over x (T, B, D), with the transposes to (B, D, T), or to channels last in two dimensions, and back."""
+    """Causal convolutions of x (T, B, D), with the transposes to (B, D, T), or to 2D in channels-last, and back."""
 
     def forward(self, x: Tensor) -> Tensor:
         steps, flat = x.shape[0], isinstance(self[0], nn.Conv1d)
@@ -45,7 +45,7 @@ class Convolutions(nn.Sequential):
 
 
 class Attention(nn.Sequential):
-    """Causal, with its projections, which are the layers by twos, and nothing around it; heads of 64."""
+    """Causal attention with heads of 64 features; the modules are pairs of an input and an output projection."""
 
     def forward(self, x: Tensor) -> Tensor:
         heads = 1 if x.shape[2] % 64 else x.shape[2] // 64
@@ -56,11 +56,10 @@ class Attention(nn.Sequential):
 
 
 def list_contenders(level: str, shape: list[int], device: str, official: bool) -> dict[str, Callable]:
-    """Functions that make each network, or the recurrence alone."""
+    """Functions that build each network, or return the recurrence."""
     n, layers = shape[2], 4 if level == "stack" else 1
-
     if official:
-        return {"SRU (official)": lambda: import_official().SRU(n, n, num_layers=layers)}
+        return {"SRU (official)": lambda: timing.import_official().SRU(n, n, num_layers=layers)}
     from sru import SRU, kernels
     from sru.baselines import recurrent
 
@@ -68,37 +67,37 @@ def list_contenders(level: str, shape: list[int], device: str, official: bool) -
         made = (nn.Conv2d(n, n, (width, 1), padding=(width - 1, 0)) for _ in range(layers))
         return Convolutions(*made).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    # The device by name, since auto falls back on the reference.
+    # backend="auto" would fall back on the reference.
     if level in ("accuracy", "recurrence"):
         return {"SRU": lambda: partial(kernels.recurrence, backend=device)}
-    found: dict[str, Callable] = {"SRU": lambda: SRU(n, n, layers, backend=device)}
-    if shape[0] <= 256:  # a loop in Python: beyond, it takes the time of all others
-        found[EAGER] = lambda: SRU(n, n, layers, backend="reference")
-    found["QRNN (ours)"] = lambda: recurrent.QRNN(n, n, layers)
-    found |= {"LSTM": lambda: nn.LSTM(n, n, layers), "GRU": lambda: nn.GRU(n, n, layers)}
-    if level == "step":  # of the others it needs more than a state
-        return found
+    makers: dict[str, Callable] = {"SRU": lambda: SRU(n, n, layers, backend=device)}
+    if shape[0] <= 256:  # a loop in Python; with more steps it would take longer than all others together
+        makers[EAGER] = lambda: SRU(n, n, layers, backend="reference")
+    makers["QRNN (ours)"] = lambda: recurrent.QRNN(n, n, layers)
+    makers |= {"LSTM": lambda: nn.LSTM(n, n, layers), "GRU": lambda: nn.GRU(n, n, layers)}
+    if level == "step":  # the others cannot compute one step from a state
+        return makers
     for w in (2, 3):
-        found[f"Conv1d k={w}"] = lambda w=w: Convolutions(*(nn.Conv1d(n, n, w, padding=w - 1) for _ in range(layers)))
-        found[f"Conv2d k={w}"] = partial(conv2d, w)
-    return found | {"attention": lambda: Attention(*(nn.Linear(n, k * n) for _ in range(layers) for k in (3, 1)))}
+        makers[f"Conv1d k={w}"] = lambda w=w: Convolutions(*(nn.Conv1d(n, n, w, padding=w - 1) for _ in range(layers)))
+        makers[f"Conv2d k={w}"] = partial(conv2d, w)
+    return makers | {"attention": lambda: Attention(*(nn.Linear(n, k * n) for _ in range(layers) for k in (3, 1)))}
 
 
 def draw_inputs(shape: list[int], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """u, x, v, b, c0 and the gradients of h and c_last; parameters and states are float32, as the kernels keep them."""
+    """u, x, v, b, c0, and the gradients of h and c_last. Parameters and states are float32, as in the kernels."""
     steps, batch, size = shape
     u, x, gh = (torch.randn(steps, batch, *k, size).to(dtype) for k in ((3,), (), ()))
     return [u, x, *(torch.randn(n, size) for n in (2, 2, batch))], [gh, torch.randn(batch, size)]
 
 
 def build_passes(network: Any, inputs: list[Tensor], grads: list[Tensor], to: Any) -> dict[str, Callable]:
-    """The calls to measure; each returns its results. Gradients of all inputs and parameters are required."""
+    """The calls to measure; each returns its results. Gradients are those of all inputs and parameters."""
     inputs, grads = [a.to(to).requires_grad_() for a in inputs], [a.to(to) for a in grads]
     wanted = [*inputs, *(network.parameters() if isinstance(network, nn.Module) else [])]
     wanted = [a for a in wanted if a.requires_grad]
 
     def forward():
-        network.training = torch.is_grad_enabled()  # cuDNN keeps less in inference
+        network.training = torch.is_grad_enabled()  # cuDNN stores less in inference
         h = network(*inputs)
         return [h] if isinstance(h, Tensor) else list(h)[: len(grads)]
 
@@ -110,21 +109,21 @@ def build_passes(network: Any, inputs: list[Tensor], grads: list[Tensor], to: An
         return torch.autograd.grad(outputs, wanted, [g.to(o) for g, o in zip(grads, outputs, strict=True)], keep)
 
     calls = {"infer": infer, "forward": forward, "train": lambda: backward(forward(), False)}
-    # By itself for the recurrence only: cuDNN would copy what it keeps of the forward pass, to keep it on.
+    # Backward alone only for the recurrence: with retain_graph, cuDNN copies what it stored in the forward pass.
     return calls if isinstance(network, nn.Module) else calls | {"backward": partial(backward, forward(), True)}
 
 
 def measure_errors(network: Any, inputs: list[Tensor], grads: list[Tensor], device: str) -> dict[str, float]:
-    """The kernel's largest errors against the reference in float64, over max(1, the largest exact value)."""
+    """The kernel's largest errors against the reference in float64, divided by max(1, the largest exact value)."""
     from sru.kernels import recurrence
 
-    found = []
+    results = []
     for function, to in ((partial(recurrence, backend="reference"), torch.float64), (network, device)):
         calls = build_passes(function, inputs, grads, to)
-        found.append([a.detach().cpu().double() for a in (*calls["forward"](), *calls["train"]())])
-    results = ["h", "c_last", "grad u", "grad x", "grad v", "grad b", "grad c0"]
+        results.append([a.detach().cpu().double() for a in (*calls["forward"](), *calls["train"]())])
+    names = ["h", "c_last", "grad u", "grad x", "grad v", "grad b", "grad c0"]
     worst = {
-        n: float((b - a).abs().max() / a.abs().max().clamp(min=1)) for n, a, b in zip(results, *found, strict=True)
+        n: float((b - a).abs().max() / a.abs().max().clamp(min=1)) for n, a, b in zip(names, *results, strict=True)
     }
     if not all(map(math.isfinite, worst.values())):
         raise ValueError(f"not finite: {worst}")
@@ -132,10 +131,10 @@ def measure_errors(network: Any, inputs: list[Tensor], grads: list[Tensor], devi
 
 
 def time_in_turns(calls: dict, seconds: float, flush: Tensor | None = None, share: int = 1, wall: bool = False) -> dict:
-    """The spread of each call's seconds on the device, divided by `share`, or with `wall` as the caller waits for them.
+    """The spread of each call's seconds, divided by `share`: on the device or, with `wall`, until the caller continues.
 
-    One call of each contender after the other: 25 to warm up and 100 that count, or as many, but at least 10, as take
-    `seconds`. Writing `flush` empties the device's cache before each call.
+    Contenders take turns, one call each: 25 calls to warm up and 100 to measure, or as many as fit into `seconds`, but
+    at least 10. Writing `flush` before each call empties the device's cache.
     """
     times: dict[Any, list] = {}
     counts = {}
@@ -163,30 +162,25 @@ def time_in_turns(calls: dict, seconds: float, flush: Tensor | None = None, shar
                 torch.cuda.synchronize()
             times[name].append((time.perf_counter() - start, first, last))
     torch.cuda.synchronize()
-    found = {}
+    spreads = {}
     for name, triples in times.items():
         taken = sorted((s if wall else first.elapsed_time(last) / 1e3) / share for s, first, last in triples)
-        tenth = len(taken) // 10
-        found[name] = {
-            "median": statistics.median(taken),
-            "p10": taken[tenth],
-            "p90": taken[-1 - tenth],
-            "n": len(taken),
-        }
-    return found
+        tenth, median = len(taken) // 10, statistics.median(taken)
+        spreads[name] = {"median": median, "p10": taken[tenth], "p90": taken[-1 - tenth], "n": len(taken)}
+    return spreads
 
 
 def capture(call: Callable, pool: Any = None, times: int = 1) -> Callable:
-    """The replay of `times` calls as a CUDA graph; RuntimeError if it leaves the call's first result unwritten."""
+    """The replay of `times` calls as a CUDA graph; RuntimeError if the replay does not write the first result."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    # thread_local: backward runs in a thread of its own.
+    # thread_local: the backward pass runs in another thread.
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         for _ in range(times):
             result = call()[0].detach()
     result.fill_(math.nan)
     graph.replay()
     if result.isnan().all():
-        raise RuntimeError("the graph does not hold the work")
+        raise RuntimeError("the graph does not contain the computation")
     return graph.replay
 
 
@@ -199,22 +193,22 @@ def measure(order: dict, mode: str) -> dict[str, dict]:
     cells: dict[str, dict] = {}
     calls, replays, tens = dict[Any, Callable](), dict[Any, Callable](), dict[Any, Callable]()
     for name, make in list_contenders(level, shape, device, order["official"]).items():
-        cells[name], made = {kind: {} for kind in KINDS[level]}, dict[str, Callable]()
+        cells[name], passes = {kind: {} for kind in PASSES[level]}, dict[str, Callable]()
         for kind, cell in cells[name].items():
             if name in order["refused"]:
                 cell["failed"] = order["refused"][name]
                 continue
             print(json.dumps({"trying": name}), flush=True)
             try:
-                if not made:
+                if not passes:
                     network, (inputs, grads) = make(), draw_inputs(shape, dtype)
                     if isinstance(network, nn.Module):
                         network, inputs, grads = network.to(device, dtype), inputs[1:2], grads[:1]
                     if level == "accuracy":
                         cell["errors"] = measure_errors(network, inputs, grads, device)
                         continue
-                    made = build_passes(network, inputs, grads, device)
-                call, start = made[kind], time.perf_counter()
+                    passes = build_passes(network, inputs, grads, device)
+                call, start = passes[kind], time.perf_counter()
                 call()
                 if on_gpu:
                     torch.cuda.synchronize()
@@ -225,7 +219,7 @@ def measure(order: dict, mode: str) -> dict[str, dict]:
                     call()
                     cell["peak, MB"] = (torch.cuda.max_memory_allocated() - held) / 1e6
                 calls[name, kind] = call
-                # A graph does not see work on another stream than torch's, such as the official kernels.
+                # A graph does not capture work on streams other than torch's, such as the official kernels.
                 if on_gpu and not order["official"] and name not in order["eager"]:
                     print(json.dumps({"trying": name, "graph": True}), flush=True)
                     replays[name, kind] = capture(call, pool)
@@ -236,63 +230,58 @@ def measure(order: dict, mode: str) -> dict[str, dict]:
                 cell["not captured" if (name, kind) in calls else "failed"] = text
             if on_gpu and cell.keys() & {"failed", "not captured"}:
                 gc.collect()
-                # Raises, and so ends the process, where the device is beyond going on.
+                # Raises, and so ends the process, if the device cannot continue.
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
     print(json.dumps({"trying": None}), flush=True)
     if on_gpu and calls:
         flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
         cold = {key: v | {"graph": key in replays} for key, v in time_in_turns(calls | replays, seconds, flush).items()}
-        found = {
+        times = {
             "device": cold,
             "warm": time_in_turns(tens, seconds, share=10),
             "eager": time_in_turns(calls, seconds, wall=True),
         }
     else:
-        found = {"eager": {key: {"median": median} for key, median in medians(calls, seconds).items()} if calls else {}}
-    for key, spreads in found.items():
+        times = {"eager": {key: {"median": m} for key, m in timing.medians(calls, seconds).items()} if calls else {}}
+    for key, spreads in times.items():
         for (name, kind), spread in spreads.items():
             cells[name][kind][key] = spread
     return cells
 
 
 def describe_machine(order: dict) -> dict[str, Any]:
-    """The machine, and the bytes a second that a copy reads and writes on it, in this minute."""
+    """The machine, and its current copy bandwidth: bytes read and written per second."""
     device, seconds = order["device"], order["seconds"]
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = (re.findall(r"model name\s*:\s*(.*)", cpuinfo) or [platform.processor() or "cpu"])[0]
-    record = {"device": name, "cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    record |= {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    for package in ("numba", "cupy", "cupy-cuda12x", "cupy-cuda13x", "sru"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            record[package] = importlib.metadata.version(package)
+    record = timing.describe_machine()
+    record = {"device": record["cpu"]} | record | {"cuda": torch.version.cuda}
     if order["official"]:  # the process of this project's kernels reports the rest
         return record
     source = torch.ones((2**30 if device == "cuda" else 2**28) // 4, device=device)
     target = torch.empty_like(source)
     calls: dict[Any, Callable] = {"copy": lambda: target.copy_(source)}
     if device == "cpu":
-        return record | {"copy, bytes/s": 2 * source.nbytes / medians(calls, seconds)["copy"]}
+        return record | {"copy, bytes/s": 2 * source.nbytes / timing.medians(calls, seconds)["copy"]}
     record["copy, bytes/s"] = 2 * source.nbytes / time_in_turns(calls, seconds)["copy"]["median"]
-    with contextlib.suppress(RuntimeError):  # then no contender has a graph either, and the cells say so
+    with contextlib.suppress(RuntimeError):  # in that case no contender has a graph, and the cells say so
         empty = capture(lambda: [target[:1].zero_()])
         record["replay of an empty kernel, s"] = time_in_turns({0: empty}, seconds)[0]["median"]
     record |= {"device": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
     if shutil.which("nvidia-smi"):
-        asked = "driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
-        command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
-        record[asked] = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.strip()
+        query = "driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        record[query] = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.strip()
     return record
 
 
 def work(order: dict) -> None:
     """Measure a shape in every mode; print each attempt and each result as a line of JSON."""
-    warnings.filterwarnings("error", "The SRU's .* kernels cannot run")  # a cell is to say so
+    warnings.filterwarnings("error", "The SRU's .* kernels cannot run")  # the cell shows the error
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    # One stream for all, since a graph holds a backward pass only on the stream of its forward pass.
-    aside = order["device"] == "cuda" and not order["official"]
-    with torch.cuda.stream(torch.cuda.Stream()) if aside else contextlib.nullcontext():
+    # One stream for all: a graph captures a backward pass only on the stream of its forward pass.
+    captures = order["device"] == "cuda" and not order["official"]
+    with torch.cuda.stream(torch.cuda.Stream()) if captures else contextlib.nullcontext():
         print(json.dumps({"about": describe_machine(order)}), flush=True)
         for mode in order["modes"]:
             print(json.dumps({"mode": mode, "cells": measure(order, mode)}), flush=True)

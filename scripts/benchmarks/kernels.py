@@ -1,4 +1,4 @@
-"""The elementwise kernel beside the copy bandwidth, and a layer beside LSTM and the official package."""
+"""The elementwise kernel compared with the copy bandwidth, and a layer compared with LSTM and the official package."""
 
 import argparse
 import json
@@ -7,21 +7,21 @@ import subprocess
 import tempfile
 import threading
 import time
-from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.device import build_passes
 from benchmarks.timing import ROOT, Call, import_official, medians, print_table, under_bfloat16
 
 SHAPES = [(1, 1, 512), (1, 32, 128), (32, 32, 128), (40, 32, 128), (333, 16, 416), (128, 32, 512), (256, 16, 1024)]
-# A layer as wide as its input, or one step of it.
+# Layers as wide as their input; the last shape is a single step.
 LAYER_SHAPES = [(32, 32, 128), (128, 32, 512), (256, 16, 1024), (1, 1, 512)]
-NECESSARY = {"infer": 20, "forward": 24, "backward": 40}  # bytes to move for an element: see bench/NOTES.md
+NECESSARY = {"infer": 20, "forward": 24, "backward": 40}  # bytes to move per element: see bench/NOTES.md
 
 
 def run_recurrence(_: argparse.Namespace) -> None:
-    """ns an element, its share of the copy bandwidth, and the eager reference beside it."""
+    """ns per element, its share of the copy bandwidth, and the eager reference for comparison."""
     from sru.kernels import recurrence
 
     large = torch.randn(64 * 2**20 // 4)
@@ -49,38 +49,28 @@ def run_recurrence(_: argparse.Namespace) -> None:
             recurrence(*inputs, backend="reference")
             torch.autograd.grad(eager, inputs, grads, retain_graph=True)
 
-        found = medians({"infer": infer, "forward": forward, "backward": backward})
+        times = medians({"infer": infer, "forward": forward, "backward": backward})
         # Alone: the reference returns its memory to the system, and the next contender would pay for new pages.
-        found |= medians({"reference": reference}, seconds=1.0)
+        times |= medians({"reference": reference}, seconds=1.0)
         elements = steps * batch * size
         cells = [f"({steps}, {batch}, {size})"]
         for name, necessary in NECESSARY.items():
-            share = necessary * elements / found[name] / copy
-            cells.append(f"{found[name] / elements * 1e9:.2f} ({share:.0%})")
-        rows.append([*cells, f"{found['reference'] / (found['forward'] + found['backward']):.0f}x"])
+            share = necessary * elements / times[name] / copy
+            cells.append(f"{times[name] / elements * 1e9:.2f} ({share:.0%})")
+        rows.append([*cells, f"{times['reference'] / (times['forward'] + times['backward']):.0f}x"])
     head = ["(T, B, D)", "inference, ns (of copy)", "forward, ns", "backward, ns", "reference / kernel, both passes"]
     print_table(head, rows)
 
 
 def layer_calls(network: nn.Module, steps: int, batch: int, size: int) -> dict[str, Call]:
-    """Inference, and a training step without an optimiser, of a recurrent network with LSTM's call."""
-    x = torch.randn(steps, batch, size, requires_grad=True)
-    grad = torch.randn(steps, batch, size)
-    parameters = [p for p in network.parameters() if p.requires_grad]
-
-    def infer():
-        with torch.no_grad():
-            network(x)
-
-    def train():
-        h, _ = network(x)
-        torch.autograd.grad(h, [x, *parameters], grad.to(h.dtype))
-
-    return {"infer": infer, "train": train}
+    """Inference, and forward and backward, of a network that is called like torch.nn.LSTM."""
+    x, grad = torch.randn(2, steps, batch, size)
+    passes = build_passes(network, [x], [grad], "cpu")
+    return {"infer": passes["infer"], "train": passes["train"]}
 
 
 def print_official(threads: int) -> None:
-    """The official package's seconds, a line of JSON a shape; runs in that package's environment."""
+    """Print the official package's seconds, a line of JSON per shape; runs in that package's environment."""
     official = import_official()
     torch.set_num_threads(threads)
     for shape in LAYER_SHAPES:
@@ -91,38 +81,38 @@ def time_official(python: str) -> list[dict[str, float]]:
     """The official package's seconds for each of LAYER_SHAPES, measured by another Python."""
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); from benchmarks import kernels; "
     code += f"kernels.print_official({torch.get_num_threads()})"
-    with tempfile.TemporaryDirectory() as elsewhere:  # where no folder `sru` hides the package
+    with tempfile.TemporaryDirectory() as elsewhere:  # a folder without `sru`, which would hide the package
         command = [python, "-W", "ignore", "-c", code]
         done = subprocess.run(command, cwd=elsewhere, stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def run_layer(options: argparse.Namespace) -> None:
-    """A layer with its matrix product beside torch.nn.LSTM, and the official package if --official names one."""
+    """A layer with its matrix product, compared with torch.nn.LSTM and, with --official, the official package."""
     from sru import SRU
 
     official = time_official(options.official) if options.official else []
     rows = []
     for i, shape in enumerate(LAYER_SHAPES):
-        calls: dict[Any, Call] = {}
+        calls: dict[str, Call] = {}
         for name, network in (("sru", SRU(shape[2], shape[2], 1)), ("lstm", nn.LSTM(shape[2], shape[2]))):
             calls |= {f"{name} {kind}": call for kind, call in layer_calls(network, *shape).items()}
         calls |= {f"{name}, bfloat16": under_bfloat16(call) for name, call in calls.items() if name.startswith("sru")}
-        found = medians(calls)
+        times = medians(calls)
         cells = [str(shape)]
         for kind in ("infer", "train"):
-            ours = found[f"sru {kind}"]
-            cells += [f"{ours * 1e3:.3g}", f"{found[f'lstm {kind}'] / ours:.1f}x"]
+            ours = times[f"sru {kind}"]
+            cells += [f"{ours * 1e3:.3g}", f"{times[f'lstm {kind}'] / ours:.1f}x"]
             cells += [f"{official[i][kind] / ours:.1f}x"] if official else []
-            cells += [f"{found[f'sru {kind}, bfloat16'] * 1e3:.3g}"]
+            cells += [f"{times[f'sru {kind}, bfloat16'] * 1e3:.3g}"]
         rows.append(cells)
     print(f"One layer, float32, input as wide as the layer, {torch.get_num_threads()} threads.\n")
     ratios = ["LSTM / SRU", *(["official / SRU"] if official else []), "in bfloat16, ms"]
     print_table(["(T, B, D)", "inference, ms", *ratios, "forward and backward, ms", *ratios], rows)
-    run_callers((512, 16, 256))
+    compare_callers((512, 16, 256))
 
 
-def run_callers(shape: tuple[int, int, int]) -> None:
+def compare_callers(shape: tuple[int, int, int]) -> None:
     """One caller, and ten at once, each with its own sequence, as in a server."""
     from sru import SRU
 

@@ -1,4 +1,4 @@
-"""Language models of as many parameters side by side: training and generation."""
+"""Language models with the same number of parameters: training and generation."""
 
 import argparse
 import itertools
@@ -10,18 +10,24 @@ import numpy as np
 import torch
 
 import sru
-from benchmarks.timing import Call, Comparison, medians, training_step
+from benchmarks.timing import Call, Comparison, medians, time_loading
 from data.lm import Segments
 from sru.kernels.linear import linear
 from tasks.lm import LanguageModelling
 
-VOCABULARY = 205  # of enwik8
+VOCABULARY = 205  # bytes that occur in enwik8
 STEPS, BATCH = 128, 32
-TOKENS = 10  # of a call that generates
+TOKENS = 10  # generated per call
+
+
+def attend_in_last_layer(num_layers: int, **sizes: Any) -> Any:
+    return sru.SRUppEncoder(num_layers=num_layers, attention_every_n_layers=num_layers, memory_length=STEPS, **sizes)
+
+
 ENCODERS: dict[str, Callable[..., Any]] = {
     "SRU": partial(sru.SRU, highway_bias=-3.0),
     "SRU++": partial(sru.SRUppEncoder, memory_length=STEPS),
-    "SRU++, attention in the last layer": partial(sru.SRUppEncoder, memory_length=STEPS),
+    "SRU++, attention in the last layer": attend_in_last_layer,
     "QRNN": sru.QRNN,
     "GRU": sru.GRU,
     "LSTM": sru.LSTM,
@@ -29,11 +35,10 @@ ENCODERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def build(name: str, depth: int, width: int) -> LanguageModelling:
-    """A language model of bytes: an embedding as wide as the layers, and a softmax with weights of its own."""
-    sparse = {"attention_every_n_layers": depth} if name.endswith("in the last layer") else {}
+def build(encoder: Callable[..., Any], width: int) -> LanguageModelling:
+    """A byte-level language model; its embedding is as wide as its layers and not tied to the softmax."""
     return LanguageModelling(
-        encoder=partial(ENCODERS[name], hidden_size=width, num_layers=depth, **sparse),
+        encoder=encoder,
         optimizer=torch.optim.SGD,
         vocab_size=VOCABULARY,
         unit="bytes",
@@ -42,35 +47,21 @@ def build(name: str, depth: int, width: int) -> LanguageModelling:
     )
 
 
-def prepare_training(task: LanguageModelling) -> Call:
-    """Forward and backward of a segment in the middle of a text."""
-    tokens = torch.randint(VOCABULARY, (STEPS + 1, BATCH))
-    task.train().loss((tokens[:-1], tokens[1:], True))
-    return training_step(task, (tokens[:-1], tokens[1:], False))
-
-
 def prepare_generation(task: LanguageModelling) -> Call:
-    """Ten tokens of one text, after a prompt that fills the memory."""
+    """A call that generates TOKENS tokens, after a prompt that fills the memory."""
     stream = task.eval().generate(torch.randint(VOCABULARY, (STEPS,)).tolist(), temperature=0)
     next(stream)
     return lambda: list(itertools.islice(stream, TOKENS))
 
 
-def time_loading() -> float:
-    """Seconds to load a batch."""
-    loader = Segments(np.random.default_rng(0).integers(0, VOCABULARY, 2**22, np.uint8), BATCH, STEPS)
-    batches = iter(itertools.chain.from_iterable(itertools.repeat(loader)))
-    return medians({"load": lambda: next(batches)}, seconds=0.5)["load"]
-
-
 def run(options: argparse.Namespace) -> None:
-    models = Comparison(
-        options, [*ENCODERS], build, prepare_training, STEPS * BATCH, "tokens", depth=4, parameters=1e6, baseline="LSTM"
-    )
+    tokens = torch.randint(VOCABULARY, (STEPS + 1, BATCH))
+    batch = tokens[:-1], tokens[1:], False
+    models = Comparison(options, ENCODERS, build, batch, STEPS * BATCH, "tokens", depth=4, parameters=1e6)
     with torch.inference_mode():
-        calls: dict[Any, Call] = {name: prepare_generation(task) for name, task in models.tasks.items()}
+        calls = {name: prepare_generation(task) for name, task in models.tasks.items()}
         generated = medians(calls, seconds=options.seconds)
-    load = time_loading()
+    load = time_loading(Segments(np.random.default_rng(0).integers(0, VOCABULARY, 2**22, np.uint8), BATCH, STEPS))
     models.print(
         f"Language models of {models.depth} layers and {models.size}, {VOCABULARY} bytes; "
         f"training: forward and backward of ({STEPS}, {BATCH}); "

@@ -1,4 +1,4 @@
-"""Speech: features, recognisers of as many parameters side by side, streams, and sequences of 16,000 steps."""
+"""Speech: features, speech recognition models with the same number of parameters, streaming, and long sequences."""
 
 import argparse
 import multiprocessing
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import sru
-from benchmarks.timing import Call, Comparison, medians, one_thread, print_table, training_step
+from benchmarks.timing import Call, Comparison, medians, one_thread, print_table
 from data.audio.fbank import Frontend, StepStream
 from data.audio.synthesis import WORDS, synthesise
 from tasks.classification import Classification
@@ -26,15 +26,15 @@ from tasks.speech import SpeechRecognition
 
 RATE, MELS, STACK = 16000, 80, 3
 SYMBOLS = 29
-RECORDINGS, SECONDS, LETTERS = 16, 10, 120  # of a batch: how many, how long, letters in each
+RECORDINGS, SECONDS, LETTERS = 16, 10, 120  # recordings of a batch; their length; letters of each
 CHUNK = RATE // 10
 ENCODERS: dict[str, Callable[..., Any]] = {"SRU": sru.SRU, "QRNN": sru.QRNN, "GRU": sru.GRU, "LSTM": sru.LSTM}
 LENGTHS = 1000, 4000, 16000
 
 
-def build(name: str, depth: int, width: int) -> SpeechRecognition:
+def build(encoder: Callable[..., Any], width: int) -> SpeechRecognition:
     return SpeechRecognition(
-        encoder=partial(ENCODERS[name], hidden_size=width, num_layers=depth),
+        encoder=encoder,
         optimizer=torch.optim.SGD,
         input_size=MELS * STACK,
         num_mels=MELS,
@@ -44,59 +44,54 @@ def build(name: str, depth: int, width: int) -> SpeechRecognition:
     )
 
 
-def prepare_training(task: SpeechRecognition) -> Call:
+def draw_batch() -> tuple[Any, ...]:
     steps = 100 * SECONDS // STACK
-    batch = (
+    return (
         torch.randn(steps, RECORDINGS, MELS * STACK),
         torch.zeros(steps, RECORDINGS, dtype=torch.bool),
         torch.randint(1, SYMBOLS, (RECORDINGS, LETTERS)),
         torch.full((RECORDINGS,), LETTERS),
         [SimpleNamespace(id=str(i), text="") for i in range(RECORDINGS)],
     )
-    return training_step(task, batch)
 
 
 def prepare_streaming(task: SpeechRecognition) -> Call:
-    """A chunk of 100 ms: features, network and search."""
+    """A call that processes a chunk of 100 ms: features, network and search."""
     mean, deviation = np.zeros(MELS, np.float32), np.ones(MELS, np.float32)
     frontend = Frontend(rate=RATE, num_mels=MELS, stack=STACK, level="running", mean=mean, deviation=deviation)
-    stream, wave = StepStream(frontend, RATE), speech(1.0)
+    stream, wave = StepStream(frontend, RATE), synthesise_speech(1)
     chunks: Iterator[np.ndarray] = cycle(wave[i : i + CHUNK] for i in range(0, RATE, CHUNK))
     state, last = None, BLANK
     task.eval()
 
-    def hear() -> None:
+    def recognise() -> None:
         nonlocal state, last
         x = torch.from_numpy(stream.accept(next(chunks), is_last=False))
         log_p, state = task(x[:, None], None, state)
         _, last = greedy(log_p[:, 0], last)
 
-    return hear
+    return recognise
 
 
-def speech(seconds: float) -> np.ndarray:
-    """Computed speech of that length."""
+def synthesise_speech(seconds: int) -> np.ndarray:
     wave, _ = synthesise(WORDS, 3, 1)
-    return np.tile(wave, 1 + int(seconds * RATE / len(wave)))[: int(seconds * RATE)]
+    return np.resize(wave, seconds * RATE)
 
 
-def time_features() -> tuple[float, float]:
-    """Seconds of sound whose features take a second, by one thread and by two."""
-    frontend, wave, speeds = Frontend(rate=RATE, num_mels=MELS), speech(10), []
+def time_features(threads: int) -> float:
+    """Seconds of sound whose features are computed per second."""
+    frontend, wave, times = Frontend(rate=RATE, num_mels=MELS), synthesise_speech(10), []
     frontend.frames(wave)
-    for threads in (1, 2):
-        with ThreadPoolExecutor(threads) as pool:
-            times = []
-            for _ in range(5):
-                start = time.perf_counter()
-                list(pool.map(frontend.frames, [wave] * 20))
-                times.append(time.perf_counter() - start)
-        speeds.append(200 / statistics.median(times))
-    return speeds[0], speeds[1]
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(5):
+            start = time.perf_counter()
+            list(pool.map(frontend.frames, [wave] * 20))
+            times.append(time.perf_counter() - start)
+    return 200 / statistics.median(times)
 
 
 def time_long(steps: int) -> tuple[float, float]:
-    """Seconds of a training step on 8 sequences of `steps` numbers, and MiB it takes at most; for a new process."""
+    """Seconds of a training step on 8 sequences of `steps` numbers, and its peak memory in MiB; for a new process."""
     keep_freed_memory()
     task = Classification(
         encoder=partial(sru.SRU, hidden_size=128, num_layers=3),
@@ -117,20 +112,18 @@ def time_long(steps: int) -> tuple[float, float]:
 
 def run(options: argparse.Namespace) -> None:
     keep_freed_memory()  # as train.py does
-    one, two = time_features()
+    one, two = time_features(1), time_features(2)
     print(f"Features ({MELS} log-mel energies): {one:,.0f}x real time with one thread, {two:,.0f}x with two.\n")
     frames = 100 * SECONDS * RECORDINGS
-    models = Comparison(
-        options, [*ENCODERS], build, prepare_training, frames, "frames", depth=4, parameters=2e6, baseline="LSTM"
-    )
+    models = Comparison(options, ENCODERS, build, draw_batch(), frames, "frames", depth=4, parameters=2e6)
     with one_thread():
-        calls: dict[Any, Call] = {name: prepare_streaming(task) for name, task in models.tasks.items()}
-        heard = medians(calls, seconds=options.seconds)
+        calls = {name: prepare_streaming(task) for name, task in models.tasks.items()}
+        chunk = medians(calls, seconds=options.seconds)
     models.print(
-        f"Recognisers of {models.depth} layers and {models.size}; "
+        f"Speech recognition models of {models.depth} layers and {models.size}; "
         f"training: forward and backward of {RECORDINGS} recordings of {SECONDS} s, "
-        f"{STACK} frames a step, CTC of {LETTERS} letters; streaming: 100 ms of sound to letters, one thread.",
-        {"100 ms chunk, ms": lambda name: f"{1000 * heard[name]:.2f}"},
+        f"{STACK} frames per step, CTC of {LETTERS} letters; streaming: 100 ms of sound to letters, one thread.",
+        {"100 ms chunk, ms": lambda name: f"{1000 * chunk[name]:.2f}"},
     )
     print("An SRU of 3 layers of 128 on 8 sequences of single numbers, forward and backward:\n")
     rows = []
@@ -138,4 +131,4 @@ def run(options: argparse.Namespace) -> None:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             seconds, memory = pool.submit(time_long, steps).result()
         rows.append([f"{steps:,}", f"{seconds:.3f}", f"{1e6 * seconds / steps:.1f}", f"{memory:,.0f}"])
-    print_table(["steps", "seconds", "us a step", "memory, MiB"], rows)
+    print_table(["steps", "seconds", "us per step", "memory, MiB"], rows)

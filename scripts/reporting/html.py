@@ -1,27 +1,26 @@
-"""The page of results: one HTML file without a network, with the papers' rows, curves, ablations, speed and sweeps."""
+"""The page of results: one self-contained HTML file with the papers' rows, curves, ablations and speed."""
 
 import contextlib
 from collections import Counter
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
 from reporting.figures import Chart, draw_ablations, draw_benchmarks, draw_curves, draw_logged_speed
-from reporting.paper_rows import NOTES, STATES, Row, describe_runs, format_published, judge_orders
+from reporting.paper_rows import NOTES, STATES, Row, describe_row, judge_orders
 from reporting.runs import DamagedError, Found, Group, Place
 from reporting.table import describe_group
 
 SIGNS = {"reached": "✓", "not reached": "✗", "run with substitutes": "≈", "not run": "–"}
-NO_ABLATION = """No model was run both whole and without a part. Make such runs:
+NO_ABLATION = """No model was run both whole and without a part. To make such runs:
 <code>python train.py -m 'ablation=[],[no_vc],[no_highway],[no_scaling]'</code>"""
 LOGGED = """There is no output of scripts/benchmark.py, so these are the speeds that whole runs logged. They include
-embedding, softmax and optimiser; runs beside other work, or on other machines, do not compare.
+embedding, softmax and optimiser. Runs on busy or different machines are not comparable.
 <code>python scripts/benchmark.py layer --device cpu</code> measures as Figure 1 does."""
-STANDING = """The failed.json in a failed run's folder gives the reason. Unfinished runs are still training, or
+FOOTNOTE = """The failed.json in a failed run's folder gives the reason. Unfinished runs are still training, or
 continue with <code>python train.py resume=FOLDER</code>.
 Runs tested in part (trainer=debug) appear in nothing above."""
 Line = tuple[dict[str, str], dict[str, str]]  # the attributes of a row, and its cells by column
@@ -46,30 +45,21 @@ def write_table(label: str, columns: list[str], numbers: set[str], bodies: dict[
 
 
 def write_papers(rows: list[Row]) -> str:
-    """The papers' rows, a body of the table for each of their tables."""
+    """The papers' rows: one table, with a body for each table of a paper."""
     columns = ["state", "experiment", "data", "metric", "published", "measured", "n", "difference", "substitute"]
     bodies: dict[str, list[Line]] = {}
-    # The tables of which something was run come first.
+    # Tables with runs come first.
     ran = {row.source for row in rows if row.runs or row.others}
     for row in sorted(rows, key=lambda row: row.source not in ran):
         attributes = {"data-task": row.task, "data-model": row.model, "data-state": row.state}
-        cells = {"state": f"{SIGNS[row.state]} {row.state}", "experiment": row.experiment, "data": row.data}
-        cells |= {"metric": row.metric, "published": format_published(row), "command": row.command}
-        cells |= {"substitute": row.substitute} | (describe_measured(row, row.shown) if row.shown else {})
+        first, *others = describe_row(row)
         lines = bodies.setdefault(row.source, [])
-        lines.append((attributes, cells))
-        for differs, runs in row.others.items():
-            if differs != row.substitute:
-                other = {"experiment": f"↳ with {differs}"} | describe_measured(row, runs)
-                lines.append((attributes | {"class": "other"}, other))
+        lines.append((attributes, first | {"state": f"{SIGNS[row.state]} {row.state}"}))
+        for cells in others:
+            lines.append((attributes | {"class": "other"}, cells | {"experiment": f"↳ with {cells['experiment']}"}))
     numbers = {"published", "measured", "n", "difference", "hours"}
     notes = "".join(f"<p>{escape(note)}</p>" for note in (*judge_orders(rows), *NOTES))
     return write_table("Rows of the papers", [*columns, "hours", "hardware", "command"], numbers, bodies) + notes
-
-
-def describe_measured(row: Row, runs: list[Any]) -> dict[str, str]:
-    cells = describe_runs(row, runs)
-    return cells | {"measured": cells["mean"] + (f" ± {cells['std']}" if cells["std"] else "")}
 
 
 def write_groups(groups: list[Group]) -> str:
@@ -83,7 +73,7 @@ def write_groups(groups: list[Group]) -> str:
 
 
 def write_folders(found: Found) -> str:
-    """For every folder and file of runs: how many finished, and the state of the others."""
+    """The number of finished, failed, unfinished and damaged runs in every folder and file."""
     kinds = ("finished", "failed", "unfinished", "tested in part", "damaged")
     counts: dict[tuple[str, str, str], Counter[str]] = {}
 
@@ -97,7 +87,7 @@ def write_folders(found: Found) -> str:
     for kind, places in zip(kinds[1:], (found.failed, found.unfinished, found.brief, found.damaged), strict=True):
         for place in places:
             task = model = ""
-            # A damaged run, and one that failed before it began, belong to no task.
+            # A run that is damaged, or failed before it started, has no task.
             with contextlib.suppress(DamagedError), place.reading("config.yaml"):
                 choices = place.read("config.yaml")["choices"]
                 task, model = str(choices["task"]), str(choices["model"])
@@ -109,7 +99,7 @@ def write_folders(found: Found) -> str:
         lines.append(({"data-task": task, "data-model": model}, cells))
     columns = ["folder or file", "task", "model", *kinds]
     table = write_table("Runs by folder", columns, set(kinds), {"": lines}) if lines else "<p>No runs.</p>"
-    return f"{table}<p>{STANDING}</p>"
+    return f"{table}<p>{FOOTNOTE}</p>"
 
 
 def write_select(name: str, values: list[str]) -> str:
@@ -118,7 +108,7 @@ def write_select(name: str, values: list[str]) -> str:
 
 
 def build_page(rows: list[Row], groups: list[Group], found: Found, speeds: list[Path]) -> str:
-    """The whole page; `speeds` are .json files of scripts/benchmark.py."""
+    """The page; `speeds` are .json files of scripts/benchmark.py."""
     charts: list[Chart] = []
 
     def write_charts(drawn: list[Chart], none: str) -> str:
@@ -127,20 +117,20 @@ def build_page(rows: list[Row], groups: list[Group], found: Found, speeds: list[
             caption = f"{escape(chart.title)}<small>{escape(chart.subtitle)}</small>"
             figures += f'<figure data-chart="{len(charts)}"><figcaption>{caption}</figcaption><div></div></figure>'
             charts.append(chart)
-        empty = "Nothing here fits the filter." if drawn else none
+        empty = "Nothing matches the filter." if drawn else none
         return f'<div class="charts">{figures}<p class="empty">{empty}</p></div>'
 
     benchmarks = draw_benchmarks(speeds)
     sections = {
-        "Beside the papers": "<p>Every row of the papers' tables that this repository has an experiment for.</p>"
+        "Compared with the papers": "<p>All rows of the papers' tables for which this repository has an experiment.</p>"
         + write_papers(rows),
-        "Learning curves": "<p>Validation during training; a click on a legend's entry hides or shows its line.</p>"
+        "Learning curves": "<p>Validation during training. Click an entry of a legend to hide or show its line.</p>"
         + write_charts(draw_curves(groups), "No run here has a learning curve."),
         "Without parts (Figure 5)": "<p>The same model whole and with one part removed.</p>"
         + write_charts(draw_ablations(groups), NO_ABLATION),
         "Speed (Figure 1)": f"<p>{'Measured by scripts/benchmark.py.' if benchmarks else LOGGED}</p>"
         + write_charts(benchmarks or draw_logged_speed(groups), "No run has logged its speed."),
-        "Finished runs": "<p>Runs that differ in seed or fold only are one line.</p>" + write_groups(groups),
+        "Finished runs": "<p>Runs that differ only in seed or fold share a line.</p>" + write_groups(groups),
         "Runs by folder": write_folders(found),
     }
     ids = {title: title.split(" (")[0].lower().replace(" ", "-") for title in sections}

@@ -15,29 +15,34 @@ PATH = re.compile(r"(?:^|(?<=[=\[,'\" ]))(?:~?/|[A-Za-z]:\\)[^,'\"\]]*")  # not 
 def drop_places(tree: dict[str, Any], root: str, prefix: str = "") -> dict[str, Any]:
     """The configuration without PLACES; other paths become relative to data.root, or are cut to their last name."""
 
-    def relative(value: Any) -> Any:
+    def shorten(value: Any) -> Any:
         if isinstance(value, str):
-            return PATH.sub(lambda path: shorten(path[0], root), value)
+            return PATH.sub(lambda path: shorten_path(path[0], root), value)
         if isinstance(value, list):
-            return [relative(item) for item in value]
+            return [shorten(item) for item in value]
         return drop_places(value, root, "-") if isinstance(value, dict) else value
 
-    kept = {}
+    result = {}
     for key, value in tree.items():
         if (name := f"{prefix}{key}") not in PLACES:
-            kept[key] = drop_places(value, root, f"{name}.") if isinstance(value, dict) else relative(value)
-    return kept
+            result[key] = drop_places(value, root, f"{name}.") if isinstance(value, dict) else shorten(value)
+    return result
 
 
-def shorten(path: str, root: str) -> str:
+def shorten_path(path: str, root: str) -> str:
     return os.path.relpath(path, root) if root and Path(path).is_relative_to(root) else re.split(r"[/\\]", path)[-1]
+
+
+def pick_evenly(length: int, count: int) -> list[int]:
+    """At most `count` of the indices below `length`, with the first and the last."""
+    if length <= count:
+        return list(range(length))
+    return sorted({round(i * (length - 1) / (count - 1)) for i in range(count)})
 
 
 def thin(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     """{column: values} of at most POINTS rows of metrics.csv: the curves, without the row of the test."""
     rows = [row for row in rows if row.get("seconds") not in (None, "")]
-    last = len(rows) - 1
-    picked = sorted({round(i * last / (POINTS - 1)) for i in range(POINTS)}) if last >= POINTS else range(last + 1)
     columns = [name for name in (rows[0] if rows else {}) if re.match(r"(step|epoch|seconds)$|(train|val)/", name)]
 
     def number(text: Any) -> float | None:
@@ -46,11 +51,11 @@ def thin(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
         value = float(text)
         return int(value) if value.is_integer() and abs(value) < 1e15 else float(f"{value:.6g}")
 
-    return {name: [number(rows[i][name]) for i in picked] for name in columns}
+    return {name: [number(rows[i][name]) for i in pick_evenly(len(rows), POINTS)] for name in columns}
 
 
-def write_line(run: Run, tops: list[Path]) -> str:
-    """The run as a line of JSON: its name below the folders `tops`, and the content of its four files."""
+def format_line(run: Run, tops: list[Path]) -> str:
+    """The run as a line of JSON: its name relative to the folders `tops`, and the content of its four files."""
     place = run.place
     if place.line:
         return place.text
@@ -70,13 +75,13 @@ def write_line(run: Run, tops: list[Path]) -> str:
     ]
     with place.reading("metrics.csv"):
         curve = thin(place.read("metrics.csv")) if place.has("metrics.csv") else {}
-    held = (drop_places(config, root), origin, run.record, curve)
-    with place.reading("config.yaml"):  # YAML has dates, JSON has not
-        return json.dumps({"run": name} | dict(zip(FILES, held, strict=True)), ensure_ascii=False)
+    contents = (drop_places(config, root), origin, run.record, curve)
+    with place.reading("config.yaml"):  # YAML has dates, which JSON cannot hold
+        return json.dumps({"run": name} | dict(zip(FILES, contents, strict=True)), ensure_ascii=False)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file in one step; a full disk leaves the old one as it was."""
+    """Replace a file in one step; if the disk is full, the old one stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     try:
@@ -90,24 +95,24 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def count_lost(file: Path, runs: list[Run]) -> int:
-    """How many runs of a file are not among these; other metrics, seeds or folds make another run."""
+    """How many runs of a file are not among these; runs are the same if metrics, seeds and folds are."""
     if not file.exists():
         return 0
-    kept = {json.dumps([run.chance, run.record], sort_keys=True) for run in runs}
-    held = read_runs(find_runs([file]))
-    lost = [run for run in held.runs if json.dumps([run.chance, run.record], sort_keys=True) not in kept]
-    return len(lost) + len(held.damaged)
+    new = {json.dumps([run.chance, run.record], sort_keys=True) for run in runs}
+    old = read_runs(find_runs([file]))
+    lost = [run for run in old.runs if json.dumps([run.chance, run.record], sort_keys=True) not in new]
+    return len(lost) + len(old.damaged)
 
 
 def keep(runs: list[Run], file: Path, tops: list[Path]) -> list[str]:
-    """Write the runs into a file, a line each, and nothing else; returns messages about it.
+    """Replace a file by these runs, one per line; returns messages about it.
 
-    Raises DamagedError where the file holds runs that would be lost.
+    Raises DamagedError if runs of the file would be lost.
     """
     lines, messages = [], []
     for run in runs:
         try:
-            lines.append(write_line(run, tops))
+            lines.append(format_line(run, tops))
         except DamagedError as error:
             messages.append(f"not kept: {error}")
     if file.exists() and not file.is_file():

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/ from kept runs, between <!-- results: ... --> and <!-- end -->."""
+"""Writes the tables between <!-- results: ... --> and <!-- end --> in README.md and docs/ from kept runs."""
 
 import json
 import re
@@ -29,25 +29,25 @@ def fill(text: str, root: Path = ROOT) -> str:
     if len(OPENING.findall(text)) != len(blocks):
         raise DamagedError(f"a line like `{EXAMPLE}` lacks its line `<!-- end -->`, or does not close with ` -->`")
     for block in reversed(blocks):
-        # Between empty lines: some renderers need them to see a table.
+        # Between empty lines, which some renderers need to recognise a table.
         lines = "".join(f"{line}\n" for line in ["", *write_table(block["words"], root), ""])
         text = text[: block.start("body")] + lines + text[block.end("body") :]
     return text
 
 
 def write_table(words: str, root: Path) -> list[str]:
-    """The lines of the table that a marker asks for.
+    """The lines of the table that a marker describes.
 
-    FILE ... names kept runs; `rows=` the columns that name a row, `columns=` whose values are columns; `metric=` what
-    of metrics.json, if not the metric that the runs report, or without `columns=` several; `cell=` the form, of the
-    words mean, std and n; `places=` the digits behind the point, of each metric. A row's or a metric's NAME:TITLE has
-    that title above its column. Any other KEY=VALUE, or KEY=VALUE,VALUE, keeps the runs that have one of them.
+    The words of a marker: FILE ... of kept runs; rows=A,B: the columns that identify a row; columns=C: a column for
+    each value of C; metric=: the metric from metrics.json, or without columns= several, if not the metric that the
+    runs report; cell=: the form of a cell, with the words mean, std and n; places=: decimal places, one for all metrics
+    or one for each. NAME:TITLE in rows= and metric= sets a column's title. KEY=VALUE or KEY=VALUE,VALUE selects runs.
 
-    With `paper=` the table is that one of a paper, as far as it was run: rows, published numbers, and their order.
+    With paper= the table shows the rows of a paper's table that were run, with the published numbers and their order.
     """
-    asked: dict[str, str] = {"rows": "model,depth,ablation", "columns": "", "metric": "", "cell": "mean ± std"}
-    asked |= {"places": "1", "paper": ""}
-    files, only = [], {}
+    options: dict[str, str] = {"rows": "model,depth,ablation", "columns": "", "metric": "", "cell": "mean ± std"}
+    options |= {"places": "1", "paper": ""}
+    files, filters = [], {}
     try:
         split = shlex.split(words)
     except ValueError as error:
@@ -56,47 +56,47 @@ def write_table(words: str, root: Path) -> list[str]:
         key, sign, value = word.partition("=")
         if not sign:
             files.append(root / key)
-        elif key in asked:
-            asked[key] = value
+        elif key in options:
+            options[key] = value
         else:
-            only[key] = value
+            filters[key] = value
     for file in files:
         if not file.is_file():
             raise DamagedError(f"no file {file}, which a table names; make it: results.py RUNS --keep {file}")
     found = read_runs(find_runs(files))
     if found.damaged:
         raise DamagedError(f"{found.damaged[0]} is damaged; nothing was written")
-    if asked["paper"]:
-        return write_paper_table(found.runs, asked["paper"], words)
+    if options["paper"]:
+        return write_paper_table(found.runs, options["paper"], words)
     groups = group_runs(found.runs)
-    rows, row_titles = split_titles(asked["rows"])
-    check_names(groups, [*rows, *(asked["columns"] and [asked["columns"]]), *only])
-    for key, values in only.items():
+    rows, row_titles = split_titles(options["rows"])
+    check_names(groups, [*rows, *(options["columns"] and [options["columns"]]), *filters])
+    for key, values in filters.items():
         groups = [group for group in groups if read_column(group, key) in (values, *values.split(","))]
     if not groups:
         raise DamagedError(f"no run for the table `{words}`; such a line is `{EXAMPLE}`")
     cells: dict[tuple[str, ...], dict[str, tuple[Group, str]]] = {}
     for group in groups:
         row = cells.setdefault(tuple(read_column(group, key) for key in rows), {})
-        metrics, titles = split_titles(asked["metric"] or group.runs[0].names["metric"])
-        columns = [read_column(group, asked["columns"])] if asked["columns"] else titles
+        metrics, titles = split_titles(options["metric"] or group.runs[0].names["metric"])
+        columns = [read_column(group, options["columns"])] if options["columns"] else titles
         if len(columns) != len(metrics):
             raise DamagedError(f"the table `{words}` has columns= and several metrics: name one, or leave columns= out")
         if column := next((column for column in columns if column in row), None):
             other = row[column][0]
             pair = [other.runs[0].names, group.runs[0].names]
-            said = [" ".join(f"{k}={v}" for k, v in names.items() if pair[0][k] != pair[1][k]) for names in pair]
-            said = [f"{text} {each.differs}".strip() for text, each in zip(said, (other, group), strict=True)]
+            texts = [" ".join(f"{k}={v}" for k, v in names.items() if pair[0][k] != pair[1][k]) for names in pair]
+            texts = [f"{text} {each.differs}".strip() for text, each in zip(texts, (other, group), strict=True)]
             raise DamagedError(
-                f"the table `{words}` has two groups in one cell ({' / '.join(said)}): add to rows=, or a KEY=VALUE"
+                f"the table `{words}` has two groups in one cell ({' / '.join(texts)}): add to rows=, or a KEY=VALUE"
             )
-        places = asked["places"].split(",")
+        places = options["places"].split(",")
         if len(metrics) % len(places) or not all(re.fullmatch("[0-9]", digits) for digits in places):
             raise DamagedError(
-                f"the table `{words}`: places={asked['places']} must be a digit, or one for each metric; type places=1"
+                f"the table `{words}`: places={','.join(places)} must be a digit, or one for each metric; type places=1"
             )
         for column, metric, digits in zip(columns, metrics, places * (len(metrics) // len(places)), strict=True):
-            row[column] = (group, format_cell(group, metric, asked["cell"], int(digits)))
+            row[column] = (group, format_cell(group, metric, options["cell"], int(digits)))
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
     lines = [[*row_titles, *columns]]
     lines += [[*row, *(here[c][1] if c in here else "" for c in columns)] for row, here in cells.items()]
@@ -105,7 +105,7 @@ def write_table(words: str, root: Path) -> list[str]:
 
 
 def write_paper_table(runs: list[Run], source: str, words: str) -> list[str]:
-    """The lines of a paper's table: a row an experiment, a column a data set; ours, the number of runs, published."""
+    """The lines of a paper's table: a row per experiment, a column per data set; mean, runs and published value."""
     from reporting.paper_rows import compose_rows, format_published, judge_orders, match, summarise
 
     experiments = sorted({json.loads(run.options.get("choices.experiment", "null")) or "" for run in runs} - {""})
@@ -122,8 +122,8 @@ def write_paper_table(runs: list[Run], source: str, words: str) -> list[str]:
     lines = [["experiment", *columns]]
     lines += [[name, *(here.get(data, "") for data in columns)] for name, here in cells.items()]
     table = format_table(lines, [False] + [True] * len(columns))
-    stand_ins = sorted({row.substitute for row in rows} - {""})
-    notes = [f"With substitutes: {'; '.join(stand_ins)}."] if stand_ins else []
+    substitutes = sorted({row.substitute for row in rows} - {""})
+    notes = [f"With substitutes: {'; '.join(substitutes)}."] if substitutes else []
     return [
         *table,
         "",
@@ -133,13 +133,13 @@ def write_paper_table(runs: list[Run], source: str, words: str) -> list[str]:
 
 
 def split_titles(words: str) -> tuple[list[str], list[str]]:
-    """The names in `name,name:title`, and their titles."""
+    """The names and the titles in `name,name:title`."""
     pairs = [word.partition(":") for word in words.split(",") if word]
     return [name for name, _, _ in pairs], [title or name for name, _, title in pairs]
 
 
 def check_names(groups: list[Group], names: list[str]) -> None:
-    """Refuse names that no run has; an option that only some models have is empty for the others."""
+    """Refuse names that no run has. An option that only some models have is empty for the others."""
     known = {*IDENTITY, "parameters", *(name for group in groups for name in group.runs[0].options)}
     if unknown := [name for name in names if name not in known]:
         raise DamagedError(
@@ -148,7 +148,7 @@ def check_names(groups: list[Group], names: list[str]) -> None:
 
 
 def read_column(group: Group, key: str) -> str:
-    """A column of the table of runs, or an option, of a group."""
+    """The value of a column of the table of runs, or of an option, for a group."""
     first: Run = group.runs[0]
     if key in IDENTITY:
         return str(first.names[key] or "")
@@ -158,7 +158,7 @@ def read_column(group: Group, key: str) -> str:
 
 
 def format_cell(group: Group, metric: str, form: str, places: int) -> str:
-    """The value in the requested form; without a deviation for a single run."""
+    """The metric in the requested form; without a deviation for a single run."""
     found = [run.record["metrics"] | run.record for run in group.runs]
     if missing := [
         str(run.place)
@@ -183,5 +183,5 @@ def rewrite(path: Path) -> str:
     count = len(BLOCK.findall(after))
     if after == before:
         return f"{path}: {count} tables, unchanged"
-    replace_file(path.resolve(), after.encode())  # a link stays one
+    replace_file(path.resolve(), after.encode())  # a symbolic link stays one
     return f"{path}: {count} tables, rewritten"

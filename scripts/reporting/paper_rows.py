@@ -1,4 +1,4 @@
-"""The rows of the papers' tables: every experiment of conf/ that cites a published number, with its runs."""
+"""The rows of the papers' tables: every experiment in conf/ with a published number, and its runs."""
 
 import json
 import math
@@ -12,22 +12,22 @@ from reporting.runs import LoadYAML, Run, flatten
 from reporting.table import format_table, mean_and_std
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-RISING = ("accuracy", "em", "f1", "bleu", "chrf")  # metrics of which more is better
-# Names of groups, whose options are compared anyway, and options that only choose the hardware.
+RISING = ("accuracy", "em", "f1", "bleu", "chrf")  # metrics for which higher is better
+# Names of config groups, whose options are compared anyway, and options that only choose the hardware.
 PROCESSES = ("trainer.devices", "trainer.num_nodes")
 HARDWARE = ("trainer.accelerator", "trainer.strategy", "trainer.plugins", "trainer.use_distributed_sampler", *PROCESSES)
 NAMES = ("choices.", "ablations.", "monitor", *HARDWARE)
-# A row counts as run with substitutes if only these differ, because the original is not available: other pretrained
-# vectors (and their case), a part of the training data, another model of spaCy.
+# A row counts as run with substitutes if only these options differ, because the original is not available: other
+# pretrained vectors (and their case), a part of the training data, another spaCy model.
 SUBSTITUTES = {"data.vectors", "data.lowercase", "data.train", "data.spacy_model"}
 STATES = ("reached", "not reached", "run with substitutes", "not run")
 
 
 @dataclass
 class Row:
-    """A published number, the runs of that row, and runs of its experiment with other options, by the difference.
+    """A published number and its runs. `others` are runs of its experiment with other options, by these options.
 
-    `substitutes` names those of the others that differ by a stated substitute only.
+    `substitutes` are the keys of `others` that differ by SUBSTITUTES only.
     """
 
     experiment: str
@@ -38,10 +38,10 @@ class Row:
     metric: str
     value: float
     std: float | None
-    digits: int  # behind the point, as published
+    digits: int  # decimal places, as published
     verified: bool
     parameters: float | None  # published, in millions
-    words: list[str]  # of the command
+    words: list[str]  # overrides of train.py
     runs: list[Run] = field(default_factory=list)
     others: dict[str, list[Run]] = field(default_factory=dict)
     substitutes: set[str] = field(default_factory=set)
@@ -58,12 +58,12 @@ class Row:
 
     @property
     def substitute(self) -> str:
-        """The most frequent substitute among the runs; "" if there is none, or if the row itself was run."""
+        """The most frequent substitute; "" if there is none, or if the row itself was run."""
         return "" if self.runs else max(self.substitutes, key=lambda differs: len(self.others[differs]), default="")
 
     @property
     def shown(self) -> list[Run]:
-        """The runs of the row, or else those with its substitute."""
+        """The runs of the row or, if there are none, those with its substitute."""
         return self.runs or self.others.get(self.substitute, [])
 
 
@@ -73,14 +73,14 @@ def summarise(metric: str, runs: list[Run]) -> tuple[float, float | None]:
 
 
 def judge(row: Row, mean: float) -> str:
-    """Whether the mean is as good as published: to the published digits, or within the published deviation."""
+    """Whether the mean is as good as published: to the published decimal places, or within the published deviation."""
     worse = row.value - mean if row.metric.rpartition("/")[2] in RISING else mean - row.value
     half = 0.5 * 10.0**-row.digits
     return "reached" if worse <= max(half + 1e-9, row.std or 0.0) else "not reached"
 
 
 def compose_config(words: list[str], *keys: str) -> dict[str, Any]:
-    """These keys, or all, of the configuration of train.py, as in a run's config.yaml."""
+    """The configuration of train.py for these overrides, as in a run's config.yaml; only `keys` if given."""
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf, open_dict
@@ -100,7 +100,7 @@ def compose_config(words: list[str], *keys: str) -> dict[str, Any]:
 
 
 def compose_rows(names: str = "[!_]*") -> list[Row]:
-    """Every row, by experiment and data set; `names` is a pattern of experiments."""
+    """Every row, by experiment and data set; `names` is a file pattern of experiments."""
     rows = []
     for path in sorted((CONF / "experiment").glob(f"{names}.yaml")):
         config = compose_config([f"experiment={path.stem}"], "paper", "choices", "model")
@@ -129,7 +129,7 @@ def compose_rows(names: str = "[!_]*") -> list[Row]:
 
 
 def split_places(row: Row, config: dict[str, Any]) -> list[Row]:
-    """A row for each place of the first layer with attention, for an experiment that publishes a value for each."""
+    """For an experiment with a published value for each position of the first attention layer: a row for each."""
     others = config["model"]["attention_layers"][1:]
     words = [f"model.attention_layers={[place, *others]}".replace(" ", "") for place in range(20)]
     values = enumerate(config["paper"]["values"])
@@ -137,27 +137,27 @@ def split_places(row: Row, config: dict[str, Any]) -> list[Row]:
 
 
 def compare_options(options: dict[str, str], run: Run) -> dict[str, str | None]:
-    """The run's options that differ from these, None for one it lacks; without seeds, paths and hardware."""
+    """The run's options that differ from these, None for a missing one; without seeds, paths and hardware."""
     ours, theirs = (
         {k: v for k, v in multiply_batch(o).items() if not k.startswith(NAMES)} for o in (run.options, options)
     )
     pairs = {key: (ours.get(key), theirs.get(key)) for key in [*ours, *theirs] if ours.get(key) != theirs.get(key)}
-    # `epochs` reaches trainer.max_epochs by interpolation: naming it once is enough.
+    # `epochs` sets trainer.max_epochs by interpolation: name it once.
     sources = {pair for key, pair in pairs.items() if "." not in key}
     return {key: pair[0] for key, pair in pairs.items() if "." not in key or pair not in sources}
 
 
 def multiply_batch(options: dict[str, str]) -> dict[str, str]:
-    """The options with data.batch_size and similar sizes of all processes together."""
+    """The options, with data.batch_size and similar sizes multiplied by the number of processes."""
     count = math.prod(int(options.get(name, "1")) for name in PROCESSES if options.get(name, "1").isdigit())
     sizes = ("data.batch_size", "data.tokens_per_batch", "data.frames_per_batch")
     return options | {name: str(int(options[name]) * count) for name in sizes if options.get(name, "").isdigit()}
 
 
 def match(rows: list[Row], runs: list[Run]) -> list[Row]:
-    """Give every row its runs, and the runs of its experiment and data set that belong to no row."""
-    strangers: dict[tuple[str, str], list[tuple[str, Run]]] = {}
-    stand_ins: set[str] = set()
+    """Give every row its runs, and the runs of its experiment and data set that match no row."""
+    unmatched: dict[tuple[str, str], list[tuple[str, Run]]] = {}
+    substitutes: set[str] = set()
     for row in rows:
         here = [run for run in runs if run.names["data"] == row.data]
         options = flatten(compose_config(row.words)) if here else {}
@@ -165,27 +165,27 @@ def match(rows: list[Row], runs: list[Run]) -> list[Row]:
             other = compare_options(options, run)
             differs = ", ".join(f"without {k}" if v is None else f"{k}={v.strip(chr(34))}" for k, v in other.items())
             if row.metric not in run.record["metrics"]:
-                differs = differs or f"no {row.metric} in it"
+                differs = differs or f"no {row.metric}"
             elif other and other.keys() <= SUBSTITUTES and other.get("data.vectors") != "null":
-                stand_ins.add(differs)
+                substitutes.add(differs)
             if not differs:
                 row.runs.append(run)
             elif json.loads(run.options.get("choices.experiment", "null")) == row.experiment:
-                strangers.setdefault((row.experiment, row.data), []).append((differs, run))
-    found = {id(run) for row in rows for run in row.runs}
+                unmatched.setdefault((row.experiment, row.data), []).append((differs, run))
+    matched = {id(run) for row in rows for run in row.runs}
     for row in rows:  # the first row of an experiment
-        for differs, run in strangers.pop((row.experiment, row.data), []):
-            if id(run) not in found:
-                found.add(id(run))
+        for differs, run in unmatched.pop((row.experiment, row.data), []):
+            if id(run) not in matched:
+                matched.add(id(run))
                 row.others.setdefault(differs, []).append(run)
-        row.substitutes = stand_ins & row.others.keys()
+        row.substitutes = substitutes & row.others.keys()
     return rows
 
 
 def judge_orders(rows: list[Row]) -> list[str]:
-    """For each table and data set, a sentence on whether its rows come in the published order.
+    """For each table and data set, a sentence that says how far its rows are in the published order.
 
-    Only rows whose runs have the same substitute, or none, are compared.
+    Rows are compared if their runs have the same substitute, or none.
     """
     from scipy.stats import spearmanr
 
@@ -209,48 +209,55 @@ def judge_orders(rows: list[Row]) -> list[str]:
 
 
 def describe_runs(row: Row, runs: list[Run]) -> dict[str, str]:
-    """The cells of a row's runs, or of its runs with other options."""
+    """The table cells for runs of a row."""
     mean, std = summarise(row.metric, runs)
     places = row.digits + 1
-    origins = [run.origin for run in runs if run.origin]
+    value = "" if math.isnan(mean) else f"{mean:.{places}f}"
+    deviation = "" if std is None or math.isnan(std) else f"{std:.{places}f}"
+    repeats = len(runs) - len({run.chance for run in runs})
     hardware = {
         f"{o.get('machine')}, "
         + (f"{o['processes']} processes, " if o.get("processes", 1) > 1 else "")
         + f"{o.get('threads')} threads, torch {o.get('torch')}"
-        for o in origins
+        for o in (run.origin for run in runs if run.origin)
     }
     hours = [run.record["seconds"] / 3600 for run in runs if "seconds" in run.record]
     return {
-        "mean": "" if math.isnan(mean) else f"{mean:.{places}f}",
-        "std": "" if std is None or math.isnan(std) else f"{std:.{places}f}",
-        "n": f"{len(runs)}"
-        + (f" (repeated {repeats})" if (repeats := len(runs) - len({r.chance for r in runs})) else ""),
+        "mean": value,
+        "std": deviation,
+        "measured": value + (f" ± {deviation}" if deviation else ""),
+        "n": f"{len(runs)}" + (f" (repeated {repeats})" if repeats else ""),
         "difference": "" if math.isnan(mean) else f"{mean - row.value:+z.{places}f}",
         "hours": f"{sum(hours) / len(hours):.2g}" if hours else "",
         "hardware": "; ".join(sorted(hardware)),
     }
 
 
+def describe_row(row: Row) -> list[dict[str, str]]:
+    """The table cells of a row, then of its runs with other options, which they have as `experiment`."""
+    cells = {"state": row.state, "experiment": row.experiment, "data": row.data, "metric": row.metric}
+    cells |= {"published": format_published(row), "command": row.command, "substitute": row.substitute}
+    lines = [cells | (describe_runs(row, row.shown) if row.shown else {})]
+    for differs, runs in row.others.items():
+        if differs != row.substitute:
+            lines.append({"experiment": differs} | describe_runs(row, runs))
+    return lines
+
+
 def format_published(row: Row) -> str:
-    return (
-        f"{row.value:.{row.digits}f}" + (f" ± {row.std}" if row.std is not None else "") + ("" if row.verified else "?")
-    )
+    deviation = "" if row.std is None else f" ± {row.std}"
+    return f"{row.value:.{row.digits}f}{deviation}{'' if row.verified else '?'}"
 
 
 def tabulate_papers(rows: list[Row]) -> str:
-    """The Markdown table: a line a row, and below it a line for each other set of options that was run."""
+    """The Markdown table: a line per row, and below it a line for each other set of options that was run."""
     names = ["state", "row", "data", "metric", "published", "mean", "std", "n", "difference", "substitute", "hours"]
     lines = [[*names, "hardware", "command"]]
     for row in rows:
-        known = {"state": row.state, "row": f"{row.source}: {row.experiment}", "data": row.data, "metric": row.metric}
-        known |= {"published": format_published(row), "command": f"`{row.command}`", "substitute": row.substitute}
-        ours = describe_runs(row, row.shown) if row.shown else {}
-        lines.append([(known | ours).get(name, "") for name in lines[0]])
-        for differs, runs in row.others.items():
-            if differs == row.substitute:
-                continue
-            other = describe_runs(row, runs) | {"state": "–", "row": f"– with {differs}"}
-            lines.append([other.get(name, "") for name in lines[0]])
+        first, *others = describe_row(row)
+        first |= {"row": f"{row.source}: {row.experiment}", "command": f"`{row.command}`"}
+        others = [cells | {"state": "–", "row": f"– with {cells['experiment']}"} for cells in others]
+        lines += [[cells.get(name, "") for name in lines[0]] for cells in (first, *others)]
     numbers = ("published", "mean", "std", "n", "difference", "hours")
     text = format_table(lines, [name in numbers for name in lines[0]])
     states = [row.state for row in rows]
@@ -260,12 +267,12 @@ def tabulate_papers(rows: list[Row]) -> str:
 
 
 NOTES = (
-    "Reached: the mean of n runs is no worse than the published value to its digits, or within its deviation where "
-    "that is published. Hours are of training, for one run.",
-    "A run counts where all its options are the experiment's, but for seed, fold, folders and hardware (the batch is "
-    "that of all processes together); repeated are runs with the seed and fold of another, so that n and std say less; "
-    "runs of an experiment with other options stand below its row, and count for nothing.",
-    "Run with substitutes: as published but for what that column says, because the original is not available. Such a "
-    "row is neither reached nor missed.",
+    "Reached: the mean of n runs is no worse than the published value, to its decimal places or within its published "
+    "deviation. Hours are training hours of one run.",
+    "A run counts if all its options are the experiment's, except seed, fold, folders and hardware (the batch size is "
+    "the total over all processes). Repeated: runs with the same seed and fold as another, so n and std overstate the "
+    "evidence. Runs with other options are listed below their experiment's row and do not count.",
+    "Run with substitutes: as published except for the substitute in that column, because the original is not "
+    "available. Such a row is neither reached nor missed.",
     "?: the published value is quoted from memory, not verified in the paper.",
 )

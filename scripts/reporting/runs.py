@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-# Paths and outputs of a run; no kept run holds these.
+# Paths and outputs of a run; kept runs do not contain these.
 PLACES = {
     "run_dir",
     "resume",
@@ -24,12 +24,12 @@ PLACES = {
     "callbacks.best.dirpath",
     "callbacks.average.dirpath",
     "callbacks.last.dirpath",
-    "callbacks.interruption",  # changes no number
+    "callbacks.interruption",  # does not change the result
     "trainer.callbacks",
     "trainer.logger",
     "trainer.default_root_dir",
 }
-# Options that may differ between two runs of one experiment: seeds, paths and the display.
+# Options that may differ between runs of one experiment: seeds, paths and the display.
 NOT_THE_EXPERIMENT = PLACES | {
     "seed",
     "data.seed",
@@ -45,7 +45,7 @@ BROKEN = OSError, ValueError, TypeError, AttributeError, RecursionError, Overflo
 
 
 class DamagedError(Exception):
-    """A file of a run folder, or a line of a file of runs, does not hold what it should; the message names it."""
+    """A file of a run folder, or a line of a file of kept runs, is malformed; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -75,22 +75,22 @@ class Place:
 
     def read(self, name: str) -> Any:
         """The content of one of FILES; metrics.csv is a list of rows. Call it within `reading`."""
-        from tasks.run.run_dir import rename_moved  # tasks/ is found once results.py has begun
+        from tasks.run.run_dir import rename_moved  # results.py makes tasks/ importable
 
         if self.line:
-            held = parse_json(rename_moved(self.text))[name]
+            content = parse_json(rename_moved(self.text))[name]
             if name != "metrics.csv":
-                return held
-            return [dict(zip(held, cells, strict=True)) for cells in zip(*held.values(), strict=True)]
+                return content
+            return [dict(zip(content, cells, strict=True)) for cells in zip(*content.values(), strict=True)]
         text = (self.path / name).read_text(encoding="utf-8-sig")
         if name == "metrics.csv":
             return list(csv.DictReader(text.splitlines()))
         if name != "config.yaml":
             return parse_json(text)
         text = rename_moved(text)
-        # libyaml ends the process where nesting is too deep for its stack; Python's own reader raises.
-        is_odd = len(re.findall(r"[\[{?-]", text)) > 5000
-        return check_writable(yaml.load(text, yaml.SafeLoader if is_odd else LoadYAML))
+        # Deep nesting would overflow libyaml's stack and end the process; the Python loader raises.
+        is_nested = len(re.findall(r"[\[{?-]", text)) > 5000
+        return check_writable(yaml.load(text, yaml.SafeLoader if is_nested else LoadYAML))
 
 
 def parse_json(text: str) -> Any:
@@ -103,19 +103,19 @@ def parse_json(text: str) -> Any:
     return check_writable(json.loads(text, parse_int=whole))
 
 
-def check_writable(held: Any) -> Any:
-    """The same; ValueError if it contains half a surrogate pair, which no file can hold."""
-    json.dumps(held, default=str, ensure_ascii=False).encode()
-    return held
+def check_writable(content: Any) -> Any:
+    """The content; ValueError if a text in it has half a surrogate pair, which cannot be written to a file."""
+    json.dumps(content, default=str, ensure_ascii=False).encode()
+    return content
 
 
 @dataclass(frozen=True)
 class Run:
     """One finished run.
 
-    `options` is the experiment as {dotted key: JSON}. `metric` is the name of `value`, `tested` whether it is the one
-    asked for rather than the validation's; `chance` is the run's seeds and fold; `record` is metrics.json, `origin`
-    run.json.
+    `options` is the experiment as {dotted key: JSON}. `value` is the metric in `names`; `tested` is False if it is a
+    validation value for lack of the metric asked for. `chance` is the seeds and the fold, `record` is metrics.json,
+    `origin` is run.json.
     """
 
     place: Place
@@ -136,7 +136,7 @@ class Run:
 
 @dataclass
 class Group:
-    """The runs of one experiment; `differs` names the options that distinguish it from groups of the same names."""
+    """The runs of one experiment; `differs` has the options in which it differs from groups with the same names."""
 
     runs: list[Run]
     differs: str = ""
@@ -151,7 +151,7 @@ class Group:
 
 @dataclass
 class Found:
-    """The content of folders and files of runs; `failed` are jobs of a sweep that left a failed.json."""
+    """Runs in folders and files, by their state. `failed` have a failed.json; `brief` were tested on a few batches."""
 
     runs: list[Run] = field(default_factory=list)
     unfinished: list[Place] = field(default_factory=list)
@@ -174,7 +174,7 @@ def find_runs(paths: list[Path]) -> list[Place]:
             below[:] = sorted(name for name in below if not name.startswith(".") and not (is_run and name == "wandb"))
     kept = []
     for file in {path.resolve(): path for path in paths if path.is_file()}.values():
-        # Not splitlines(), which also cuts at characters that a text within JSON may have.
+        # splitlines() would also split at characters that may occur in a JSON text.
         content = file.read_bytes()
         encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
         lines = content.decode(encoding, errors="replace").split("\n")
@@ -185,7 +185,7 @@ def find_runs(paths: list[Path]) -> list[Place]:
 def read_runs(places: list[Place]) -> Found:
     """Read every run, and name the damaged ones on standard error.
 
-    A kept run whose folder, or another copy, was read before is left out.
+    A kept run is skipped if its folder, or a copy of it, was read before.
     """
     found, seen = Found(), set()
     for place in places:
@@ -209,7 +209,7 @@ def read_runs(places: list[Place]) -> Found:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """{dotted key: value as JSON} of the options that define the experiment."""
+    """{dotted key: value as JSON} for the options that define the experiment."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -236,7 +236,7 @@ def read_run(place: Place) -> Run:
             published = published.get(choices["data"])
         published = None if published is None else float(published)
         names: dict[str, Any] = {key: str(choices[key]) for key in ("task", "data", "model")}
-        # 0: a model without a depth, such as the CNN.
+        # 0 for a model without layers to count, such as the CNN.
         layers = int(config["depth"]) if "num_layers" in config["model"] else 0
         names |= {"depth": layers, "ablation": " ".join(choices["ablation"])}
         names["vectors"] = str(data["vectors"] or "random") if "vectors" in data else ""
@@ -247,7 +247,7 @@ def read_run(place: Place) -> Run:
     with place.reading("metrics.json"):
         record = place.read("metrics.json")
         metrics, monitor = record["metrics"], record["monitor"]
-        # A task that monitors its loss is reported by a metric that says more.
+        # Tasks that monitor their loss are reported by a more meaningful metric.
         follows = next((name for name in ("test/bleu", "test/bpc", "test/perplexity") if name in metrics), None)
         wanted = paper.get("metric") or follows or "test/" + monitor.partition("/")[2]
         rows = place.read("metrics.csv") if wanted.startswith("train/") and place.has("metrics.csv") else []
@@ -262,7 +262,7 @@ def read_run(place: Place) -> Run:
         return Run(
             place=place,
             names=names | {"metric": metric},
-            # The monitor chose the epoch, so it is part of the experiment; old runs name it only here.
+            # The monitor chose the epoch, so it is part of the experiment; old runs name it only in metrics.json.
             options=options | ({} if "callbacks.best.monitor" in options else {"monitor": monitor}),
             monitor=monitor,
             chance=chance,
@@ -279,26 +279,28 @@ def read_run(place: Place) -> Run:
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
-    """Group runs that differ in seed or fold only, in the order of the table."""
+    """Group runs that differ only in seed or fold, in the order of the table."""
     same: dict[str, list[Run]] = {}
     for run in runs:
         key = [run.options, run.names["metric"]]
         same.setdefault(json.dumps(key, sort_keys=True), []).append(run)
     groups = [Group(members) for members in same.values()]
-    alike: dict[tuple[Any, ...], list[Group]] = {}
+    same_names: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
-        alike.setdefault(tuple(group.runs[0].names[key] for key in IDENTITY), []).append(group)
-    for rivals in alike.values():
-        tell_apart(rivals)
-    return [group for identity in sorted(alike) for group in sorted(alike[identity], key=lambda group: group.differs)]
+        same_names.setdefault(tuple(group.runs[0].names[key] for key in IDENTITY), []).append(group)
+    for members in same_names.values():
+        set_differences(members)
+    return [
+        group for names in sorted(same_names) for group in sorted(same_names[names], key=lambda group: group.differs)
+    ]
 
 
-def tell_apart(groups: list[Group]) -> None:
-    """Name in each group the options whose values are not the same in all of them."""
+def set_differences(groups: list[Group]) -> None:
+    """Set `differs` to the options whose values are not the same in all of these groups."""
     options = [group.runs[0].options for group in groups]
     values = {key: tuple(each.get(key) for each in options) for option in options for key in option}
     values = {key: column for key, column in values.items() if len(set(column)) > 1}
-    # `width` reaches model.hidden_size by interpolation: naming it once is enough.
+    # `width` sets model.hidden_size by interpolation: name it once.
     sources = {column for key, column in values.items() if "." not in key}
     keys = [key for key, column in values.items() if "." not in key or column not in sources]
     for group, each in zip(groups, options, strict=True):

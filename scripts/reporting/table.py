@@ -1,4 +1,4 @@
-"""The Markdown table of finished runs, beside the published numbers."""
+"""The Markdown table of finished runs and published numbers."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from reporting.runs import IDENTITY, Group
 
 
 def mean_and_std(values: list[float]) -> tuple[float, float | None]:
-    """The sample's standard deviation; None of one value."""
+    """The mean and the sample standard deviation, which is None for a single value."""
     array = np.array(values)
     with np.errstate(invalid="ignore"):  # the loss of a run that diverged may be infinite
         return float(array.mean()), float(array.std(ddof=1)) if len(values) > 1 else None
@@ -32,13 +32,13 @@ def describe_group(group: Group) -> dict[str, str]:
 
 
 def format_table(rows: list[list[str]], right: list[bool]) -> list[str]:
-    """The lines of a table whose first row is its head; `right` says which columns are numbers."""
+    """The lines of a table whose first row is its head; `right` says which columns are right-aligned."""
     lines = [rows[0], ["---:" if is_right else "---" for is_right in right], *rows[1:]]
     return ["| " + " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in line) + " |" for line in lines]
 
 
 def tabulate(groups: list[Group]) -> str:
-    """The Markdown table, a line a group, and a legend of its marks."""
+    """The Markdown table, a line per group, and a legend of its marks."""
     rows = [describe_group(group) for group in groups]
     columns = [*IDENTITY, "mean", "std", "n", "parameters", "s/epoch"]
     columns += [key for key in ("published", "difference", "differs") if any(cells.get(key) for cells in rows)]
@@ -47,7 +47,7 @@ def tabulate(groups: list[Group]) -> str:
     text = format_table(lines, [key not in words or key == "depth" for key in columns])
     runs = [run for group in groups for run in group.runs]
     accuracy = "Accuracy is in per cent; " if any("accuracy" in run.names["metric"] for run in runs) else ""
-    text += ["", f"{accuracy}std is the sample's over n runs; parameters are the encoder's."]
+    text += ["", f"{accuracy}std is the sample standard deviation of n runs; parameters are those of the encoder."]
     sources = sorted({run.source for run in runs if run.published is not None and run.source})
     if sources:
         text.append(f"Published: {'; '.join(sources)}.")

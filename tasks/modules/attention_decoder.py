@@ -11,16 +11,17 @@ from tasks.modules.layers import Dropout
 
 
 class GlobalAttention(nn.Module):
-    """Any model of one direction, the steps of whose last layer attend to those of a source, by h W s.
+    """Any one-directional model; the output h of its last layer attends to the source s with scores h W s.
 
-    What a step saw does not go into the next one (no input feeding), so that in training all steps of a layer are one
-    call. It is called as the models that attend in every layer are: `read`, `decoder(x, state, None, source)`, `step`.
+    The attention's result is not fed into the next step (no input feeding), so that in training each layer computes
+    all steps in one call. The interface is the one of models with attention in every layer: `read`,
+    `decoder(x, state, None, source)` and `step`.
 
     Args:
         encoder: builds the model from `input_size` and `bidirectional`.
-        source_size: features of the source's steps.
-        output_size: features of what it returns.
-        dropout: on what it returns.
+        source_size: features of a source step.
+        output_size: features of the output.
+        dropout: on the output.
     """
 
     def __init__(
@@ -35,19 +36,19 @@ class GlobalAttention(nn.Module):
         self.output_size = output_size
 
     def read(self, source: Tensor, pad: Tensor) -> tuple[Tensor, Tensor]:
-        """What the steps look into: source (S, B, source_size) itself, and which of it is padding (S, B)."""
+        """What the steps attend to: source (S, B, source_size), and pad (S, B), True at padding."""
         return source, pad
 
     def forward(self, x: Tensor, state: Any, mask_pad: None, source: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
-        """(T, B, output_size) of x (T, B, input_size), and the model's state.
+        """The output (T, B, output_size) for x (T, B, input_size), and the model's state.
 
-        The source may be of a part of the B sequences: then sequence i has source i // (B / sources).
+        The source may hold fewer sequences, G: then sequence i attends to source i // (B / G).
         """
         h, state = self.decoder(x, state, mask_pad)
         return self.attend(h, *source), state
 
     def step(self, x: Tensor, state: Any, source: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
-        """One step: (B, output_size) and the state, of x (B, input_size)."""
+        """One step: the output (B, output_size) for x (B, input_size), and the state."""
         h, state = self.decoder.step(x, state)
         return self.attend(h[None], *source)[0], state
 
@@ -58,8 +59,3 @@ class GlobalAttention(nn.Module):
         weights = scores.masked_fill(pad.T[:, None, None], -math.inf).softmax(dim=3).to(source.dtype)
         context = torch.einsum("bgts,sbn->tbgn", weights, source).flatten(1, 2)
         return self.dropout(torch.tanh(self.combination(torch.cat([context, h], dim=2))))
-
-
-def has_memory(state: Any) -> bool:
-    """Whether a state has, beside numbers of its own, lists of what an attention looks back on."""
-    return isinstance(state, list) or (isinstance(state, tuple) and any(isinstance(part, list) for part in state))

@@ -1,4 +1,4 @@
-"""From the symbols' probabilities at each step to a text: the search of connectionist temporal classification."""
+"""Decoding for connectionist temporal classification: from the symbols' probabilities at each step to a text."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -8,24 +8,27 @@ import torch
 from torch import Tensor
 
 BLANK = 0
-NOTHING = -math.inf
+IMPOSSIBLE = -math.inf
 
 
 def greedy(log_p: Tensor, before: int = BLANK) -> tuple[list[int], int]:
-    """The likeliest symbol of each step of log_p (T, V), without blanks and repetitions; and the last of all.
+    """The most likely symbol of each step of log_p (T, V), without blanks and repetitions, and the last step's one.
 
-    before: the last of what came earlier, of which a repetition is none of its own.
+    before: the last step's symbol of an earlier call, so that its repetition is not counted again.
     """
     best = log_p.argmax(1).tolist()
-    kept = [symbol for last, symbol in zip([before, *best], best, strict=False) if symbol not in (BLANK, last)]
-    return kept, best[-1] if best else before
+    symbols = [symbol for last, symbol in zip([before, *best], best, strict=False) if symbol not in (BLANK, last)]
+    return symbols, best[-1] if best else before
 
 
 class NGramLM:
-    """An n-gram of words, in ARPA's or KenLM's own format, that judges a text as it is written.
+    """A word n-gram that scores a text as it grows, symbol by symbol.
 
-    path: the file, which package kenlm reads. write: the text of a symbol, with the space before or after a word.
-    weight: of its logarithms against the network's. bonus: for each word, as an n-gram prefers few.
+    Args:
+        path: a file in ARPA or KenLM format; the package kenlm reads it.
+        write: the text of a symbol, including the space before or after a word.
+        weight: factor of the n-gram's log-probabilities.
+        bonus: added for each word, since n-grams prefer few words.
     """
 
     def __init__(self, path: str, write: Callable[[int], str], weight: float, bonus: float) -> None:
@@ -37,40 +40,40 @@ class NGramLM:
         try:
             self.model = kenlm.Model(path)
         except (OSError, ValueError) as error:
-            raise ValueError(f"ngram={path} is no n-gram in ARPA's or KenLM's format: {error}") from error
+            raise ValueError(f"ngram={path} is not an n-gram in ARPA or KenLM format: {error}") from error
 
     def start(self) -> tuple[Any, str]:
-        """Before the first word: the n-gram's state, and the letters of the word that is being written."""
+        """The context before the first word: the n-gram's state, and the letters of the unfinished word."""
         state = self.kenlm.State()
         self.model.BeginSentenceWrite(state)
         return state, ""
 
     def extend(self, context: tuple[Any, str], symbol: int) -> tuple[tuple[Any, str], float]:
-        """The context after a symbol, and what the words that it ends are worth."""
+        """The context after a symbol, and the score of the words that it completes."""
         state, letters = context
         *words, letters = (letters + self.write(symbol)).split(" ")
-        worth = 0.0
+        total = 0.0
         for word in filter(None, words):
-            state, more = self.word(state, word)
-            worth += more
-        return (state, letters), worth
+            state, score = self.score_word(state, word)
+            total += score
+        return (state, letters), total
 
     def end(self, context: tuple[Any, str]) -> float:
-        """What the last word and the end of the text are worth."""
+        """The score of the last word and of the end of the text."""
         state, letters = context
-        worth = 0.0
+        total = 0.0
         if letters:
-            state, worth = self.word(state, letters)
-        return worth + self.word(state, "</s>")[1] - self.bonus
+            state, total = self.score_word(state, letters)
+        return total + self.score_word(state, "</s>")[1] - self.bonus
 
-    def word(self, state: Any, word: str) -> tuple[Any, float]:
+    def score_word(self, state: Any, word: str) -> tuple[Any, float]:
         after = self.kenlm.State()
-        found = self.model.BaseScore(state, word, after)  # a logarithm of base 10
-        return after, self.weight * math.log(10) * found + self.bonus
+        log10_p = self.model.BaseScore(state, word, after)
+        return after, self.weight * math.log(10) * log10_p + self.bonus
 
 
 class Node:
-    """A prefix: its last symbol, and what came before it. Two prefixes are the same only as one object."""
+    """A prefix as a linked list: the prefix before its last symbol, and that symbol. Nodes are compared by identity."""
 
     __slots__ = ("before", "symbol")
 
@@ -78,73 +81,74 @@ class Node:
         self.before, self.symbol = before, symbol
 
     def symbols(self) -> list[int]:
-        found, node = [], self
+        symbols, node = [], self
         while node.before is not None:
-            found.append(node.symbol)
+            symbols.append(node.symbol)
             node = node.before
-        return found[::-1]
+        return symbols[::-1]
 
 
 class Beam(NamedTuple):
-    """A prefix's probability, of the steps that end in a blank, and of those that end in its last symbol."""
+    """Log-probabilities of a prefix: of all alignments that end in a blank, and in its last symbol."""
 
     blank: float
     symbol: float
     context: Any = None  # of the n-gram
-    worth: float = 0.0  # by it
+    ngram_score: float = 0.0
 
     @property
     def score(self) -> float:
-        return plus(self.blank, self.symbol) + self.worth
+        return log_add(self.blank, self.symbol) + self.ngram_score
 
 
 class PrefixSearch:
-    """The likeliest texts, each with the probability of all the ways to say it (Graves, 2012; Hannun et al., 2014).
+    """Prefix beam search: texts by the total probability of their alignments (Graves, 2012; Hannun et al., 2014).
 
-    It goes on from piece to piece of a sound, at a cost that does not grow. beam: prefixes that are kept after each
-    step; each is gone on with by the `beam` likeliest symbols of the step.
+    The search can be continued with further steps at constant cost. Each of the `beam` best prefixes is extended by
+    the `beam` most likely symbols of the next step.
     """
 
     def __init__(self, beam: int, words: NGramLM | None = None) -> None:
         self.beam, self.words = beam, words
-        self.beams = {Node(None, BLANK): Beam(0.0, NOTHING, words and words.start())}
+        self.beams = {Node(None, BLANK): Beam(0.0, IMPOSSIBLE, words and words.start())}
 
     def accept(self, log_p: Tensor) -> None:
-        """Go on by log_p (T, V)."""
+        """Continue with the steps of log_p (T, V)."""
         best = log_p.topk(min(self.beam + 1, log_p.shape[1]))
         for row, likely in zip(log_p.tolist(), best.indices.tolist(), strict=True):
             self.step(row, [symbol for symbol in likely if symbol != BLANK])
 
     def step(self, log_p: Sequence[float], likely: Iterable[int]) -> None:
-        # A prefix that was kept goes by its node, a new one by the node before it and its symbol.
-        kept = {(node.before, node.symbol): node for node in self.beams}
-        found: dict[Node | tuple[Node, int], Beam] = {}
+        # The key of a known prefix is its node; a new one has the node before it and its last symbol.
+        known = {(node.before, node.symbol): node for node in self.beams}
+        beams: dict[Node | tuple[Node, int], Beam] = {}
         for node, beam in self.beams.items():
-            total = plus(beam.blank, beam.symbol)
-            # The same prefix, by a blank or by its last symbol once more.
-            before = found.get(node)
-            stays = beam._replace(
-                blank=total + log_p[BLANK], symbol=NOTHING if node.before is None else beam.symbol + log_p[node.symbol]
+            total = log_add(beam.blank, beam.symbol)
+            # A blank or a repetition of the last symbol leaves the prefix as it is.
+            before = beams.get(node)
+            same = beam._replace(
+                blank=total + log_p[BLANK],
+                symbol=IMPOSSIBLE if node.before is None else beam.symbol + log_p[node.symbol],
             )
-            found[node] = stays if before is None else stays._replace(symbol=plus(stays.symbol, before.symbol))
+            beams[node] = same if before is None else same._replace(symbol=log_add(same.symbol, before.symbol))
             for symbol in likely:
-                # Behind itself a symbol is a new one only after a blank.
+                # The same symbol again extends the prefix only after a blank.
                 value = (beam.blank if symbol == node.symbol else total) + log_p[symbol]
-                if value == NOTHING:
+                if value == IMPOSSIBLE:
                     continue
-                longer = kept.get((node, symbol), (node, symbol))
-                if longer in found:
-                    found[longer] = found[longer]._replace(symbol=plus(found[longer].symbol, value))
+                longer = known.get((node, symbol), (node, symbol))
+                if longer in beams:
+                    beams[longer] = beams[longer]._replace(symbol=log_add(beams[longer].symbol, value))
                     continue
-                context, worth = beam.context, 0.0
+                context, score = beam.context, 0.0
                 if self.words is not None:
-                    context, worth = self.words.extend(context, symbol)
-                found[longer] = Beam(NOTHING, value, context, beam.worth + worth)
-        best = sorted(found.items(), key=lambda pair: -pair[1].score)[: self.beam]
-        self.beams = {place if isinstance(place, Node) else Node(*place): beam for place, beam in best}
+                    context, score = self.words.extend(context, symbol)
+                beams[longer] = Beam(IMPOSSIBLE, value, context, beam.ngram_score + score)
+        best = sorted(beams.items(), key=lambda pair: -pair[1].score)[: self.beam]
+        self.beams = {key if isinstance(key, Node) else Node(*key): beam for key, beam in best}
 
     def best(self) -> list[tuple[float, list[int]]]:
-        """The texts' symbols and their scores, the best first."""
+        """Scores and symbols of the texts, best first."""
         words = self.words
         scored = [
             (beam.score + (words.end(beam.context) if words is not None else 0.0), node.symbols())
@@ -153,22 +157,17 @@ class PrefixSearch:
         return sorted(scored, key=lambda pair: -pair[0])
 
 
-def plus(a: float, b: float) -> float:
-    """The logarithm of the sum of two numbers, of their logarithms."""
+def log_add(a: float, b: float) -> float:
+    """log(exp(a) + exp(b))."""
     if a < b:
         a, b = b, a
-    return a if b == NOTHING else a + math.log1p(math.exp(b - a))
-
-
-def check_beam(beam: int, prefix: str = "") -> None:
-    if type(beam) is not int or not 1 <= beam <= 1000:
-        raise ValueError(f"{prefix}beam={beam} must be a whole number, 1 (the likeliest symbol of each step) to 1000")
+    return a if b == IMPOSSIBLE else a + math.log1p(math.exp(b - a))
 
 
 def search(log_p: Tensor, beam: int, words: NGramLM | None = None) -> list[int]:
-    """The symbols of the best text of log_p (T, V)."""
+    """The symbols of the best text for log_p (T, V)."""
     if beam == 1 and words is None:
         return greedy(log_p)[0]
-    found = PrefixSearch(beam, words)
-    found.accept(log_p.detach().to("cpu", torch.float32))
-    return found.best()[0][1]
+    prefixes = PrefixSearch(beam, words)
+    prefixes.accept(log_p.detach().to("cpu", torch.float32))
+    return prefixes.best()[0][1]

@@ -1,4 +1,4 @@
-"""Bidirectional networks that wait for a few steps only: latency-controlled layers (Zhang et al., 2016)."""
+"""Latency-controlled bidirectional networks, which look a few steps ahead (Zhang et al., 2016)."""
 
 import inspect
 from collections.abc import Callable
@@ -13,18 +13,18 @@ State = tuple[Any, ...]
 
 
 class LatencyControlled(nn.Module):
-    """A stack of bidirectional layers over a sequence that comes in chunks, each with `right` steps that follow it.
+    """A stack of bidirectional layers that reads a sequence in chunks, each with `right` future steps.
 
-    In every layer the forward state goes on from chunk to chunk, and the backward state starts at zero at the end of
-    the steps that follow. These are read again with the next chunk. With as many of them as there are, the stack is
-    the plain bidirectional one.
+    In every layer the forward state carries over from chunk to chunk; the backward state starts from zero at the last
+    future step. Future steps are read again as part of the next chunk. If each chunk has all future steps, the stack
+    is an ordinary bidirectional network.
 
     Args:
-        encoder: builds a layer from `input_size`, `num_layers` and `bidirectional`; its state keeps the directions
-            apart: one beside the other in the last dimension, or two in the first one, forward first.
+        encoder: builds a layer from `input_size`, `num_layers` and `bidirectional`. Its state has the two directions
+            side by side in the last dimension, or one after the other in the first dimension, forward first.
         input_size: features of a step.
         num_layers: layers of the stack.
-        segment, right: steps of a chunk, and that follow it, in `read`.
+        segment, right: steps of a chunk, and future steps, in `read`.
         dropout: between the layers.
     """
 
@@ -43,7 +43,7 @@ class LatencyControlled(nn.Module):
         if "num_layers" not in known or {"source_size", "memory_length"} & known.keys():
             raise ValueError(
                 f"{getattr(getattr(encoder, 'func', encoder), '__name__', encoder)} has no states of two directions, "
-                "which a bidirectional network that reads in chunks needs: type model=sru, lstm, gru or qrnn, or "
+                "so it cannot read a sequence in chunks bidirectionally: type model=sru, lstm, gru or qrnn, or "
                 "bidirectional=false"
             )
         self.segment, self.right = segment, right
@@ -58,10 +58,10 @@ class LatencyControlled(nn.Module):
     def forward(
         self, x: Tensor, state: State | None = None, mask_pad: Tensor | None = None, right: int = 0
     ) -> tuple[Tensor, State]:
-        """h (T - right, B, output_size) of a chunk x (T, B, input_size), whose last `right` steps follow it.
+        """h (T - right, B, output_size) of a chunk x (T, B, input_size), whose last `right` steps are future steps.
 
-        The state is that of each layer at the end of the chunk, with zeros for the backward direction. mask_pad (T, B):
-        True where a sequence is over.
+        The state is the state of each layer at the end of the chunk, with zeros for the backward direction. mask_pad
+        (T, B) is True after the end of a sequence.
         """
         steps = len(x) - right
         main, after = x[:steps], x[steps:]
@@ -71,7 +71,7 @@ class LatencyControlled(nn.Module):
             if i:
                 main, after = self.dropout(main), self.dropout(after)
             before = None if state is None else state[i]
-            # What the backward direction has come to where the chunk ends; its forward half is nothing.
+            # Only the backward half of this state is used.
             behind = layer(after, None, pads[1])[1] if right else None
             main, last = layer(main, merge_states(before, behind), pads[0])
             states.append(merge_states(last, None))
@@ -81,19 +81,19 @@ class LatencyControlled(nn.Module):
 
     def read(self, x: Tensor, mask_pad: Tensor | None = None) -> Tensor:
         """h (T, B, output_size) of whole sequences x (T, B, input_size), chunk by chunk."""
-        state, found = None, []
+        state, outputs = None, []
         for begin in range(0, len(x), self.segment):
             part = x[begin : begin + self.segment + self.right]
             pad = None if mask_pad is None else mask_pad[begin : begin + len(part)]
             h, state = self(part, state, pad, max(0, len(part) - self.segment))
-            found.append(h)
-        return torch.cat(found)
+            outputs.append(h)
+        return torch.cat(outputs)
 
 
 def merge_states(forward: Any, backward: Any) -> Any:
-    """The forward half of one state and the backward half of another; None: zeros, and of both None.
+    """The forward half of one layer's state and the backward half of another, zeros for None; None of two None.
 
-    States of one layer: (2, B, H), or (1, B, 2 H), or tuples of such.
+    A state is a tensor (2, B, H) or (1, B, 2 H), or a tuple of such tensors.
     """
     known = forward if forward is not None else backward
     if isinstance(known, tuple):
@@ -102,8 +102,8 @@ def merge_states(forward: Any, backward: Any) -> Any:
     if known is None:
         return None
     if not isinstance(known, Tensor) or known.dim() != 3 or len(known) > 2:
-        found = tuple(known.shape) if isinstance(known, Tensor) else type(known).__name__
-        raise TypeError(f"a state of two directions is (2, B, H) or (1, B, 2 H), not {found}")
+        form = tuple(known.shape) if isinstance(known, Tensor) else type(known).__name__
+        raise TypeError(f"a state of two directions is (2, B, H) or (1, B, 2 H), not {form}")
     one, two = (torch.zeros_like(known) if half is None else half for half in (forward, backward))
     if len(known) == 2:
         return torch.cat([one[:1], two[1:]])

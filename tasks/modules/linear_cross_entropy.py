@@ -1,4 +1,4 @@
-"""The loss of a large softmax, a few rows at a time, so that the logits of a batch are never all in memory."""
+"""The cross entropy of a large softmax, computed in blocks of rows so that the logits never fill the memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-NUMBERS = {"cpu": 2**22, "cuda": 2**26}  # logits at once: what caches hold, and what keeps a GPU busy
-ROWS = 4  # at least so many times the features: fewer, and summing the weight's gradient costs as much as its product
+NUMBERS = {"cpu": 2**22, "cuda": 2**26}  # logits per block: they fit a CPU's cache, or keep a GPU busy
+# A block has at least this many rows per feature: with fewer, adding up the weight's gradient takes as long as its
+# matrix product.
+ROWS = 4
 
 
 def linear_cross_entropy(
@@ -21,10 +23,11 @@ def linear_cross_entropy(
     smoothing: float = 0.0,
     linear: Callable[..., Tensor] = F.linear,
 ) -> Tensor:
-    """The sum over rows of the cross entropy of softmax(h weight' + bias), h (N, n), weight (V, n), and targets (N,).
+    """Cross entropy of softmax(h weight' + bias) and targets (N,), summed over N; h is (N, n), weight (V, n).
 
-    As torch.nn.functional.cross_entropy with label_smoothing gives, but the gradient is made beside the loss, whose
-    logits are then forgotten; it has no gradient of its own. linear: makes the products.
+    The result is the same as of torch.nn.functional.cross_entropy with label_smoothing. The gradient is computed
+    together with the loss, so that the logits need not be stored; there is no second derivative. `linear` computes the
+    products.
     """
     needs_grad = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (h, weight, bias))
     return _LinearCrossEntropy.apply(h, weight, bias, targets, smoothing, needs_grad, linear)
@@ -52,14 +55,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             w = weight.to(dtype)
             b = None if bias is None else bias.to(dtype)
-            for i, (x, wanted) in enumerate(zip(h.to(dtype).split(rows), targets.split(rows), strict=True)):
+            for i, (x, target) in enumerate(zip(h.to(dtype).split(rows), targets.split(rows), strict=True)):
                 log_p = linear(x, w, b).to(exact).log_softmax(1)
-                hit = log_p.gather(1, wanted[:, None])
+                hit = log_p.gather(1, target[:, None])
                 loss -= (1 - smoothing) * hit.sum() + smoothing * log_p.mean(1).sum()
                 if grad_h is None or grad_weight is None:
                     continue
                 grad = log_p.exp_().sub_(smoothing / len(weight))
-                grad.scatter_add_(1, wanted[:, None], torch.full_like(hit, smoothing - 1))
+                grad.scatter_add_(1, target[:, None], torch.full_like(hit, smoothing - 1))
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
                 grad = grad.to(dtype)

@@ -1,4 +1,4 @@
-"""A learning rate that follows the validation: SRU (2017), section 4.5."""
+"""A learning rate that is reduced after validations without improvement (SRU 2017, section 4.5)."""
 
 import math
 from typing import Any
@@ -9,10 +9,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class Newbob(LRScheduler):
-    """Multiplies the rate by `factor` after a validation that is not better than the best before it.
+    """Multiplies the rate by `factor` after each validation whose loss is not the lowest so far.
 
-    Until the first validation, the first epoch as a rule, there is no momentum, and `momentum` from then on. A task
-    calls `validated`; rate and momentum lie in the optimiser, whose checkpoint goes on with them.
+    The momentum is 0 until the first validation, usually one epoch, and `momentum` from then on. The task calls
+    `after_validation`. The optimiser holds the rate and the momentum, and saves them in its checkpoint.
     """
 
     def __init__(self, optimizer: Optimizer, *, factor: float, momentum: float) -> None:
@@ -23,7 +23,7 @@ class Newbob(LRScheduler):
             )
         if any("momentum" not in group for group in optimizer.param_groups):
             raise ValueError(
-                f"{type(optimizer).__name__} has no momentum that begins later; type "
+                f"{type(optimizer).__name__} has no momentum for the schedule to set; type "
                 "task.optimizer._target_=torch.optim.SGD, or task.scheduler=null"
             )
         self.factor, self.momentum = factor, momentum
@@ -33,11 +33,10 @@ class Newbob(LRScheduler):
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
-        """Steps and epochs change nothing."""
+        """The rates as they are: steps and epochs do not change them."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def after_validation(self, loss: float) -> None:
-        """Of a validation, this is the loss."""
         for group in self.optimizer.param_groups:
             group["momentum"] = self.momentum
             group["lr"] *= 1 if loss < self.best else self.factor

@@ -1,4 +1,4 @@
-"""Exact match and F1 of answers, as SQuAD's official evaluation counts them (Rajpurkar et al., 2016; section 6.1)."""
+"""Exact match and F1 of answers, as in SQuAD's official evaluation (Rajpurkar et al., 2016, section 6.1)."""
 
 import gzip
 import json
@@ -10,37 +10,38 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-MARKS = str.maketrans("", "", string.punctuation)
+PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> list[str]:
-    """The words of an answer in lower case, without ASCII's marks and without a, an and the."""
-    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(MARKS)).split()
+    """The words of an answer in lower case, without ASCII punctuation and articles."""
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split()
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 if the two are the same words, else 0."""
+    """1 if both consist of the same words, else 0."""
     return float(normalise(answer) == normalise(reference))
 
 
 def f1(answer: str, reference: str) -> float:
-    """The harmonic mean of precision and recall of words, each counted as often as both have it."""
-    given, wanted = Counter(normalise(answer)), Counter(normalise(reference))
-    common = (given & wanted).total()
-    return 2 * common / (given.total() + wanted.total()) if common else 0.0
+    """The harmonic mean of precision and recall of the answer's words; repeated words count as often as they match."""
+    ours, theirs = Counter(normalise(answer)), Counter(normalise(reference))
+    common = (ours & theirs).total()
+    return 2 * common / (ours.total() + theirs.total()) if common else 0.0
 
 
-def scores(answer: str, references: Sequence[str]) -> tuple[float, float]:
-    """Exact match and F1, each against the reference that it is best with; 0 without one."""
-    return tuple(max((metric(answer, text) for text in references), default=0.0) for metric in (exact_match, f1))  # type: ignore[return-value]
+def score_answer(answer: str, references: Sequence[str]) -> tuple[float, float]:
+    """Exact match and F1, each the best over the references; 0 without a reference."""
+    em, best_f1 = (max((metric(answer, text) for text in references), default=0.0) for metric in (exact_match, f1))
+    return em, best_f1
 
 
 def evaluate(references: Mapping[str, Sequence[str]], predictions: Mapping[str, str]) -> dict[str, float]:
-    """Means over all questions, in per cent: em and f1. A question without a prediction scores 0.
+    """em and f1: means over all questions in per cent; a question without a prediction scores 0.
 
-    Also counts them: unanswered, and predictions for unknown ids, which count for nothing.
+    Also the numbers of questions, of unanswered ones, and of predictions for unknown ids, which are ignored.
     """
-    pairs = [scores(predictions[id], texts) for id, texts in references.items() if id in predictions]
+    pairs = [score_answer(predictions[id], texts) for id, texts in references.items() if id in predictions]
     return {
         "em": 100 * sum(em for em, _ in pairs) / len(references),
         "f1": 100 * sum(f for _, f in pairs) / len(references),
@@ -51,18 +52,18 @@ def evaluate(references: Mapping[str, Sequence[str]], predictions: Mapping[str, 
 
 
 def read_json(path: str) -> Any:
-    """What a JSON file holds, which may be a .gz."""
+    """The content of a JSON file, plain or .gz."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(Path(path).expanduser(), "rb") as file:
             return json.loads(file.read())
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON, plain or .gz ({error})") from error
+        raise ValueError(f"{path} is not JSON, plain or .gz ({error})") from error
     except OSError as error:
         raise FileNotFoundError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def references_of(path: str) -> dict[str, list[str]]:
-    """The answers of each question of a file in SQuAD's format; ValueError for another format, or an id that recurs."""
+def read_references(path: str) -> dict[str, list[str]]:
+    """{question id: answers} from a file in SQuAD's format; ValueError for another format or a repeated id."""
     references: dict[str, list[str]] = {}
     try:
         for article in read_json(path)["data"]:
@@ -82,23 +83,23 @@ def references_of(path: str) -> dict[str, list[str]]:
     return references
 
 
-def command(words: Sequence[str]) -> None:
+def main(words: Sequence[str]) -> None:
     """Print EM and F1 of a file of predictions."""
     if len(words) != 2:
         raise ValueError(
             "type python -m tasks.squad DEV.json PREDICTIONS.json; predictions are {question's id: answer's text}"
         )
-    references, predictions = references_of(words[0]), read_json(words[1])
+    references, predictions = read_references(words[0]), read_json(words[1])
     pairs = predictions.items() if isinstance(predictions, dict) else [(None, predictions)]
     for id, text in pairs:
         if not isinstance(id, str) or not isinstance(text, str):
-            where = f"of {id!r} it has" if id else "it is"
+            where = f"for {id!r} it has" if id else "it is"
             raise ValueError(f'{words[1]} must be {{"question\'s id": "answer\'s text", ...}}; {where} {text!r:.60}')
     if not references:
         raise ValueError(f"{words[0]} has no questions")
-    found = evaluate(references, predictions)
-    print(f"EM {found['em']:.2f}  F1 {found['f1']:.2f}  of {found['questions']:,} questions")
-    if found["unanswered"]:
-        print(f"{found['unanswered']:,} questions have no prediction, and score 0")
-    if found["unknown"]:
-        print(f"{found['unknown']:,} predictions are for ids that are not in {words[0]}, and count for nothing")
+    result = evaluate(references, predictions)
+    print(f"EM {result['em']:.2f}  F1 {result['f1']:.2f}  of {result['questions']:,} questions")
+    if result["unanswered"]:
+        print(f"{result['unanswered']:,} questions have no prediction and score 0")
+    if result["unknown"]:
+        print(f"{result['unknown']:,} predictions are for ids that are not in {words[0]}, and are ignored")

@@ -294,7 +294,7 @@ def damaged(**changes):
         (damaged(rnn_lst__0__gain=torch.ones(3)), [], r"rnn_lst\.0: .*weight normalisation"),
         (damaged(ln_lst__0__weight=torch.ones(3)), [], "2.1.7"),
         (damaged(rnn_lst__1__weight=None), [], r"rnn_lst\.1: it has no matrix"),
-        (damaged(rnn_lst__1__weight=torch.ones(3, 8)), [], "a matrix to 8 columns; one to 9 or 12 fits"),
+        (damaged(rnn_lst__1__weight=torch.ones(3, 8)), [], "a matrix to 8 columns; its bias needs 9 or 12"),
         (damaged(rnn_lst__1__weight=torch.ones(3)), [], r"rnn_lst\.1: "),
         (damaged(rnn_lst__1__scale_x=torch.ones(2)), [], r"rnn_lst\.1: "),
         (damaged(), ["--to", "2.6.0"], "in the layout 2.6.0 already; give --to ours or --to 3.0.0.dev$"),

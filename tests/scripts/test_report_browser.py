@@ -93,14 +93,14 @@ def read_axis(page):
 def test_filters_act_on_tables_and_charts_and_nothing_is_wider_than_the_window(open_page, width, scheme):
     page = open_page(width, scheme)
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
-    assert count_shown(page, "#beside-the-papers tr[data-state]") == 12
-    states = [cell.text for cell in page.find_elements("css selector", "#beside-the-papers td.state")]
+    assert count_shown(page, "#compared-with-the-papers tr[data-state]") == 12
+    states = [cell.text for cell in page.find_elements("css selector", "#compared-with-the-papers td.state")]
     assert [states.count(state) for state in ("✓ reached", "✗ not reached", "– not run")] == [1, 1, 10]
     choose(page, "state", "not reached")
-    assert count_shown(page, "#beside-the-papers tr[data-state]") == 1
+    assert count_shown(page, "#compared-with-the-papers tr[data-state]") == 1
     choose(page, "state", "")
     choose(page, "model", "lstm")
-    assert count_shown(page, "#beside-the-papers tr[data-state]") == 6
+    assert count_shown(page, "#compared-with-the-papers tr[data-state]") == 6
     assert count_shown(page, "#learning-curves figure") == 1
     assert count_shown(page, "#learning-curves .scatterlayer .trace") == 1
     assert count_shown(page, "#without-parts figure") == 0

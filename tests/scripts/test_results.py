@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import results
 import yaml
+from reporting.curves import shorten_labels
+from reporting.runs import find_runs, group_runs, read_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG: dict[str, Any] = {
@@ -304,7 +306,7 @@ def test_a_curve_is_the_mean_of_both_axes_over_the_epochs_that_all_runs_have(tmp
     write_run(tmp_path / "b", 80.0, {"seed": 2}, curve=[(3.0, 52.0), (6.0, 64.0)])
     assert results.main([str(tmp_path), "--png", str(tmp_path / "curves.png")]) == 0
     ((label, (x, y, _)),) = drawn
-    assert label == "sru, 2 layers, random"
+    assert label == "sru, 2 layers"
     assert list(x) == [2.0, 4.0]
     assert list(y) == [51.0, 62.0]
 
@@ -329,10 +331,7 @@ def test_the_png_has_a_panel_a_data_set_and_a_line_a_group(tmp_path, monkeypatch
     assert f"{path} was drawn" in capsys.readouterr().err
     axes = figures[0].axes
     assert [(panel.get_title(), len(panel.lines)) for panel in axes] == [("cr", 2), ("mr", 1)]
-    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == [
-        "lstm, 2 layers, random",
-        "sru, 2 layers, random",
-    ]
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["lstm, 2 layers", "sru, 2 layers"]
     assert (axes[0].get_xlabel(), axes[0].get_ylabel()) == ("training time (s)", "val/accuracy")
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = image.imread(path)
@@ -342,6 +341,15 @@ def test_the_png_has_a_panel_a_data_set_and_a_line_a_group(tmp_path, monkeypatch
     panel = figures[1].axes[0]
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("steps", "epoch")
     assert [list(line.get_xdata()) for line in panel.lines] == [[0, 1], [0, 1]]
+
+
+def test_labels_name_only_what_tells_the_curves_apart(tmp_path):
+    write_run(tmp_path / "a", 80.0, {"callbacks.best.patience": 9, "model.forget_bias": 1.0, "width": 64})
+    write_run(tmp_path / "b", 80.0, {"callbacks.best.patience": 8, "model.forget_bias": 2.0, "width": 64})
+    write_run(tmp_path / "c", 80.0, {"choices.model": "lstm", "data.vectors": "word2vec"})
+    groups = group_runs(read_runs(find_runs([tmp_path])).runs)
+    names = ["lstm, 2 layers, word2vec", "sru, 2 layers, random, model.forget_bias=1.0"]
+    assert shorten_labels(groups) == [*names, "sru, 2 layers, random, model.forget_bias=2.0"]
 
 
 def test_a_damaged_curve_is_named_and_its_row_stays(tmp_path, capsys):

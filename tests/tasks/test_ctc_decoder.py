@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tasks.modules.ctc_decoder import BLANK, NGramLM, PrefixSearch, greedy, plus, search
+from tasks.modules.ctc_decoder import BLANK, NGramLM, PrefixSearch, greedy, log_add, search
 
 LETTERS = {1: "a", 2: "b", 3: " "}
 ARPA = """\\data\\
@@ -40,7 +40,7 @@ def every_text(log_p):
     for path in itertools.product(range(log_p.shape[1]), repeat=len(log_p)):
         text = tuple(symbol for symbol, _ in itertools.groupby(path) if symbol != BLANK)
         value = sum(float(log_p[t, symbol]) for t, symbol in enumerate(path))
-        found[text] = plus(found.get(text, -math.inf), value)
+        found[text] = log_add(found.get(text, -math.inf), value)
     return found
 
 
@@ -132,5 +132,5 @@ def test_words_are_judged_by_an_n_gram(tmp_path):
 
 def test_no_n_gram_is_refused(tmp_path):
     pytest.importorskip("kenlm", reason="pip install kenlm")
-    with pytest.raises(ValueError, match=r"ngram=.*none\.arpa is no n-gram"):
+    with pytest.raises(ValueError, match=r"ngram=.*none\.arpa is not an n-gram"):
         NGramLM(str(tmp_path / "none.arpa"), str, 1.0, 0.0)

@@ -229,9 +229,9 @@ def test_loss_and_errors_are_over_frames_with_a_target():
 
 
 def test_steps_that_follow_need_a_bidirectional_network():
-    with pytest.raises(ValueError, match=r"data\.right=3 steps that follow are for a bidirectional network"):
+    with pytest.raises(ValueError, match=r"data\.right=3 future frames need a bidirectional network"):
         task_of("sru", right=3)
-    with pytest.raises(ValueError, match="a network of one direction is wanted"):
+    with pytest.raises(ValueError, match="bidirectional=false does not go with"):
         Hybrid(
             encoder=partial(SRU, hidden_size=5, bidirectional=True), optimizer=torch.optim.SGD, bidirectional=False,
             num_layers=2, **task_of("sru")[1].model_kwargs,

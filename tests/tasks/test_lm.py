@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import sru
 import train
-from tasks.lm import LanguageModelling, detach, draw
+from tasks.lm import LanguageModelling, sample
+from tasks.modules.encoders import detach
 from tasks.run import errors
 
 SMALL = (
@@ -71,7 +72,7 @@ def test_no_gradient_passes_from_a_segment_to_the_one_before(encoder):
     task = task_of(encoder)
     first, second = torch.randint(11, (2, 6, 3))
     task.loss((first, first, True))
-    state = task.states["train"]
+    state = task.state
     assert not any(leaf.requires_grad for leaf in torch.utils._pytree.tree_leaves(state) if leaf is not None)
     task.loss((second, second, False))[0].backward()
 
@@ -79,11 +80,11 @@ def test_no_gradient_passes_from_a_segment_to_the_one_before(encoder):
 def test_training_and_evaluation_keep_states_of_their_own():
     task, tokens = task_of(), torch.randint(11, (3, 5, 2))
     task.loss((tokens[0], tokens[0], True))
-    before = task.states["train"].clone()
+    before = task.state.clone()
     task.eval()
     for first, batch in zip((True, False, False), tokens, strict=True):
         task.loss((batch[:, :1], batch[:, :1], first))
-    assert torch.equal(task.states["train"], before)
+    assert torch.equal(task.state, before)
 
 
 def test_a_first_segment_forgets():
@@ -250,7 +251,7 @@ def test_draws_follow_the_distribution_and_its_cuts():
     def frequencies(**options):
         counts = torch.zeros(4)
         for _ in range(4000):
-            counts[draw(scores, **({"top_k": 0, "top_p": 1.0} | options), generator=generator)] += 1
+            counts[sample(scores, **({"top_k": 0, "top_p": 1.0} | options), generator=generator)] += 1
         return (counts / 4000).tolist()
 
     assert frequencies() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
@@ -297,7 +298,7 @@ def test_a_state_keeps_nothing_but_itself():
     task = LanguageModelling(encoder=encoder, vocab_size=11, unit="bytes", embedding_size=6, optimizer=torch.optim.SGD)
     tokens = torch.randint(11, (16, 3))
     task.loss((tokens, tokens, True))
-    memory = task.states["train"][1]
+    memory = task.state[1]
     assert [len(a) for a in memory] == [4, 4]
     assert all(a.untyped_storage().nbytes() == a.nbytes for a in memory)
 
@@ -310,7 +311,7 @@ def test_the_state_of_a_checkpoint_goes_where_the_network_is():
     other.on_load_checkpoint(checkpoint)
     other._trainer = SimpleNamespace(overfit_batches=0.0)
     other.to("meta").on_train_start()
-    assert other.states["train"].device.type == "meta"
+    assert other.state.device.type == "meta"
 
 
 @pytest.mark.parametrize(

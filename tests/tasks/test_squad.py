@@ -143,7 +143,7 @@ def test_a_run_on_the_sample_writes_official_predictions(configure, tmp_path):
     value = train.run(configure(*SMALL))
     outcome = json.loads((tmp_path / "run/metrics.json").read_text())
     predictions = json.loads((tmp_path / "run/predictions.json").read_text(encoding="utf-8"))
-    references = squad_metrics.references_of(str(DEV))
+    references = squad_metrics.read_references(str(DEV))
     assert predictions.keys() == references.keys()
     found = squad_metrics.evaluate(references, predictions)
     assert outcome["metrics"]["test/em"] == pytest.approx(found["em"], abs=1e-3)
@@ -239,10 +239,10 @@ def test_of_several_windows_the_best_score_answers():
     task = reader(max_answer=2)
     items = [Item("1", "a b c", np.array([0, 2]), np.array([1, 3]), ["b"]) for _ in range(2)]
     items[1] = items[1]._replace(starts=np.array([2, 4]), ends=np.array([3, 5]))
-    task.keep(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]]), items)
-    assert task.found == {"1": (4.0, "c")}
-    task.keep(torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, -1.0]]), items[:1])
-    assert task.found == {"1": (5.0, "a")}
+    task.record_answers(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]]), items)
+    assert task.answers == {"1": (4.0, "c")}
+    task.record_answers(torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, -1.0]]), items[:1])
+    assert task.answers == {"1": (5.0, "a")}
 
 
 def test_windows_do_not_change_the_number_of_predictions(configure, tmp_path):
@@ -266,8 +266,8 @@ def test_an_empty_passage_is_answered_with_nothing(tmp_path):
     task = reader(num_features=3, vocab_size=data.model_kwargs["vocab_size"]).float()
     for batch in data.test_dataloader():
         task.loss(batch)
-    assert task.found["2"][1] == ""
-    assert task.found["1"][1] in PASSAGE
+    assert task.answers["2"][1] == ""
+    assert task.answers["1"][1] in PASSAGE
 
 
 # The papers' rows

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from tasks.modules import squad_metrics
-from tasks.modules.squad_metrics import exact_match, f1, normalise, scores
+from tasks.modules.squad_metrics import exact_match, f1, normalise, score_answer
 
 DEV = ROOT / "tests/samples/squad-sample-dev.json"
 
@@ -51,9 +51,9 @@ def test_exact_match_and_f1(answer, reference, em, overlap):
 
 
 def test_each_metric_takes_the_reference_that_suits_it():
-    assert scores("the Black Sea", ["Black Forest Sea", "black sea", "Sea"]) == (1, 1)
-    assert scores("Black Sea coast", ["sea", "Black Sea coast road"]) == (0, pytest.approx(6 / 7))
-    assert scores("anything", []) == (0, 0)
+    assert score_answer("the Black Sea", ["Black Forest Sea", "black sea", "Sea"]) == (1, 1)
+    assert score_answer("Black Sea coast", ["sea", "Black Sea coast road"]) == (0, pytest.approx(6 / 7))
+    assert score_answer("anything", []) == (0, 0)
 
 
 def test_means_are_over_all_questions_of_the_file():
@@ -70,7 +70,7 @@ def test_means_are_over_all_questions_of_the_file():
 
 def test_an_independent_implementation_agrees():
     torchmetrics = pytest.importorskip("torchmetrics.text")
-    references = squad_metrics.references_of(str(DEV))
+    references = squad_metrics.read_references(str(DEV))
     ids = list(references)
     # Of some questions a reference, of others one that is cut, of others the next question's answer.
     predictions = {
@@ -88,14 +88,14 @@ def test_an_independent_implementation_agrees():
 
 
 def test_any_predictions_are_scored_on_the_command_line(tmp_path):
-    references = squad_metrics.references_of(str(DEV))
+    references = squad_metrics.read_references(str(DEV))
     kept = dict(list(references.items())[:11])
     (tmp_path / "predictions.json").write_text(json.dumps({id: texts[0] for id, texts in kept.items()} | {"x": "y"}))
     (tmp_path / "dev.json.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + DEV.read_bytes()))
     command = [sys.executable, "-m", "tasks.squad", str(tmp_path / "dev.json.gz"), str(tmp_path / "predictions.json")]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "EM 25.00  F1 25.00  of 44 questions" in told
-    assert "33 questions have no prediction, and score 0" in told
+    assert "33 questions have no prediction and score 0" in told
     assert "1 predictions are for ids that are not in" in told
 
 
@@ -104,7 +104,7 @@ def test_any_predictions_are_scored_on_the_command_line(tmp_path):
     [
         ('{"data": 3}', "{}", "is not in SQuAD's format"),
         ('{"data": []}', "{}", "has no questions"),
-        ("{", "{}", "is no JSON"),
+        ("{", "{}", "is not JSON"),
         ('{"data": [{"paragraphs": [{"qas": [{"id": 3, "answers": []}]}]}]}', "{}", "the id 3 and its answers"),
         ('{"data": [{"paragraphs": [{"qas": [{"id": "3", "answers": [{"text": null}]}]}]}]}', "{}", "must be texts"),
         (
@@ -114,7 +114,7 @@ def test_any_predictions_are_scored_on_the_command_line(tmp_path):
         ),
         (None, "[1]", 'must be {"question\'s id"'),
         (None, '{"1": 2}', 'must be {"question\'s id"'),
-        (None, "", "is no JSON"),
+        (None, "", "is not JSON"),
     ],
 )
 def test_what_is_no_file_of_questions_or_predictions_is_refused(tmp_path, dev, predictions, message):
@@ -122,11 +122,11 @@ def test_what_is_no_file_of_questions_or_predictions_is_refused(tmp_path, dev, p
     paths[0].write_text(DEV.read_text(encoding="utf-8") if dev is None else dev, encoding="utf-8")
     paths[1].write_text(predictions)
     with pytest.raises(ValueError, match=message.replace("{", r"\{")):
-        squad_metrics.command(list(map(str, paths)))
+        squad_metrics.main(list(map(str, paths)))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json cannot be read"):
-        squad_metrics.command([str(DEV), str(tmp_path / "nowhere.json")])
+        squad_metrics.main([str(DEV), str(tmp_path / "nowhere.json")])
     with pytest.raises(ValueError, match=r"type python -m tasks\.squad DEV\.json PREDICTIONS\.json"):
-        squad_metrics.command([])
+        squad_metrics.main([])

@@ -13,7 +13,7 @@ from conftest import ROOT
 import predict
 import sru
 import train
-from tasks.modules.beam_search import select_rows
+from tasks.modules.encoders import select_rows
 from tasks.translation import Translation
 
 BOS, EOS, WORDS = 2, 3, 9
@@ -124,10 +124,10 @@ def test_the_loss_is_a_mean_over_words_and_smoothed_in_training():
 def test_the_decoder_starts_where_an_encoder_of_one_direction_ended():
     task = translator(bidirectional=False)
     source, target = sources(4), torch.tensor([[BOS], [5]])
-    state, seen = task.read(source)
+    state, seen = task.encode(source)
     h, _ = task.decoder.decoder(task.target_embedding(target), state)
     torch.testing.assert_close(task(source, target), task.softmax(task.decoder.attend(h, *seen)))
-    assert translator().read(source)[0] is None
+    assert translator().encode(source)[0] is None
 
 
 @pytest.mark.parametrize(("shares", "ties", "matrices"), [(1, 1, 1), (1, 0, 2), (0, 1, 2), (0, 0, 3)])
@@ -249,14 +249,14 @@ def test_a_long_line_is_translated_in_parts(trained, tmp_path, capsys):
     found = []
     for begin in range(0, len(numbers), 9):
         source = torch.tensor([*numbers[begin : begin + 9], EOS])[:, None]
-        found.append(task.line(task.search(source, 5, 0.6)[0][0][1]))
+        found.append(task.decode_line(task.search(source, 5, 0.6)[0][0][1]))
     assert told.out.split("\n")[0] == " ".join(found)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["beam=0"], r"beam=0 must be a whole number, 1 \(always the likeliest word\) or more"),
+        (["beam=0"], r"beam=0 must be a whole number, 1 \(always the most likely word\) or more"),
         (["n_best=6"], "^n_best=6 must be 1 to beam=5$"),
         (["length_penalty=-1"], "length_penalty=-1.0 must be 0 or more"),
         (["input=/nowhere"], "input=/nowhere cannot be read"),
