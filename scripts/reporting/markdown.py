@@ -128,6 +128,7 @@ def write_paper_table(runs: list[Run], source: str, words: str) -> list[str]:
         *table,
         "",
         "In brackets: runs, and the published value.",
+        "",
         *(f"- {n}" for n in [*notes, *judge_orders(rows)]),
     ]
 
