@@ -47,7 +47,7 @@ class TransformerSRU(Transformer):
         memory_length: int | None = None,
     ) -> None:
         if not rescale and not has_skip_term:
-            raise ValueError("rescale=False needs a highway: type has_skip_term=true, or leave out rescale")
+            raise ValueError("rescale=False has no highway to scale; type has_skip_term=true, or leave out rescale")
         self.sru_options = {
             "dropout": dropout if sru_dropout is None else sru_dropout,
             "has_skip_term": has_skip_term,

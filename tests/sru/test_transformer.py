@@ -270,7 +270,7 @@ def test_another_networks_state_is_refused():
 
 
 def test_a_scaling_of_no_highway_is_refused():
-    with pytest.raises(ValueError, match="rescale=False needs a highway: type has_skip_term=true"):
+    with pytest.raises(ValueError, match="rescale=False has no highway to scale; type has_skip_term=true"):
         TransformerSRU(5, 6, num_heads=2, rescale=False)
     made = [TransformerSRU(5, 6, num_heads=2, has_skip_term=True, rescale=rescale) for rescale in (True, False)]
     assert [encoder.layers[0].feed_forward.cell.alpha for encoder in made] == [pytest.approx(math.sqrt(3)), 1]
