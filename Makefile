@@ -45,6 +45,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict sru
 	$(BIN)/codespell
 
 wheel:

@@ -172,9 +172,9 @@ def format_calls(layers: dict[str, dict[str, Any]]) -> list[str]:
     arguments: dict[str, Any] = ordered[0] | {  # the first is the most specific: in the others the sizes are equal
         "projection_size": sizes if len(set(sizes)) > 1 else sizes[0],
         "transform_module": ... if any("transform_module" in layer for layer in ordered) else None,
-        "v1": not any(layer["has_vc_term"] for layer in ordered),
         "has_vc_term": True,  # implied by v1
     }
+    v1 = ["v1=True"] if not any(layer["has_vc_term"] for layer in ordered) else []
     name, size = "SRUCell", arguments["hidden_size"]
     if "" not in layers:
         name, arguments["num_layers"] = "SRU", len(ordered)
@@ -191,7 +191,7 @@ def format_calls(layers: dict[str, dict[str, Any]]) -> list[str]:
             for key, parameter in takes.items()
             if key in known and (key == "num_layers" or known[key] != parameter.default)
         ]
-        written.append(f"{name}({', '.join(parts)})")
+        written.append(f"{name}({', '.join(parts + v1)})")
     return written
 
 

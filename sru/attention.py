@@ -1,4 +1,4 @@
-"""Attention, and a layer of SRU++ that has it in the place of matrices (Lei, EMNLP 2021; section 2 of the paper)."""
+"""Attention, and the layer of SRU++ that has it in place of matrices (Lei, EMNLP 2021; section 2 of the paper)."""
 
 import contextlib
 import math
@@ -9,53 +9,57 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sru.dropout import dropout as dropped
+from sru.dropout import dropout
 from sru.kernels.linear import affine, is_plain, linear
-from sru.padding import clear
+from sru.padding import clear_padding
 
-# What a stack looks up in a source: its padding (S, B), if any, and keys and values (S, B, n) of each layer.
+# A source as a stack reads it: its padding (S, N) or None, and keys and values (S, N, n) for each layer.
 Source = tuple[Tensor | None, list[tuple[Tensor, Tensor]]]
+LayerSource = tuple[Tensor, Tensor, Tensor | None]  # keys, values and padding for one layer
 
 
-class LooksIntoSource:
-    """What a decoder's stack has in common: its layers look into a source of `source_size` features, or into none."""
+class SourceReader:
+    """The part of a stack that reads a source of `source_size` features, if it has one."""
 
     source_size: int | None
 
     def readers(self) -> Iterable[Any]:
-        """What makes a layer's keys and values of a source, by `read`."""
+        """The modules whose `read` makes each layer's keys and values."""
         raise NotImplementedError
 
     def read(self, source: Tensor, pad: Tensor | None = None) -> Source:
-        """What the layers look up in source (S, B, source_size), of which pad (S, B) says what is padding."""
+        """Prepare a source (S, N, source_size) with padding (S, N) for the calls of this stack."""
         if self.source_size is None:
             raise ValueError(f"this {type(self).__name__} attends to no source: build it with source_size")
         if not isinstance(source, Tensor) or source.dim() != 3 or source.shape[2] != self.source_size:
             found = tuple(source.shape) if isinstance(source, Tensor) else type(source).__name__
             raise ValueError(f"source must be (S, B, {self.source_size}), time first, not {found}")
         if pad is not None:
-            source, pad = clear(source, pad)
+            source, pad = clear_padding(source, pad)
         return pad, [reader.read(source) for reader in self.readers()]
 
-    def check_source(self, source: Source | None, num_layers: int) -> list[tuple[Tensor, Tensor, Tensor | None] | None]:
-        """Keys, values and padding of the source for each layer; ValueError for one too many or too few."""
-        if (source is None) != (self.source_size is None):
-            raise ValueError(f"a source is {'missing: give what read returned' if source is None else 'not for this'}")
-        if source is not None and len(source[1]) != num_layers:
-            raise ValueError(f"the source was read by {len(source[1])} layers, and this has {num_layers}")
-        return [None] * num_layers if source is None else [(*pair, source[0]) for pair in source[1]]
+    def check_source(self, source: Source | None, num_layers: int) -> list[LayerSource | None]:
+        """The source for each layer; ValueError if it is missing, not wanted, or has another number of layers."""
+        if source is None and self.source_size is not None:
+            raise ValueError("a source is missing: pass the result of read")
+        if source is None:
+            return [None] * num_layers
+        if self.source_size is None:
+            raise ValueError("this stack has no source_size, so it takes no source")
+        if len(source[1]) != num_layers:
+            raise ValueError(f"the source was read by {len(source[1])} layers, but this stack has {num_layers}")
+        return [(*pair, source[0]) for pair in source[1]]
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None, p: float = 0.0, *, causal: bool = False
 ) -> Tensor:
-    """softmax(q k' / sqrt(d)) v (T, B, n) of q (T, B, n), k and v (S, B, n), shared among heads of d features.
+    """softmax(q k' / sqrt(d)) v (T, B, n) for q (T, B, n) and k, v (S, B, n), with heads of d features.
 
-    mask (B or 1, 1, T or 1, S): True where a step is seen, or numbers that are added to the scores.
+    mask (B or 1, 1, T or 1, S): True where a step is visible, or numbers to add to the scores.
     """
     dtype = q.dtype
-    # On a CPU torch's backward in bfloat16 takes four times as long as in float32 with short sequences, and no less
-    # with long ones (bench/NOTES.md).
+    # On a CPU, torch's backward in bfloat16 takes up to four times as long as in float32 (bench/NOTES.md).
     widens = q.device.type == "cpu" and torch.promote_types(dtype, torch.float32) != dtype
     q, k, v = (
         a.to(torch.float32 if widens else a.dtype).unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3) for a in (q, k, v)
@@ -67,32 +71,32 @@ def attend(
 
 
 def attend_source(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None, num_heads: int, p: float = 0.0) -> Tensor:
-    """softmax(q k' / sqrt(d)) v (T, B, n) of q (T, B, n) and a source's k and v (S, N, n); 0 where a source is empty.
+    """softmax(q k' / sqrt(d)) v (T, B, n) for q (T, B, n) and a source's k, v (S, N, n); 0 where a source is empty.
 
-    Each N-th part of the B sequences, the hypotheses of a sentence say, looks into one source: nothing is repeated.
+    B / N neighbouring sequences, for example hypotheses of one sentence, attend to each source without copies of it.
     """
     batch, sources = q.shape[1], k.shape[1]
     if batch % max(1, sources) or (pad is not None and pad.shape != k.shape[:2]):
-        raise ValueError(f"a source of {sources} sequences does not go with {batch} of x")
-    nothing = None if pad is None else pad.all(0)
-    # A softmax over nothing is NaN: such a source is seen, and then forgotten.
-    seen = None if pad is None or nothing is None else (~pad | nothing).t()[:, None, None]
+        raise ValueError(f"a source of {sources} sequences does not fit the {batch} sequences of x")
+    empty = None if pad is None else pad.all(0)
+    # A softmax over nothing is NaN, so an empty source is unmasked here and its result replaced by 0 below.
+    visible = None if pad is None or empty is None else (~pad | empty).t()[:, None, None]
     group = batch // sources if sources else 1
-    q = (
-        q.unflatten(1, (sources, group)).transpose(1, 2).flatten(0, 1)
-    )  # all that look into a source, one behind the other
-    a = attend(q, k, v, num_heads, seen, p)
-    a = a if nothing is None else a.masked_fill(nothing[:, None], 0.0)
-    return a.unflatten(0, (-1, group)).transpose(1, 2).flatten(1, 2)
+    # The sequences of a group one after the other, as steps of one long sequence.
+    q = q.unflatten(1, (sources, group)).transpose(1, 2).flatten(0, 1)
+    a = attend(q, k, v, num_heads, visible, p)
+    a = a if empty is None else a.masked_fill(empty[:, None], 0.0)
+    grouped: Tensor = a.unflatten(0, (-1, group)).transpose(1, 2)
+    return grouped.flatten(1, 2)
 
 
 class SourceAttention(nn.Module):
-    """What a layer of a decoder sees of a source, to be added to what it normalises. With s a step of the source:
+    """Attention of a decoder's layer to a source, added before the layer norm. With s a step of the source:
 
         p = W_p s,   k = W_k p,   v = W_v p,   b = beta * softmax(q k' / sqrt(d)) v
 
-    It is factorised as the attention to the layer's own steps is, whose q it shares; beta is learnt and starts at 1.
-    The paper does not say how its translator sees the source; so its published sizes come out (conf/experiment).
+    It is factorised like self-attention and shares its q; beta is learnt and starts at 1. The paper does not describe
+    how its translation model attends to the source; this form reproduces the published sizes (conf/experiment).
     """
 
     def __init__(
@@ -107,13 +111,13 @@ class SourceAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw Xavier's initialisation; beta is 1."""
+        """Draw Xavier's initialisation; set beta to 1."""
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
         nn.init.ones_(self.beta)
 
     def read(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (S, B, proj_size) of a source."""
+        """Keys and values (S, N, proj_size) of a source."""
         k, v = affine(affine(source, self.linear1), self.linear2).chunk(2, dim=-1)
         return k, v
 
@@ -123,9 +127,9 @@ class SourceAttention(nn.Module):
 
 
 class Projection(nn.Module):
-    """The matrices of a layer that does not attend: x to proj_size features, layer norm, and to all columns.
+    """The matrices of a layer without self-attention: x to proj_size features, layer norm, then to all columns.
 
-    source: what sees a source, if the layer does.
+    matrices: values for each column of the layer; source: the attention to a source, if there is one.
     """
 
     def __init__(
@@ -142,7 +146,7 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         self.source = source
-        self.matrices = matrices  # the columns of the last matrix that belong to one column of the layer
+        self.matrices = matrices
         self.linear1 = nn.Linear(input_size, proj_size, bias=False, **factory)
         self.linear2 = nn.Linear(proj_size, output_size, bias=False, **factory)
         self.layer_norm = nn.LayerNorm(proj_size, **factory) if layer_norm else None
@@ -150,7 +154,7 @@ class Projection(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the released code's initialisation: Xavier's, smaller where dropout makes what is kept larger."""
+        """Draw the released code's initialisation: Xavier's, with a smaller gain after dropout."""
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight, gain=math.sqrt(1 - self.dropout))
         for module in (self.layer_norm, self.source):
@@ -164,34 +168,37 @@ class Projection(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
         cache: "Cache | None" = None,
-        source: tuple[Tensor, Tensor, Tensor | None] | None = None,
+        source: LayerSource | None = None,
     ) -> Tensor:
-        """(T, B, matrices, columns) of x (T, B, n).
+        """(T, B, matrices, columns) from x (T, B, n).
 
-        What attends also sees memory (M, B, n) or, in a step, a cache; mask (B or 1, 1, T, M + T) is added to the
-        scores; without a mask, `causal` hides what comes after a step. source: keys, values and padding of a source.
+        Self-attention also sees memory (M, B, n) or, in a step, a cache; mask (B or 1, 1, T, M + T) is added to the
+        scores; without a mask, `causal` hides later steps.
         """
         q = affine(x, self.linear1)
         return self.finish(q, q, source, self.linear2)
 
-    def finish(self, q: Tensor, y: Tensor, source: Any, last: nn.Module) -> Tensor:
-        """A source, layer norm, dropout and the last matrix: (T, B, matrices, columns)."""
-        y = y if self.source is None else y + self.source(q, *source)
+    def finish(self, q: Tensor, y: Tensor, source: LayerSource | None, last: nn.Module) -> Tensor:
+        """Apply attention to the source, layer norm, dropout and the last matrix: (T, B, matrices, columns)."""
+        if self.source is not None and source is not None:
+            y = y + self.source(q, *source)
         y = y if self.layer_norm is None else self.layer_norm(y)
-        y = dropped(y, self.dropout, self.training)
-        # Either the rows of the weight are put in the recurrence's order, or the columns of what it gives.
+        y = dropout(y, self.dropout, self.training)
+        # The recurrence needs another order of columns: reorder the weight, or the product where that is smaller.
         if is_plain(last, nn.Linear) and last.bias is None:
             weight = last.weight.unflatten(0, (-1, self.matrices)).transpose(0, 1)
             if torch.compiler.is_compiling() or y.shape[0] * y.shape[1] >= weight.shape[1]:
-                return linear(y, weight.flatten(0, 1)).unflatten(2, weight.shape[:2])
-        return affine(y, last).unflatten(2, (-1, self.matrices)).transpose(2, 3)
+                u: Tensor = linear(y, weight.flatten(0, 1)).unflatten(2, weight.shape[:2])
+                return u
+        u = affine(y, last).unflatten(2, (-1, self.matrices)).transpose(2, 3)
+        return u
 
 
 class Attention(Projection):
-    """The matrices of a layer that attends. With memory and x one after the other, and d features a head:
+    """The matrices of a layer with self-attention. With memory and x concatenated, and d features in a head:
 
         q = W_q x,   k = W_k q,   v = W_v q,   a = softmax(q k' / sqrt(d)) v
-        u = W_o dropout(norm(q + alpha * a))        with a number alpha that is learnt and starts at 0
+        u = W_o dropout(norm(q + alpha * a))        with a learnt scalar alpha that starts at 0
 
     linear1 holds W_q, linear2 W_k and W_v, linear3 W_o.
     """
@@ -215,9 +222,9 @@ class Attention(Projection):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As of the other layers; alpha is 0."""
+        """Draw the same initialisation; set alpha to 0."""
         super().reset_parameters()
-        if hasattr(self, "linear3"):  # not while the first half is built
+        if hasattr(self, "linear3"):  # not yet when the base class calls this
             nn.init.xavier_uniform_(self.linear2.weight)
             nn.init.xavier_uniform_(self.linear3.weight, gain=math.sqrt(1 - self.dropout))
             nn.init.zeros_(self.alpha)
@@ -229,36 +236,36 @@ class Attention(Projection):
         mask: Tensor | None = None,
         causal: bool = False,
         cache: "Cache | None" = None,
-        source: tuple[Tensor, Tensor, Tensor | None] | None = None,
+        source: LayerSource | None = None,
     ) -> Tensor:
-        q = seen = affine(x, self.linear1)
+        q = context = affine(x, self.linear1)
         if memory is not None:
-            seen = torch.cat([affine(memory.to(x.dtype), self.linear1), q])
-        k, v = affine(seen, self.linear2).chunk(2, dim=-1)
+            context = torch.cat([affine(memory.to(x.dtype), self.linear1), q])
+        k, v = affine(context, self.linear2).chunk(2, dim=-1)
         if cache is not None:
             k, v = cache.extend(k, v)
         return self.finish(q, q + self.alpha * self.attend(q, k, v, mask, causal), source, self.linear3)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """What steps q (T, B, proj_size) see of k and v (S, B, proj_size); 0 where that is nothing."""
+        """Self-attention for q (T, B, proj_size) and k, v (S, B, proj_size); 0 where a step sees nothing."""
         p = self.attn_dropout if self.training else 0.0
-        nothing = None
+        blind = None
         if mask is not None:
-            # A softmax over nothing is NaN: such a step sees all, and then forgets it.
-            nothing = (mask == -math.inf).all(-1, keepdim=True)
-            mask = mask.masked_fill(nothing, 0.0).to(q.dtype)
+            # A softmax over nothing is NaN, so such a step is unmasked here and its result replaced by 0 below.
+            blind = (mask == -math.inf).all(-1, keepdim=True)
+            mask = mask.masked_fill(blind, 0.0).to(q.dtype)
         a = attend(q, k, v, self.num_heads, mask, p, causal=causal and mask is None)
-        return a if nothing is None else a.masked_fill(nothing.permute(2, 0, 1, 3).flatten(2), 0.0)
+        return a if blind is None else a.masked_fill(blind.permute(2, 0, 1, 3).flatten(2), 0.0)
 
 
 class Cache:
-    """Keys and values (S, B, proj_size) of the steps that the next one of a layer sees: at most the last `limit`."""
+    """Keys and values (S, B, proj_size) of a layer's last steps, at most `limit`, for the next step."""
 
     def __init__(self, limit: int | None, k: Tensor | None = None, v: Tensor | None = None) -> None:
         self.limit, self.k, self.v = limit, k, v
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """What a step sees, itself included, which the cache then holds."""
+        """Add a step; return the keys and values that it sees, its own included."""
         if self.k is not None and self.v is not None:
             k, v = torch.cat([self.k, k]), torch.cat([self.v, v])
         first = 0 if self.limit is None else max(0, k.shape[0] - self.limit)

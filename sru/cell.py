@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ from sru.checks import (
 from sru.kernels import ACTIVATIONS, BACKENDS, recurrence
 from sru.kernels.dispatch import HALVES, has_numbers
 from sru.kernels.linear import FORWARD, linear
-from sru.official_format import Shape, read_official_cell
+from sru.official_format import Shape, read_official_cell, translate_options
 
 
 def sequence_mask(p: float, like: Tensor) -> Tensor | None:
-    """A dropout mask (B, D) that every step of a sequence shares, scaled by 1 / (1 - p); None when p is 0."""
+    """A dropout mask (B, D) for all steps of a sequence, scaled by 1 / (1 - p); None when p is 0."""
     check_probabilities(dropout=p)
     return None if p == 0 else torch.rand_like(like).lt_(1 - p).div_(1 - p)
 
@@ -42,37 +43,34 @@ class SRUCell(nn.Module):
         c_t = f_t * c_{t-1} + (1 - f_t) * (W x_t)
         h_t = r_t * g(c_t) + (1 - r_t) * x_t * alpha
 
-    Where input_size differs from D, a fourth matrix projects x_t for the last line, as the released code does, and
-    alpha is 1.
+    If input_size differs from D, alpha is 1 and a fourth matrix projects x_t in the last line, as in the released code.
 
     Args:
         input_size: features of x.
         hidden_size: features of one direction.
-        dropout: probability of dropping r_t * (g(c_t) - x_t * alpha), what the layer adds to its highway; one mask
+        dropout: probability of dropping r_t * (g(c_t) - x_t * alpha), which the layer adds to the highway; one mask
             (B, D) for all steps of a sequence.
-        rnn_dropout: probability of dropping an input of the matrices, the highway's apart; one mask for all steps.
+        rnn_dropout: probability of dropping an input of the matrices, but not of the highway; one mask for all steps.
         bidirectional: a second set of columns runs from the last step to the first.
-        projection_size: width of a matrix before the others, which saves parameters; 0 for none.
+        projection_size: output size of an extra matrix before the others, which saves parameters; 0 for none.
         activation: g, one of identity, tanh, relu.
         layer_norm: normalise the input of the matrices, or with `normalize_after` the output of the layer.
-        highway_bias: the reset gate's bias b_r at the start; negative values let more of x through (-3 for deep
-            language models).
-        forget_bias: the forget gate's bias b_f at the start. The published 0 halves c at every step; 2 remembers for
-            about eight, which trains better where embeddings start at random (README, results).
+        highway_bias: initial bias b_r of the reset gate; negative values pass more of x (-3 for deep language models).
+        forget_bias: initial bias b_f of the forget gate. The published 0 halves c at every step; 2 remembers for about
+            eight steps, which trains better when embeddings start at random (README, results).
         has_skip_term: False removes the highway: h_t = r_t * g(c_t).
-        project_skip: a fourth matrix projects the highway where the sizes are the same too (speech networks of 2017).
+        project_skip: project the highway by a fourth matrix even if the sizes are equal (speech networks of 2017).
         rescale: the scaling correction alpha = sqrt(1 + 2 exp(highway_bias)); False sets alpha to 1 (section 3.2).
-        has_vc_term: False removes v * c_{t-1} from both gates, which is the cell of 2017.
+        has_vc_term: False removes v * c_{t-1} from both gates, as in the cell of 2017.
         weight_c_init: v starts uniformly within plus or minus this; None for the published square root of 3/2.
-        zoneout: probability that a state keeps its value at a step, drawn in training, the mean in evaluation.
-        transform_module: takes the place of the matrices: maps (T, B, input_size) to (T, B, D * k), where the k (4 with
-            a projected highway, else 3) numbers of a column lie together: candidate, forget, reset, highway. Or to
-            (T, B, k, D), as the recurrence takes it.
+        zoneout: probability that a state keeps its value at a step; in evaluation, the mean over these draws.
+        transform_module: replaces the matrices: maps (T, B, input_size) to (T, B, D * k), with the k values of a column
+            (4 with a projected highway, else 3) adjacent: candidate, forget, reset, highway. Or to (T, B, k, D), the
+            layout of the recurrence.
         backend: auto, cpu, cuda or reference; see sru.kernels.recurrence.
-        use_tanh, v1, n_proj, custom_m: the official names of activation="tanh", has_vc_term=False, projection_size and
-            transform_module.
-        amp_recurrence_fp16: taken for the official package's sake; the state here is always float32 at least.
         device, dtype: of the parameters.
+        official: use_tanh, v1, n_proj and custom_m, the official names of activation="tanh", has_vc_term=False,
+            projection_size and transform_module; amp_recurrence_fp16 is accepted without effect.
     """
 
     weight: nn.Parameter | None
@@ -101,56 +99,47 @@ class SRUCell(nn.Module):
         zoneout: float = 0.0,
         transform_module: nn.Module | None = None,
         backend: str = "auto",
-        use_tanh: bool = False,
-        v1: bool = False,
-        n_proj: int = 0,
-        custom_m: nn.Module | None = None,
-        amp_recurrence_fp16: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **unknown: Any,
+        **official: Any,
     ) -> None:
         super().__init__()
-        for name in unknown:
-            refuse(name, type(self))
+        check_flags(bidirectional=bidirectional, layer_norm=layer_norm, normalize_after=normalize_after)
+        check_flags(project_skip=project_skip, has_skip_term=has_skip_term, rescale=rescale, has_vc_term=has_vc_term)
         check_sizes(1, input_size=input_size, hidden_size=hidden_size)
-        check_sizes(0, projection_size=projection_size, n_proj=n_proj)
+        check_sizes(0, projection_size=projection_size)
+        activation, has_vc_term, projection_size, transform_module = translate_options(
+            type(self), official, activation, has_vc_term, projection_size, transform_module
+        )
         check_probabilities(dropout=dropout, rnn_dropout=rnn_dropout, zoneout=zoneout)
         check_biases(highway_bias=highway_bias, forget_bias=forget_bias)
-        check_flags(bidirectional=bidirectional, layer_norm=layer_norm, normalize_after=normalize_after)
-        check_flags(project_skip=project_skip)
-        check_flags(has_skip_term=has_skip_term, rescale=rescale, has_vc_term=has_vc_term, use_tanh=use_tanh, v1=v1)
         if weight_c_init is not None and not 0 <= weight_c_init < math.inf:
             raise ValueError(f"weight_c_init must be None or at least 0, not {weight_c_init}")
-        if use_tanh and activation not in ("identity", "tanh"):
-            raise ValueError(f"use_tanh=True and activation={activation!r} contradict each other")
-        activation = "tanh" if use_tanh else activation
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("backend", backend, BACKENDS)
-        if custom_m is not None and transform_module is not None:
-            raise ValueError("custom_m is another name of transform_module: give one of them")
-        transform_module = transform_module if transform_module is not None else custom_m
         if transform_module is not None and not isinstance(transform_module, nn.Module):
             raise TypeError(f"transform_module must be a torch.nn.Module, not {transform_module!r}")
         if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating one, not {dtype}")
+            raise ValueError(f"dtype must be a floating-point type, not {dtype}")
+        if project_skip and not has_skip_term:
+            raise ValueError("project_skip=True has no highway to project: leave out has_skip_term=False")
+        if transform_module is not None and projection_size:
+            raise ValueError("projection_size and transform_module exclude each other; project within the module")
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.output_size = hidden_size * (2 if bidirectional else 1)
         self.dropout = dropout
         self.rnn_dropout = rnn_dropout
         self.bidirectional = bidirectional
-        self.projection_size = projection_size or n_proj
+        self.projection_size = projection_size
         self.activation = activation
         self.normalize_after = normalize_after
         self.highway_bias = highway_bias
         self.forget_bias = forget_bias
-        if project_skip and not has_skip_term:
-            raise ValueError("project_skip=True has no highway to project: leave out has_skip_term=False")
         self.has_skip_term = has_skip_term
         self.project_skip = project_skip
         self.rescale = rescale
-        self.has_vc_term = has_vc_term and not v1
+        self.has_vc_term = has_vc_term
         self.weight_c_init = weight_c_init
         self.zoneout = zoneout
         self.backend = backend
@@ -162,46 +151,44 @@ class SRUCell(nn.Module):
         self.transform_module = transform_module
         self.register_parameter("weight", None)
         self.register_parameter("weight_proj", None)
-        if self.transform_module is None:
+        if transform_module is None:
             # Rows: candidate, forget, reset [, skip], so that one product gives u (T, B, K, D).
-            columns = self.projection_size or input_size
+            columns = projection_size or input_size
             self.weight = nn.Parameter(torch.empty(self.matrices * self.output_size, columns, **factory))
-            if self.projection_size:
-                self.weight_proj = nn.Parameter(torch.empty(self.projection_size, input_size, **factory))
-        elif self.projection_size:
-            raise ValueError("projection_size and transform_module exclude each other; project within the module")
-        # Of the forget gate, then of the reset gate; of one dimension, as biases are, for code that tells them by it.
+            if projection_size:
+                self.weight_proj = nn.Parameter(torch.empty(projection_size, input_size, **factory))
+        # Forget gate, then reset gate. One-dimensional: some code recognises biases by their dimension.
         self.bias = nn.Parameter(torch.empty(2 * self.output_size, **factory))
         v = torch.empty(2 * self.output_size, **factory)
         if self.has_vc_term:
             self.v = nn.Parameter(v)
         else:
             self.register_buffer("v", v)
-        # alpha, in the state dict as in the official package: a file may come from a layer that has another one. The
-        # kernels read it where it lies, so that it holds however it came there, and however the layer is called.
+        # alpha is in the state dict, as in the official package, because a file may come from a layer with another
+        # alpha. The kernels read this buffer, so it does not matter who wrote it.
         self.register_buffer("scale_x", torch.empty(1, device=device, dtype=state_dtype(self.bias)))
         self.reset_parameters()
 
     @property
     def alpha(self) -> float:
-        """The scaling correction, a number that is not learnt: what the buffer scale_x holds, or will start with."""
+        """The scaling correction, which is not learnt: the value of scale_x, or its initial value on meta."""
         return self.initial_alpha() if self.scale_x.is_meta else self.scale_x.item()
 
     def initial_alpha(self) -> float:
-        """What scale_x starts with, rounded as in the official package, whatever the dtype of the layer."""
+        """The initial scale_x, rounded to float32 as in the official package, in any dtype of the layer."""
         return float(np.float32(math.sqrt(1 + 2 * math.exp(self.highway_bias)) if self.rescale else 1.0))
 
-    def _apply(self, fn, recurse=True):
-        before = self.scale_x
-        super()._apply(fn, recurse)
-        if before.is_meta and not self.scale_x.is_meta:  # by to_empty, and a file may not have it
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before, base = self.scale_x, cast(Any, super())
+        base._apply(fn, recurse)
+        if before.is_meta and not self.scale_x.is_meta:  # after to_empty; a file may lack it
             self.scale_x.fill_(self.initial_alpha())
-        if self.scale_x.dtype in HALVES:  # alpha stays as wide as the state, so that .half() and back loses nothing
+        if self.scale_x.dtype in HALVES:  # alpha stays in the dtype of the state, so that .half() is reversible
             self.scale_x = before.to(self.scale_x.device, state_dtype(self.scale_x))
         return self
 
     def make_buffers_writable(self) -> None:
-        """Copy buffers that torch.inference_mode made, where it is over: torch lets nobody write to them any more."""
+        """Copy buffers made under torch.inference_mode: torch does not allow writing to them outside it."""
         for name, buffer in self._buffers.items():
             if buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled():
                 self._buffers[name] = buffer.clone()
@@ -214,12 +201,12 @@ class SRUCell(nn.Module):
             bound = math.sqrt(3 / self.weight.shape[1])
             self.weight.uniform_(-bound, bound)
             candidate, gates, skip = self.weight.tensor_split([self.output_size, 3 * self.output_size])
-            # Dropout makes what reaches the output 1 / (1 - p) as large.
+            # Dropout scales the values that it keeps by 1 / (1 - p).
             candidate.mul_(math.sqrt(1 - self.dropout))
             if self.has_projected_skip:
                 skip.mul_(self.initial_alpha())
             if self.has_vc_term:
-                # W x and v * c share a gate's variance.
+                # W x and v * c contribute half of a gate's variance each.
                 gates.mul_(math.sqrt(0.5))
         if self.weight_proj is not None:
             bound = math.sqrt(3 / self.input_size)
@@ -242,14 +229,14 @@ class SRUCell(nn.Module):
         c0: Tensor | None = None,
         mask_pad: Tensor | None = None,
         *,
-        context: tuple = (),
+        context: tuple[Any, ...] = (),
         **unknown: Any,
     ) -> tuple[Tensor, Tensor]:
         """Run the layer: h (T, B, D) and the last state (B, D).
 
         x (T, B, input_size), or (B, input_size) for a single step; c0 (B, D), zeros when None; mask_pad (T, B), True
-        (or not 0) where a step is padding: there the state is carried on and h is 0; context: what a transform_module
-        gets besides x.
+        (or not 0) where a step is padding: there the state does not change and h is 0; context: further arguments of
+        the transform_module.
         """
         for name in unknown:
             refuse(name, self.forward)
@@ -272,7 +259,7 @@ class SRUCell(nn.Module):
         # A projected skip has alpha in its initial weights.
         scale = 0.0 if not self.has_skip_term else 1.0 if self.has_projected_skip else self.scale_x
         if self.training and self.zoneout:
-            # A forget gate at 1 keeps the state, to the bit where there is nothing to add.
+            # A forget gate of 1 and a candidate of 0 keep the state exactly.
             kept = torch.rand(u[:, :, :1].shape, device=u.device) < self.zoneout
             candidate, forget = u[:, :, :1].masked_fill(kept, 0.0), u[:, :, 1:2].masked_fill(kept, 1e4)
             u = torch.cat([candidate, forget, u[:, :, 2:]], dim=2)
@@ -305,20 +292,22 @@ class SRUCell(nn.Module):
         if self.weight is not None:
             if self.weight_proj is not None:
                 x = linear(x, self.weight_proj)
-            return linear(x, self.weight).unflatten(2, (self.matrices, self.output_size))
+            u: Tensor = linear(x, self.weight).unflatten(2, (self.matrices, self.output_size))
+            return u
         assert self.transform_module is not None
         u = self.transform_module(x, *context)
-        if isinstance(u, Tensor) and u.shape == (*x.shape[:2], self.matrices, self.output_size):
+        shape = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
+        if shape == (*x.shape[:2], self.matrices, self.output_size):
             return u
         expected = (*x.shape[:2], self.output_size * self.matrices)
-        if not isinstance(u, Tensor) or u.shape != expected:
-            found = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
-            raise ValueError(f"transform_module must return a tensor {expected} for x {tuple(x.shape)}, not {found}")
-        return u.unflatten(2, (self.output_size, self.matrices)).transpose(2, 3)
+        if shape != expected:
+            raise ValueError(f"transform_module must return a tensor {expected} for x {tuple(x.shape)}, not {shape}")
+        u = u.unflatten(2, (self.output_size, self.matrices)).transpose(2, 3)
+        return u
 
     def plain_tensors(self, input_size: int, output_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """weight, v, bias and alpha if the layer is a matrix product and the recurrence alone, of these sizes."""
-        # Past nn.Module's own lookup, which takes as long as all the rest.
+        """weight, v, bias and alpha if the layer is only a matrix product and the recurrence, of these sizes."""
+        # Not by nn.Module.__getattr__, which takes as long as everything else here.
         own, state = self._parameters, self._buffers
         weight, bias, alpha = own.get("weight"), own.get("bias"), state.get("scale_x")
         v = own.get("v", state.get("v"))
@@ -326,13 +315,13 @@ class SRUCell(nn.Module):
             return None
         plain = (
             own.get("weight_proj") is None
-            and self.__dict__.get("layer_norm", self) is None  # a module would not be among these
+            and self.__dict__.get("layer_norm", self) is None  # a module is stored elsewhere
             and not self.zoneout
             and self.backend in ("auto", "cpu")
             and self.activation in ACTIVATIONS
             and (self.has_skip_term or not self.has_projected_skip)
             and self.input_size == input_size
-            # Kernels that read memory by its address trust these.
+            # The kernels read memory by address and rely on these shapes.
             and weight.shape == (self.matrices * output_size, input_size)
             and v.shape == bias.shape == (2 * output_size,)
             and alpha.shape == (1,)
@@ -344,21 +333,21 @@ class SRUCell(nn.Module):
         )
         return (weight, v, bias, alpha) if plain else None
 
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        for tensor in (self.bias, self.v):  # of a pickled layer of earlier versions: a row for each gate
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cast(Any, super()).__setstate__(state)
+        for tensor in (self.bias, self.v):  # a layer pickled by an earlier version has a row for each gate
             if tensor.dim() == 2:
                 tensor.data = tensor.data.flatten()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight_shape = None if self.weight is None else self.weight.shape
         shape = Shape(self.output_size, self.matrices, self.projection_size, weight_shape, self.has_vc_term)
         read_official_cell(shape, state_dict, prefix)
-        for name in ("bias", "v"):  # of earlier versions of this layer: a row for each gate
+        for name in ("bias", "v"):  # a file of an earlier version has a row for each gate
             if (a := state_dict.get(f"{prefix}{name}")) is not None and a.shape == (2, self.output_size):
                 state_dict[f"{prefix}{name}"] = a.flatten()
         alpha = state_dict.get(f"{prefix}scale_x")
-        if alpha is None:  # in a file of parameters alone
+        if alpha is None:  # the file holds parameters only
             alpha = self.scale_x
             if alpha.is_meta and (bias := state_dict.get(f"{prefix}bias")) is not None:
                 alpha = torch.full((1,), self.initial_alpha(), dtype=state_dtype(bias), device=bias.device)
@@ -371,21 +360,21 @@ class SRUCell(nn.Module):
                 raise ValueError(f"{prefix}scale_x must be a positive number, not {alpha.item()}")
             exact = torch.full_like(alpha, self.initial_alpha(), dtype=state_dtype(alpha))
             if alpha.dtype in HALVES and torch.equal(exact.to(alpha.dtype), alpha):
-                state_dict[f"{prefix}scale_x"] = exact  # a file of half precision holds the same alpha, rounded
+                state_dict[f"{prefix}scale_x"] = exact  # the file holds the same alpha, rounded to half precision
         self.make_buffers_writable()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.scale_x.dtype in HALVES:  # by load_state_dict(assign=True)
+        if self.scale_x.dtype in HALVES:  # after load_state_dict(assign=True)
             self.scale_x = self.scale_x.to(state_dtype(self.scale_x))
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]
         for name, parameter in inspect.signature(SRUCell).parameters.items():
             value = getattr(self, name, parameter.default)
-            # What is a module prints itself.
+            # Modules print themselves.
             if parameter.kind is parameter.KEYWORD_ONLY and not isinstance(value, nn.Module | None):
                 parts += [f"{name}={value!r}"] if value != parameter.default else []
         return ", ".join(parts)
 
 
-# As defined here: a layer of which a library replaces one of these is called.
+# The original methods: a layer in which a library has replaced one of them must be called.
 FORWARD[SRUCell], PROJECT = SRUCell.forward, SRUCell.project

@@ -1,4 +1,4 @@
-"""What the layer and the stack refuse, and what they answer."""
+"""Checks of arguments and inputs, with error messages that name the wrong value and the right ones."""
 
 import difflib
 import inspect
@@ -9,39 +9,40 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-# Arguments of the official package that it dropped itself, and of torch.nn.LSTM, that a caller may still give.
-ANSWERS = {
+# Hints for arguments of torch.nn.LSTM, and for those that the official package removed.
+HINTS = {
     "use_relu": "the official package dropped it after version 2.1.8; choose activation='relu'",
     "use_selu": "the official package dropped it after version 2.1.8; choose activation='relu' or 'tanh'",
     "weight_norm": "the official package dropped it after version 2.1.7; choose layer_norm=True",
     "use_weight_norm": "the official package dropped it after version 2.1.7; choose layer_norm=True",
-    "proj_size": "LSTM's narrower h has no counterpart; projection_size narrows the matrices instead",
+    "proj_size": "there is no equivalent of LSTM's narrower h; projection_size narrows the matrices instead",
     "bias": "each gate always has a bias, and the candidate never has one: leave bias out",
-    "hx": "the state is called c0 here, and is c alone, no (h, c)",
+    "hx": "the state is called c0 here; it is c alone, not (h, c)",
     "nonlinearity": "choose activation='identity', 'tanh' or 'relu'",
 }
 
 
 def check_sizes(least: int, **sizes: Any) -> None:
-    """ValueError for what is no whole number, or too small."""
+    """Raise ValueError for a value that is not a whole number of at least `least`."""
     for name, value in sizes.items():
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
+def check_optional_sizes(least: int, **sizes: Any) -> None:
+    """Do the same, but accept None."""
+    check_sizes(least, **{name: value for name, value in sizes.items() if value is not None})
+
+
 def check_flags(**flags: Any) -> None:
-    """ValueError for what is neither true nor false; numbers 0 and 1 are, as in the official package."""
+    """Raise ValueError for a value that is not a bool; 0 and 1 are accepted, as in the official package."""
     for name, value in flags.items():
         if not isinstance(value, numbers.Integral) or value not in (0, 1):
             raise ValueError(f"{name} must be True or False, not {value!r}")
 
 
-def is_real(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 def check_heads(hidden_size: int, num_heads: int) -> None:
-    """ValueError for features that cannot be shared among heads."""
+    """Raise ValueError if the features cannot be divided among the heads."""
     if hidden_size % num_heads:
         fitting = [n for n in range(1, min(hidden_size, 32) + 1) if hidden_size % n == 0]
         raise ValueError(
@@ -50,33 +51,37 @@ def check_heads(hidden_size: int, num_heads: int) -> None:
         )
 
 
+def is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_probabilities(**probabilities: Any) -> None:
-    """ValueError for what is no probability below 1."""
+    """Raise ValueError for a value outside [0, 1)."""
     for name, value in probabilities.items():
         if not is_real(value) or not 0 <= value < 1:
             raise ValueError(f"{name} must lie in [0, 1), not {value!r}")
 
 
 def check_biases(**biases: Any) -> None:
-    """ValueError for what is no bias of a gate; beyond 80 either way a sigmoid is 0 or 1 in float32."""
+    """Raise ValueError for a gate's bias beyond plus or minus 80, where a sigmoid is 0 or 1 in float32."""
     for name, value in biases.items():
         if not is_real(value) or not -80 <= value <= 80:
             raise ValueError(f"{name} must be a number from -80 to 80, not {value!r}")
 
 
-def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """ValueError for what is not among the known."""
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError for a value that is not one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the state beside an input x: float32 at least."""
+    """The dtype of the state for an input x: float32 at least."""
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def check_input(x: Any, parameter: Tensor) -> None:
-    """TypeError for an input that is no tensor, or of another dtype than the parameters, unless autocast sees to it."""
+    """Raise TypeError unless x is a tensor in the dtype of the parameters, or autocast can convert it."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, not {type(x).__name__}")
     if x.dtype != parameter.dtype:
@@ -86,7 +91,7 @@ def check_input(x: Any, parameter: Tensor) -> None:
 
 
 def check_mask(mask_pad: Any, shape: tuple[int, ...], meaning: str, x: Tensor) -> None:
-    """Refuse what is no mask beside x."""
+    """Check the type, shape and device of a mask for x."""
     if not isinstance(mask_pad, Tensor):
         raise TypeError(f"mask_pad must be a tensor {meaning}, not {type(mask_pad).__name__}")
     if mask_pad.shape != shape:
@@ -96,26 +101,25 @@ def check_mask(mask_pad: Any, shape: tuple[int, ...], meaning: str, x: Tensor) -
 
 
 def check_state(c0: Any, shape: tuple[int, ...], meaning: str, x: Tensor) -> None:
-    """Refuse what is no state of x: its type, shape, dtype and device, each by name."""
-    if isinstance(c0, (tuple, list)):
-        raise TypeError(f"c0 must be a tensor {meaning}, not a {type(c0).__name__}: an SRU carries c alone, no (h, c)")
+    """Check the type, shape, dtype and device of a state for x."""
     if not isinstance(c0, Tensor):
-        raise TypeError(f"c0 must be a tensor {meaning}, not {type(c0).__name__}")
+        hint = ": the state of an SRU is c alone, not (h, c)" if isinstance(c0, tuple | list) else ""
+        raise TypeError(f"c0 must be a tensor {meaning}, not {type(c0).__name__}{hint}")
     if c0.shape != shape:
         raise ValueError(f"c0 must be {meaning} = {tuple(shape)}, not {tuple(c0.shape)}")
     if c0.dtype not in (x.dtype, state_dtype(x)):
-        raise TypeError(f"c0 must be {state_dtype(x)} beside x of {x.dtype}, not {c0.dtype}")
+        raise TypeError(f"c0 must be {state_dtype(x)} for x of {x.dtype}, not {c0.dtype}")
     if c0.device != x.device:
         raise ValueError(f"c0 is on {c0.device}, x on {x.device}; move it with c0.to(x.device)")
 
 
-def refuse(name: str, owner: Callable) -> NoReturn:
-    """TypeError for an argument that the class or method has not, with what to type instead."""
+def refuse(name: str, owner: Callable[..., Any]) -> NoReturn:
+    """Raise TypeError for an argument that a class or method does not have, with a hint at the right one."""
     owners: list[Any] = [owner]
-    if inspect.isclass(owner):  # one that takes **options hands them to the class that it extends
+    if inspect.isclass(owner):  # a class with **options passes them to its base class
         owners = [each for each in owner.__mro__ if "__init__" in vars(each) and each.__module__.startswith("sru.")]
     parameters = [p for each in owners for p in inspect.signature(each).parameters.values()]
     names = list(dict.fromkeys(p.name for p in parameters if p.kind is not p.VAR_KEYWORD))
     close = difflib.get_close_matches(name, names, 1)
-    hint = ANSWERS.get(name) or (f"did you mean {close[0]}?" if close else f"it takes {', '.join(names)}")
+    hint = HINTS.get(name) or (f"did you mean {close[0]}?" if close else f"it takes {', '.join(names)}")
     raise TypeError(f"{owner.__qualname__} has no argument {name}: {hint}")

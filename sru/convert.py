@@ -1,4 +1,4 @@
-"""State dicts that the official package loads: 2.6.0 and 3.0.0.dev. sru/official_format.py reads its own."""
+"""State dicts for the official package, versions 2.6.0 and 3.0.0.dev. sru/official_format.py reads its files."""
 
 import re
 
@@ -13,9 +13,9 @@ VERSIONS = ("2.6.0", "3.0.0.dev")
 
 
 def to_official(sru: SRU, version: str = "3.0.0.dev") -> dict[str, Tensor]:
-    """The state dict that the official SRU of a version, 2.6.0 or 3.0.0.dev, loads.
+    """A state dict for the official SRU of version 2.6.0 or 3.0.0.dev.
 
-    ValueError: the network has what that version has not. TypeError: it is no SRU.
+    ValueError: that version lacks an option of the network. TypeError: the network is not an SRU.
     """
     if not isinstance(sru, SRU):
         modules = sru.named_modules() if isinstance(sru, nn.Module) else ()
@@ -36,7 +36,7 @@ def to_official(sru: SRU, version: str = "3.0.0.dev") -> dict[str, Tensor]:
 
 
 def cell_to_official(cell: SRUCell, version: str) -> dict[str, Tensor]:
-    """As `to_official`, of one layer."""
+    """The same for one layer."""
     if cell.activation == "relu" or cell.zoneout:
         raise ValueError(f"version {version} has no relu and no zoneout")
     state = {
@@ -45,11 +45,10 @@ def cell_to_official(cell: SRUCell, version: str) -> dict[str, Tensor]:
         "scale_x": cell.scale_x,
     }
     old = version.startswith("2")
-    if cell.weight is None:
-        assert cell.transform_module is not None
+    if cell.transform_module is not None:
         name = "custom_m" if old else "transform_module"
         state |= {f"{name}.{key}": value for key, value in cell.transform_module.state_dict().items()}
-    else:
+    elif cell.weight is not None:
         matrix = to_official_matrix(cell.weight.detach(), cell.matrices)
         projection = cell.weight_proj
         if projection is None:

@@ -1,4 +1,4 @@
-"""What runs on this machine: `python -m sru.doctor` tries every backend, and says what to type where one fails."""
+"""`python -m sru.doctor` runs every backend on this machine and says what to type if one fails."""
 
 import importlib.metadata
 import os
@@ -27,7 +27,7 @@ def in_one_line(error: Exception) -> str:
 
 
 def run(backend: str, device: str, dtype: torch.dtype, precision: torch.dtype) -> list[Tensor]:
-    """Outputs and gradients, in float64, of numbers that dtype can hold, computed in `precision`."""
+    """Outputs and gradients, as float64, for inputs rounded to dtype and computed in `precision`."""
 
     def numbers(*shape: int) -> Tensor:
         values = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).sin().view(shape)
@@ -40,45 +40,45 @@ def run(backend: str, device: str, dtype: torch.dtype, precision: torch.dtype) -
 
 
 def failure(backend: str, device: str) -> str:
-    """Why a backend does not work on a device, found by running it; empty if it works."""
+    """Run a backend on a device; return why it does not work, or an empty string."""
     for dtype in kernels.DTYPES:
         name = str(dtype).removeprefix("torch.")
         try:
             truth, found = run("reference", "cpu", dtype, torch.float64), run(backend, device, dtype, dtype)
-        except Exception as error:  # a broken installation raises anything
+        except Exception as error:  # a broken installation may raise anything
             return f"{in_one_line(error)} (with {name})"
         for t, f in zip(truth, found, strict=True):
             allowed = max(16 * torch.finfo(dtype).eps, 1e-12) * max(1.0, t.abs().max().item())
-            # Written so that a NaN fails.
+            # This form also fails for NaN.
             if t.shape != f.shape or not (t - f).abs().max().item() <= allowed:
                 return f"wrong numbers with {name}: {f.flatten()[:2].tolist()}, not {t.flatten()[:2].tolist()}"
     return ""
 
 
 def auto(device: str) -> tuple[str, bool]:
-    """What auto picks on a device, and whether that works."""
-    picked: dict[str, list[str]] = {}
+    """The backend that auto chooses on a device, and whether it works."""
+    chosen: dict[str, list[str]] = {}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a missing kernel, which the table shows
+            warnings.simplefilter("ignore")  # about missing kernels, which the table shows
             for dtype in kernels.DTYPES:
                 u = torch.empty(0, device=device, dtype=dtype)
                 name = u.device.type if kernels.has_kernel(u) else "reference"
-                picked.setdefault(name, []).append(str(dtype).removeprefix("torch."))
+                chosen.setdefault(name, []).append(str(dtype).removeprefix("torch."))
     except Exception as error:  # a GPU that torch counts but cannot use
         return f"FAILS: {in_one_line(error)}", False
     finally:
-        kernels.warn_once.cache_clear()  # a warning that was not shown here is still due
-    problems = {name: failure(name, device) for name in picked}
+        kernels.warn_once.cache_clear()  # the warnings suppressed here must still appear later
+    problems = {name: failure(name, device) for name in chosen}
     texts = [
         f"{name} for {', '.join(dtypes)}" + (f" (FAILS: {problems[name]})" if problems[name] else "")
-        for name, dtypes in picked.items()
+        for name, dtypes in chosen.items()
     ]
     return "; ".join(texts), not any(problems.values())
 
 
 def on_gpu(device: str) -> str:
-    """What the CUDA kernels do on a device."""
+    """Whether the CUDA kernels work on a device."""
     try:
         missing = kernels.why_not_cuda(torch.empty(0, device=device))
         name = torch.cuda.get_device_name(device)
@@ -91,22 +91,22 @@ def on_gpu(device: str) -> str:
 
 
 def cache_folder() -> str:
-    """Where numba keeps the compiled kernels."""
+    """The folder in which numba caches compiled kernels."""
     try:
         import numba
 
         from sru.kernels import cpu_kernels
 
-        # Asked for a folder, numba tries to write there.
+        # numba tests here that the folder is writable.
         return f"{numba.njit(cache=True)(cpu_kernels.forward(0)).stats.cache_path} (writable)"
     except Exception as error:
         if "no locator" not in str(error):
             return f"nowhere: {in_one_line(error)}"
-        return "nowhere, so every process compiles: set NUMBA_CACHE_DIR to a folder that can be written"
+        return "nowhere, so every process compiles: set NUMBA_CACHE_DIR to a writable folder"
 
 
 def examine() -> tuple[dict[str, str], bool]:
-    """The table, and whether what auto picks works on every device that is present."""
+    """The table, and whether the choice of auto works on every device."""
     cpuinfo = Path("/proc/cpuinfo")
     about = cpuinfo.read_text() if cpuinfo.exists() else ""
     processors = [line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")]
@@ -137,12 +137,12 @@ def examine() -> tuple[dict[str, str], bool]:
 
 
 def main() -> int:
-    """Print the table; returns the exit status: 1 where what auto picks on a device fails, else 0."""
+    """Print the table; return the exit status: 1 if the choice of auto fails on a device, else 0."""
     rows, healthy = examine()
     width = max(map(len, rows))
     for name, text in rows.items():
         print(f"{name:{width}}  {text}")
-    print("\nAll is well." if healthy else "\nWhat auto picks FAILS here; SRU(..., backend='reference') may run.")
+    print("\nAll is well." if healthy else "\nThe choice of auto FAILS here; SRU(..., backend='reference') may run.")
     return 0 if healthy else 1
 
 

@@ -13,30 +13,31 @@ from sru.checks import check_flags, check_input, check_mask, check_sizes, check_
 from sru.kernels import stack
 from sru.kernels.dispatch import has_numbers
 from sru.kernels.linear import affine, is_plain
-from sru.official_format import read_official_names
+from sru.official_format import read_official_names, translate_options
 
-# What the papers use in each setting: SRU(n, d, num_layers, **presets["deep"]).
+# The papers' settings: SRU(n, d, num_layers, **presets["deep"]).
 presets: dict[str, dict[str, Any]] = {
     # SRU (2018), section 4.1.
     "classification": {"dropout": 0.5},
-    # SRU (2018), section 4.4: the highway open at the start, and a projection for the width.
+    # SRU (2018), section 4.4: the highway starts open; a projection makes wide layers affordable.
     "language_modelling": {"dropout": 0.2, "highway_bias": -3.0, "projection_size": 512},
-    # Ten layers and more: normalised, with the highway open at the start.
+    # Ten layers or more: layer norm, and a highway that starts open.
     "deep": {"dropout": 0.1, "highway_bias": -2.0, "layer_norm": True},
-    # SRU (2017), section 4.5, with the bias and the dropout that pytorch-kaldi's recipes took.
+    # SRU (2017), section 4.5, with the bias and dropout of pytorch-kaldi's recipes.
     "speech": {"dropout": 0.1, "rnn_dropout": 0.1, "highway_bias": -1.0, "projection_size": 256},
 }
 
-# Of a layer's number, its input and mask_pad: what its transform_module gets besides its input.
-Context = Callable[[int, Tensor, Tensor | None], tuple]
+Lengths = Tensor | Sequence[int] | int
+# context(i, x, mask_pad): the arguments of layer i's transform_module after the layer's input x.
+Context = Callable[[int, Tensor, Tensor | None], tuple[Any, ...]]
 
 
 class SRU(nn.Module):
-    """A stack of SRU layers; the only state that is carried from step to step is c.
+    """A stack of SRU layers.
 
     `h, c = sru(x, c0)` with x (T, B, input_size), h (T, B, output_size) and c, c0 (num_layers, B, output_size), where
-    output_size is hidden_size, or twice that when bidirectional (forward half first). Feeding c back as c0 continues
-    the sequence. A sequence may also be (T, input_size), without a batch, or a PackedSequence.
+    output_size is hidden_size, or twice that when bidirectional (forward half first). Passing c as the next c0
+    continues the sequence. x may also be (T, input_size), without a batch, or a PackedSequence.
 
     Args:
         input_size: features of x.
@@ -44,13 +45,12 @@ class SRU(nn.Module):
         num_layers: layers of the stack.
         dropout: as in SRUCell, on every layer but the last.
         batch_first: x and h are (B, T, ...) and mask_pad is (B, T); the state is not affected.
-        nn_rnn_compatible_return: the state, given and returned, is (num_layers * directions, B, hidden_size), as in
-            torch.nn.LSTM.
-        proj_input_to_hidden_first: a matrix makes x as wide as the layers before the first of them.
-        projection_size: as in SRUCell, one for all layers or a sequence of one for each.
-        transform_module: as in SRUCell: a sequence of one for each layer (None for a layer of matrices), or a module of
-            which every layer gets a copy.
-        rnn_dropout, bidirectional, activation, ..., dtype: as in SRUCell.
+        nn_rnn_compatible_return: c0 and c are (num_layers * directions, B, hidden_size), as in torch.nn.LSTM.
+        proj_input_to_hidden_first: a matrix first projects x to output_size features.
+        projection_size: as in SRUCell: one for all layers, or a sequence with one for each layer.
+        transform_module: as in SRUCell: a sequence with one for each layer (None for a layer with matrices), or a
+            module that every layer gets a copy of.
+        rnn_dropout, bidirectional, activation, ..., dtype, official: as in SRUCell, but without n_proj.
     """
 
     def __init__(
@@ -65,7 +65,6 @@ class SRU(nn.Module):
         proj_input_to_hidden_first: bool = False,
         projection_size: int | Sequence[int] = 0,
         transform_module: nn.Module | Sequence[nn.Module | None] | None = None,
-        custom_m: nn.Module | Sequence[nn.Module | None] | None = None,
         rnn_dropout: float = 0.0,
         bidirectional: bool = False,
         activation: str = "identity",
@@ -80,23 +79,19 @@ class SRU(nn.Module):
         weight_c_init: float | None = None,
         zoneout: float = 0.0,
         backend: str = "auto",
-        use_tanh: bool = False,
-        v1: bool = False,
-        amp_recurrence_fp16: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **unknown: Any,
+        **official: Any,
     ) -> None:
         super().__init__()
         check_sizes(1, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         check_flags(batch_first=batch_first, nn_rnn_compatible_return=nn_rnn_compatible_return)
         check_flags(proj_input_to_hidden_first=proj_input_to_hidden_first)
-        if "n_proj" in unknown:
+        if "n_proj" in official:
             raise TypeError("SRU has no n_proj: it is called projection_size (n_proj in SRUCell)")
-        for name in unknown:
-            refuse(name, type(self))
-        if transform_module is not None and custom_m is not None:
-            raise ValueError("custom_m is another name of transform_module: give one of them")
+        activation, has_vc_term, projection_size, modules = translate_options(
+            type(self), official, activation, has_vc_term, projection_size, transform_module
+        )
         self.bidirectional = bool(bidirectional)
         self.dropout = dropout
         self.num_directions = 2 if self.bidirectional else 1
@@ -111,7 +106,6 @@ class SRU(nn.Module):
             if proj_input_to_hidden_first
             else None
         )
-        modules = transform_module if transform_module is not None else custom_m
         if not isinstance(modules, Sequence | nn.ModuleList):
             modules = [modules] + [copy.deepcopy(modules) for _ in range(num_layers - 1)]
         sizes = projection_size if isinstance(projection_size, Sequence) else [projection_size] * num_layers
@@ -139,9 +133,6 @@ class SRU(nn.Module):
                 weight_c_init=weight_c_init,
                 zoneout=zoneout,
                 backend=backend,
-                use_tanh=use_tanh,
-                v1=v1,
-                amp_recurrence_fp16=amp_recurrence_fp16,
                 device=device,
                 dtype=dtype,
             )
@@ -153,31 +144,31 @@ class SRU(nn.Module):
         x: Tensor | PackedSequence,
         c0: Tensor | None = None,
         mask_pad: Tensor | None = None,
-        lengths: Tensor | Sequence[int] | int | None = None,
+        lengths: Lengths | None = None,
         **unknown: Any,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run the stack: h, in the form of x, and the last states.
 
-        mask_pad (T, B) is True where a step is padding, whose output is 0 and which leaves the state alone; it may lie
-        on either side. lengths (B,) says the same of sequences that begin at step 0; without a batch it is a number.
+        mask_pad (T, B) is True where a step is padding: there h is 0 and the state does not change. Padding may be on
+        either side. lengths (B,), or a number without a batch, says the same for sequences that start at step 0.
         Compiled code does not check lengths.
         """
         for name in unknown:
             refuse(name, self.forward)
-        return self.run_in_any_form(x, c0, mask_pad, lengths)
+        return self.run_any_layout(x, c0, mask_pad, lengths)
 
-    def run_in_any_form(
+    def run_any_layout(
         self,
         x: Tensor | PackedSequence,
         c0: Tensor | None,
         mask_pad: Tensor | None,
-        lengths: Tensor | Sequence[int] | int | None,
+        lengths: Lengths | None,
         context: Context | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
-        """`run`, of whatever `forward` takes."""
+        """Convert the arguments of `forward` to those of `run`, and the results back."""
         if isinstance(x, PackedSequence):
             if mask_pad is not None or lengths is not None:
-                raise ValueError("a PackedSequence knows its lengths: give it without mask_pad and lengths")
+                raise ValueError("a PackedSequence has its own lengths: leave out mask_pad and lengths")
             return self.run_packed(x, c0, context)
         check_input(x, self[0].bias)
         single = x.dim() == 2
@@ -206,10 +197,7 @@ class SRU(nn.Module):
         mask_pad: Tensor | None,
         context: Context | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The stack over x (T, B, input_size), with the state in the layout of the caller.
-
-        context(i, x, mask_pad) gives what the transform_module of layer i gets besides the layer's input x.
-        """
+        """Run the stack over x (T, B, input_size), with the state in the layout of the caller."""
         if x.shape[2] != self.input_size:
             raise ValueError(f"x must have input_size = {self.input_size} features, not {x.shape[2]}: {self.layout()}")
         if c0 is not None:
@@ -218,7 +206,7 @@ class SRU(nn.Module):
         if self.input_to_hidden is not None:
             x = affine(x, self.input_to_hidden)
         if context is None and (layers := self.plain_layers(x, c0)) is not None:
-            x, c = self.run_at_once(layers, x, c0, mask_pad)
+            x, c = self.run_fused(layers, x, c0, mask_pad)
         else:
             states = []
             for i, layer in enumerate(self.layers):
@@ -231,38 +219,38 @@ class SRU(nn.Module):
         return x, c
 
     def plain_layers(self, x: Tensor, c0: Tensor | None) -> list[tuple[SRUCell, Any]] | None:
-        """The layers and their tensors if the stack can run as one function: plain layers, alike, without hooks."""
+        """The layers and their tensors if the stack can run as one function: equal plain layers without hooks."""
         layers, tensors = [], [c0]
-        size = x.shape[2]  # behind input_to_hidden
+        size = x.shape[2]  # after input_to_hidden
         for layer in cast(dict[str, SRUCell], self.layers._modules).values():
-            if not is_plain(layer, SRUCell) or (found := layer.plain_tensors(size, self.output_size)) is None:
+            if not is_plain(layer, SRUCell) or (own := layer.plain_tensors(size, self.output_size)) is None:
                 return None
-            layers.append((layer, found))
+            layers.append((layer, own))
             if layer.activation != layers[0][0].activation or layer.bidirectional != self.bidirectional:
                 return None
-            tensors += found
+            tensors += own
             size = self.output_size
         return layers if len(layers) == self.num_layers and stack.takes(x, *tensors) else None
 
-    def run_at_once(
+    def run_fused(
         self, layers: list[tuple[SRUCell, Any]], x: Tensor, c0: Tensor | None, mask_pad: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """What the layers give one after the other, by sru/kernels/stack.py."""
+        """Run all layers by sru/kernels/stack.py."""
         if c0 is None:
             c0 = x.new_zeros(self.num_layers, x.shape[1], self.output_size, dtype=state_dtype(x))
         pad = mask_pad if mask_pad is None or mask_pad.dtype == torch.bool else mask_pad != 0
-        described = []
+        descriptions = []
         for i, (layer, (weight, v, bias, alpha)) in enumerate(layers):
             has_highway = layer.has_skip_term and not layer.has_projected_skip
             masks: tuple[Tensor | None, Tensor | None] = None, None
             if layer.training and (layer.rnn_dropout or layer.dropout):
                 inputs = c0.new_empty(x.shape[1], layer.input_size)
                 masks = sequence_mask(layer.rnn_dropout, inputs), sequence_mask(layer.dropout, c0[i])
-            described.append(stack.Layer(weight, v, bias, alpha if has_highway else None, *masks))
-        return stack.run(x, c0, pad, described, layers[0][0].activation, self.bidirectional)
+            descriptions.append(stack.Layer(weight, v, bias, alpha if has_highway else None, *masks))
+        return stack.run(x, c0, pad, descriptions, layers[0][0].activation, self.bidirectional)
 
     def check_state(self, c0: Tensor, x: Tensor) -> None:
-        """Refuse what is no state, in the layout of the caller, beside x (T, B, input_size)."""
+        """Check a state in the layout of the caller against x (T, B, input_size)."""
         meaning = "(num_layers, B, output_size)"
         shape = (self.num_layers, x.shape[1], self.output_size)
         if self.nn_rnn_compatible_return:
@@ -276,7 +264,7 @@ class SRU(nn.Module):
         c0: Tensor | None,
         context: Context | None = None,
     ) -> tuple[PackedSequence, Tensor]:
-        """The stack over a PackedSequence; the state is in the order in which the sequences were packed."""
+        """Run the stack over a PackedSequence; the state has the order of the sequences before packing."""
         check_input(x.data, self[0].bias)
         padded, lengths = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes))
         if c0 is not None and x.sorted_indices is not None:
@@ -291,9 +279,9 @@ class SRU(nn.Module):
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One step: h (B, output_size) and the state, of x (B, input_size) or, without a batch, (input_size,).
 
-        As many steps as the sequence is long give what one call gives.
+        T steps give the same result as one call with T steps.
         """
-        if self.num_directions == 2:
+        if self.bidirectional:
             raise ValueError("a bidirectional SRU needs the whole sequence: it has no step")
         if x.dim() not in (1, 2):
             raise ValueError(f"x must be (B, {self.input_size}) or ({self.input_size},), not {tuple(x.shape)}")
@@ -301,25 +289,25 @@ class SRU(nn.Module):
         h, c = self(sequence, state)
         return h.squeeze(1 if self.batch_first and x.dim() == 2 else 0), c
 
-    def padding(self, lengths: Tensor | Sequence[int] | int, x: Tensor, mask_pad: Tensor | None) -> Tensor:
-        """mask_pad (T, B) of sequences of these lengths, padded at their end."""
+    def padding(self, lengths: Lengths, x: Tensor, mask_pad: Tensor | None) -> Tensor:
+        """mask_pad (T, B) of sequences with these lengths, padded at their end."""
         if mask_pad is not None:
-            raise ValueError("give either lengths or mask_pad")
+            raise ValueError("pass either lengths or mask_pad, not both")
         steps, batch = x.shape[:2]
         lengths = torch.as_tensor(lengths, device=x.device)
-        lengths = lengths.long() if lengths.numel() == 0 else lengths  # an empty list has no dtype of its own
+        lengths = lengths.long() if lengths.numel() == 0 else lengths  # an empty list becomes a float tensor
         if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
-            raise ValueError(f"lengths must be {batch} integers, one a sequence, not {lengths.tolist()}")
+            raise ValueError(f"lengths must be {batch} integers, one for each sequence, not {lengths.tolist()}")
         if has_numbers(lengths) and batch and not 0 <= lengths.min() <= lengths.max() <= steps:
-            raise ValueError(f"lengths must lie in 0 to {steps}, the steps of x, not {lengths.tolist()}")
+            raise ValueError(f"lengths must be from 0 to {steps}, the steps of x, not {lengths.tolist()}")
         return torch.arange(steps, device=x.device)[:, None] >= lengths
 
     def layout(self) -> str:
         return f"({'B, T' if self.batch_first else 'T, B'}, {self.input_size})"
 
     def is_split(self) -> bool:
-        """Whether the caller's state keeps the directions apart."""
-        return self.nn_rnn_compatible_return and self.num_directions == 2
+        """Whether the caller's state has an entry for each direction."""
+        return self.nn_rnn_compatible_return and self.bidirectional
 
     def reset_parameters(self) -> None:
         """Draw the initialisation again."""
@@ -329,7 +317,7 @@ class SRU(nn.Module):
             self[i].reset_parameters()
 
     def flatten_parameters(self) -> None:
-        """Nothing: here for code that calls it on any recurrent network."""
+        """Do nothing; some code calls this method of torch.nn.LSTM on any recurrent network."""
 
     def __getitem__(self, i: int) -> SRUCell:
         """Layer i of the stack."""
@@ -337,17 +325,28 @@ class SRU(nn.Module):
 
     @property
     def rnn_lst(self) -> nn.ModuleList:
-        """The layers, by their official name."""
+        """The layers, under their official name."""
         return self.layers
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         read_official_names(state_dict, prefix)
         start = f"{prefix}layers."
-        found = len({key.removeprefix(start).partition(".")[0] for key in state_dict if key.startswith(start)})
-        if found not in (0, self.num_layers):  # among the keys: whether the load is strict, torch does not tell
-            keys = unexpected if found > self.num_layers else missing
-            keys.append(f"{prefix}num_layers (in the file: {found}, here: {self.num_layers})")
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        count = len({key.removeprefix(start).partition(".")[0] for key in state_dict if key.startswith(start)})
+        if count not in (0, self.num_layers):  # reported as a key, since torch always passes strict=True
+            keys = unexpected_keys if count > self.num_layers else missing_keys
+            keys.append(f"{prefix}num_layers (in the file: {count}, here: {self.num_layers})")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         names = ("batch_first", "nn_rnn_compatible_return")

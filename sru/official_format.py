@@ -1,19 +1,60 @@
-"""How the official package lays out a state dict: versions of 2017, 2.x and 3.0.0.dev, turned into ours.
+"""Options and state dicts of the official package (versions of 2017, 2.x and 3.0.0.dev), translated into ours.
 
-Its matrix (input_size, D * k), transposed from 3.0 on, holds the k numbers of a column together; ours (k * D,
-input_size) is k blocks of rows. Its weight_c is our v. Everything else differs in name only. The cell of 2017 has no
-weight_c and no scale_x: its alpha is 1.
+Its matrix (input_size, D * k), transposed since 3.0, interleaves the k values of a column; ours (k * D, input_size) is
+k blocks of rows. Its weight_c is our v. Everything else differs in name only. The cell of 2017 has no weight_c and no
+scale_x: its alpha is 1.
 """
 
 from collections.abc import Mapping, MutableMapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sru.checks import check_flags, check_sizes, refuse
+
+# Official names of options, with their defaults. amp_recurrence_fp16 has no effect: our state is float32 at least.
+OPTIONS: dict[str, Any] = {
+    "use_tanh": False,
+    "v1": False,
+    "n_proj": 0,
+    "custom_m": None,
+    "amp_recurrence_fp16": False,
+}
+
+
+def translate_options(
+    owner: type,
+    official: dict[str, Any],
+    activation: str,
+    has_vc_term: bool,
+    projection_size: Any,
+    transform_module: Any,
+) -> tuple[str, bool, Any, Any]:
+    """Our activation, has_vc_term, projection_size and transform_module after applying official options.
+
+    ValueError: two options contradict each other. TypeError: `owner` has no option of that name.
+    """
+    for name in official:
+        if name not in OPTIONS:
+            refuse(name, owner)
+    use_tanh, v1, n_proj, custom_m, _ = (OPTIONS | official).values()
+    check_flags(use_tanh=use_tanh, v1=v1)
+    check_sizes(0, n_proj=n_proj)
+    if use_tanh and activation not in ("identity", "tanh"):
+        raise ValueError(f"use_tanh=True and activation={activation!r} contradict each other")
+    if custom_m is not None and transform_module is not None:
+        raise ValueError("custom_m is another name of transform_module: pass one of them")
+    return (
+        "tanh" if use_tanh else activation,
+        has_vc_term and not v1,
+        n_proj if projection_size == 0 else projection_size,
+        custom_m if transform_module is None else transform_module,
+    )
+
 
 class Shape(NamedTuple):
-    """What the entries of a layer must fit: its sizes and options, as `sru.SRUCell` names them.
+    """The options of a layer that its entries must match, named as in `sru.SRUCell`.
 
     weight_shape is None for a layer with a transform_module of its own.
     """
@@ -26,13 +67,15 @@ class Shape(NamedTuple):
 
 
 def from_official_matrix(matrix: Tensor, k: int) -> Tensor:
-    """Our weight (k * D, n) of the official (D * k, n)."""
-    return matrix.unflatten(0, (-1, k)).transpose(0, 1).flatten(0, 1)
+    """Our weight (k * D, n) from the official (D * k, n)."""
+    blocks: Tensor = matrix.unflatten(0, (-1, k)).transpose(0, 1)
+    return blocks.flatten(0, 1)
 
 
 def to_official_matrix(weight: Tensor, k: int) -> Tensor:
-    """The official (D * k, n) of our weight (k * D, n)."""
-    return weight.unflatten(0, (k, -1)).transpose(0, 1).flatten(0, 1)
+    """The official (D * k, n) from our weight (k * D, n)."""
+    columns: Tensor = weight.unflatten(0, (k, -1)).transpose(0, 1)
+    return columns.flatten(0, 1)
 
 
 def read_official_names(state: MutableMapping[str, Tensor], prefix: str) -> None:
@@ -41,21 +84,21 @@ def read_official_names(state: MutableMapping[str, Tensor], prefix: str) -> None
     old = f"{prefix}rnn_lst."
     names = [key for key in state if key.startswith(old)]
     if names and any(key.startswith(f"{prefix}layers.") for key in state):
-        raise ValueError(f"the state dict has layers by both names, {old}* and {prefix}layers.*: leave one out")
+        raise ValueError(f"the state dict names layers in two ways, {old}* and {prefix}layers.*: remove one set")
     for key in names:
         state[f"{prefix}layers.{key.removeprefix(old)}"] = state.pop(key)
 
 
 def refuse_too_old(state: Mapping[str, Tensor], prefix: str) -> None:
-    """ValueError for a stack of a version that kept its layer norms apart."""
+    """Raise ValueError for a version that stored layer norms outside the layers."""
     if any(key.startswith(f"{prefix}ln_lst.") for key in state):
-        raise ValueError("a state dict of version 2.1.7 or earlier with layer norm: its layers cannot be told apart")
+        raise ValueError("this state dict is from version 2.1.7 or earlier with layer norm: it cannot be converted")
 
 
 def read_official_cell(cell: Shape, state: MutableMapping[str, Tensor], prefix: str) -> None:
-    """Turn one layer's official entries into ours, in place; what is ours already stays as it is.
+    """Translate one layer's official entries into ours, in place; entries in our format stay unchanged.
 
-    ValueError: the entries belong to a layer with other options, which are named.
+    ValueError: the entries belong to a layer with other options; the message names them.
     """
     where = prefix[:-1] or "the layer"
     own = [key for key in state if key.startswith(prefix) and "." not in key.removeprefix(prefix)]
@@ -63,11 +106,9 @@ def read_official_cell(cell: Shape, state: MutableMapping[str, Tensor], prefix: 
         if not isinstance(state[key], Tensor):
             raise ValueError(f"{key} must be a tensor, not {type(state[key]).__name__}")
     if f"{prefix}gain" in state:
-        raise ValueError(f"{where} has weight normalisation, which ended with version 2.1.7: it cannot be converted")
+        raise ValueError(f"{where} has weight normalisation (version 2.1.7 or earlier): it cannot be converted")
     if {f"{prefix}v", f"{prefix}weight_c"} <= state.keys():
-        raise ValueError(
-            f"{where} has both v, which is ours, and weight_c, which is the official package's: leave one out"
-        )
+        raise ValueError(f"{where} has both v (our name) and weight_c (the official name): remove one of them")
     if is_of_2017(cell, state, prefix):
         bias = state[f"{prefix}bias"]
         state[f"{prefix}weight_c"], state[f"{prefix}scale_x"] = torch.zeros_like(bias), torch.ones_like(bias[:1])
@@ -97,17 +138,17 @@ def read_official_cell(cell: Shape, state: MutableMapping[str, Tensor], prefix: 
         matrix = state.pop(f"{prefix}transform_module.1.weight")
         projection = state.pop(f"{prefix}transform_module.0.weight")
     else:
-        raise ValueError(f"{where} has no weight: if it was made with a module of its own, give ours transform_module=")
+        raise ValueError(f"{where} has no weight: if it has a module in place of matrices, pass transform_module=")
     size = 0 if projection is None else projection.shape[0]
     if size != cell.projection_size:
         raise ValueError(
-            f"{where} has projection_size={size}, ours {cell.projection_size}. Version 2.x ignores a projection that "
-            "is not smaller than both sides: give SRU a sequence of sizes, with 0 for a layer without one"
+            f"{where} has projection_size={size} in the file and {cell.projection_size} here. Version 2.x ignores a "
+            "projection unless it is smaller than input and output: pass SRU a sequence of sizes, 0 for no projection"
         )
     if matrix.shape[0] != cell.matrices * cell.output_size:
         raise ValueError(
-            f"{where} maps to {matrix.shape[0]} columns, ours to {cell.matrices} * {cell.output_size}: check "
-            "hidden_size, bidirectional and has_skip_term"
+            f"{where} maps to {matrix.shape[0]} columns in the file and {cell.matrices} * {cell.output_size} here: "
+            "check hidden_size, bidirectional and has_skip_term"
         )
     state[f"{prefix}weight"] = from_official_matrix(matrix, cell.matrices)
     if projection is not None:
@@ -115,9 +156,9 @@ def read_official_cell(cell: Shape, state: MutableMapping[str, Tensor], prefix: 
 
 
 def is_of_2017(cell: Shape, state: Mapping[str, Tensor], prefix: str) -> bool:
-    """Whether a layer's entries are those of the official code of September 2017: `weight` and `bias`, no weight_c.
+    """Whether a layer's entries are from the official code of September 2017: `weight` and `bias`, no weight_c.
 
-    ValueError: they are, or are the parameters alone of a layer of ours without v, and no shape tells which.
+    ValueError: they may also be the parameters of one of our layers without v; the shapes are the same.
     """
     weight, bias = state.get(f"{prefix}weight"), state.get(f"{prefix}bias")
     if weight is None or bias is None or weight.dim() != 2 or bias.dim() != 1 or cell.weight_shape is None:
@@ -126,13 +167,11 @@ def is_of_2017(cell: Shape, state: Mapping[str, Tensor], prefix: str) -> bool:
         return False
     if f"{prefix}scale_x" in state:
         if weight.shape == cell.weight_shape[::-1] != cell.weight_shape:
-            raise ValueError(
-                f"{prefix[:-1] or 'the layer'} has weight and scale_x, as of 2.x, but no weight_c: it is not whole"
-            )
+            raise ValueError(f"{prefix[:-1] or 'the layer'} has weight and scale_x, as in 2.x, but weight_c is missing")
         return False
     if weight.shape == cell.weight_shape == cell.weight_shape[::-1]:
         raise ValueError(
-            f"{prefix}weight {tuple(weight.shape)} without weight_c, v and scale_x may be of 2017 or ours: add "
-            f"{prefix}weight_c (2 * D zeros) if it is of 2017, or {prefix}v (2 * D zeros) if it is ours"
+            f"{prefix}weight {tuple(weight.shape)} without weight_c, v and scale_x may be from 2017 or from this "
+            f"project: add {prefix}weight_c (2 * D zeros) for 2017, or {prefix}v (2 * D zeros) for this project"
         )
     return weight.shape != cell.weight_shape

@@ -1,4 +1,4 @@
-"""SRU++: the stack of recurrent layers that attend (Lei, EMNLP 2021; section 2 of the paper)."""
+"""SRU++: a stack of SRU layers with attention in place of matrices (Lei, EMNLP 2021; section 2 of the paper)."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,32 +8,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from sru.attention import Attention, Cache, LooksIntoSource, Projection, Source, SourceAttention
-from sru.checks import check_flags, check_mask, check_probabilities, check_sizes, refuse
-from sru.layer import SRU
-from sru.padding import clear, join, padding_first
+from sru.attention import Attention, Cache, Projection, Source, SourceAttention, SourceReader
+from sru.checks import check_flags, check_mask, check_optional_sizes, check_probabilities, check_sizes, refuse
+from sru.layer import SRU, Lengths
+from sru.padding import clear_padding, join_padding, move_padding_first
 
-NOT_HERE = {"transform_module", "custom_m", "projection_size", "n_proj"}  # of SRU's arguments
+REPLACED = {"transform_module", "custom_m", "projection_size", "n_proj"}  # arguments of SRU that attention replaces
+EncoderState = tuple[Tensor, list[Tensor], Tensor | None]  # c, memory, padding
 
 
-class SRUpp(LooksIntoSource, SRU):
-    """A stack of SRU++ layers, by the official call.
+class SRUpp(SourceReader, SRU):
+    """A stack of SRU++ layers, with the call of the official package.
 
     `h, c, extra = srupp(x, c0, mask_pad, attn_mask, memory)` with x, h, c and c0 as in SRU; extra["saved_inputs"] are
-    the inputs of all layers, which the next segment takes as its memory.
+    the inputs of all layers, to be passed as memory with the next segment.
 
     Args:
         proj_size: features of queries, keys and values, all heads together.
-        attn_dropout: probability of dropping a step from what another attends to.
-        num_heads: heads of the attention, among which proj_size is shared.
+        attn_dropout: dropout probability of the attention weights.
+        num_heads: heads of the attention; they divide proj_size among them.
         attn_layer_norm: normalise q + alpha * a.
         attention_every_n_layers: every n-th layer attends.
-        attention_last_n_layers: of these, the ones among the last n; -1 for all.
-        attention_layers: the layers that attend, counted from 0, in the place of the two above.
-        causal: without an attn_mask, a step sees itself, what came before it, and memory; False: all steps.
-        memory_length: how many steps before it a step of `step` sees; None for all.
-        source_size: features of a source's steps, which every layer then attends to; None for a stack without one.
-        input_size, hidden_size, num_layers, batch_first, ..., dtype: as in SRU.
+        attention_last_n_layers: only those among the last n layers attend; -1 for no such limit.
+        attention_layers: indices of the layers that attend, from 0; replaces the two options above.
+        causal: without an attn_mask, a step sees itself, earlier steps and memory; False: all steps.
+        memory_length: how many earlier steps `step` sees; None for all.
+        source_size: features of a source that every layer attends to; None for a stack without a source.
+        input_size, hidden_size, num_layers, batch_first, ..., dtype, official: as in SRU.
     """
 
     def __init__(
@@ -72,26 +73,19 @@ class SRUpp(LooksIntoSource, SRU):
         has_vc_term: bool = True,
         zoneout: float = 0.0,
         backend: str = "auto",
-        use_tanh: bool = False,
-        v1: bool = False,
-        amp_recurrence_fp16: bool = False,
-        **unknown: Any,
+        **official: Any,
     ) -> None:
         check_sizes(1, input_size=input_size, hidden_size=hidden_size, proj_size=proj_size, num_layers=num_layers)
         check_sizes(1, num_heads=num_heads, attention_every_n_layers=attention_every_n_layers)
         check_sizes(-1, attention_last_n_layers=attention_last_n_layers)
         check_probabilities(dropout=dropout, attn_dropout=attn_dropout)
         check_flags(attn_layer_norm=attn_layer_norm, causal=causal, bidirectional=bidirectional)
-        if memory_length is not None:
-            check_sizes(0, memory_length=memory_length)
-        if source_size is not None:
-            check_sizes(1, source_size=source_size)
+        check_optional_sizes(0, memory_length=memory_length)
+        check_optional_sizes(1, source_size=source_size)
         if proj_size % num_heads:
             raise ValueError(f"proj_size = {proj_size} cannot be shared among num_heads = {num_heads}")
-        for name in unknown:
-            if name in NOT_HERE:
-                raise TypeError(f"SRUpp has no {name}: its matrices attend, through proj_size features")
-            refuse(name, type(self))
+        for name in official.keys() & REPLACED:
+            raise TypeError(f"SRUpp has no {name}: attention through proj_size features replaces its matrices")
         if causal and bidirectional:
             raise ValueError("causal and bidirectional contradict each other")
         last = num_layers if attention_last_n_layers == -1 else attention_last_n_layers
@@ -146,9 +140,7 @@ class SRUpp(LooksIntoSource, SRU):
             has_vc_term=has_vc_term,
             zoneout=zoneout,
             backend=backend,
-            use_tanh=use_tanh,
-            v1=v1,
-            amp_recurrence_fp16=amp_recurrence_fp16,
+            **official,
         )
         self.proj_size = proj_size
         self.causal = causal
@@ -157,7 +149,7 @@ class SRUpp(LooksIntoSource, SRU):
 
     @property
     def reach(self) -> int | None:
-        """How many steps before it a step of `step` sees; None for all."""
+        """How many earlier steps `step` sees; None for all."""
         return self.memory_length
 
     def forward(  # type: ignore[override]
@@ -168,30 +160,30 @@ class SRUpp(LooksIntoSource, SRU):
         attn_mask: Tensor | None = None,
         memory: Sequence[Tensor] | None = None,
         memory_mask_pad: Tensor | None = None,
-        lengths: Tensor | Sequence[int] | int | None = None,
+        lengths: Lengths | None = None,
         source: Source | None = None,
         **unknown: Any,
     ) -> tuple[Tensor | PackedSequence, Tensor, dict[str, list[Tensor]]]:
         """Run the stack: h, in the form of x, the last states, and {"saved_inputs": the inputs of all layers}.
 
-        attn_mask (T, S) or (B, T, S) with S = M + T: numbers that are added to the scores, or bool, True where a step
-        must not look. memory: one (M, B, features) a layer, time first in every layout, as saved_inputs are.
-        memory_mask_pad (M, B): True where memory is padding. source: of `read`, for B sequences, or for a part of them:
-        then sequence i has source i // (B / sources).
+        attn_mask (T, S) or (B, T, S) with S = M + T: numbers to add to the scores, or bool, True where a step must not
+        look. memory: for each layer (M, B, features), time first in every layout, like saved_inputs. memory_mask_pad
+        (M, B): True where memory is padding. source: returned by `read`, for N = B sequences or fewer: sequence i uses
+        source i // (B / N).
         """
         for name in unknown:
             refuse(name, self.forward)
         if isinstance(x, PackedSequence) and (attn_mask is not None or memory is not None):
-            raise ValueError("a PackedSequence goes without attn_mask and memory, whose order it would not share")
+            raise ValueError("a PackedSequence cannot have attn_mask or memory, because it reorders the sequences")
         if memory is not None:
             self.check_memory(memory)
         if memory_mask_pad is not None and memory is None:
-            raise ValueError("memory_mask_pad is given without memory")
-        seen = self.check_source(source, self.num_layers)
+            raise ValueError("memory_mask_pad needs memory: pass both")
+        sources = self.check_source(source, self.num_layers)
         saved: list[Tensor] = []
-        masks: list[Tensor | None] = []  # one for all layers, made when the first one asks
+        masks: list[Tensor | None] = []  # one for all layers, made at the first
 
-        def context(i: int, features: Tensor, pad: Tensor | None) -> tuple:
+        def context(i: int, features: Tensor, pad: Tensor | None) -> tuple[Any, ...]:
             saved.append(features)
             past = None if memory is None else memory[i]
             if past is not None and (past.dim() != 3 or past.shape[1:] != features.shape[1:]):
@@ -203,9 +195,9 @@ class SRUpp(LooksIntoSource, SRU):
             if not masks:
                 length = 0 if past is None else past.shape[0]
                 masks.append(self.mask(features, length, attn_mask, pad, memory_mask_pad))
-            return past, masks[0], self.causal, None, seen[i]
+            return past, masks[0], self.causal, None, sources[i]
 
-        h, c = self.run_in_any_form(x, c0, mask_pad, lengths, context)
+        h, c = self.run_any_layout(x, c0, mask_pad, lengths, context)
         return h, c, {"saved_inputs": saved}
 
     def readers(self) -> Iterable[SourceAttention]:
@@ -213,20 +205,22 @@ class SRUpp(LooksIntoSource, SRU):
             yield cast(SourceAttention, cast(Projection, self[i].transform_module).source)
 
     def check_memory(self, memory: Any) -> None:
-        """Refuse what is not one tensor a layer, all of as many steps."""
+        """Check that memory has one tensor for each layer, all with the same number of steps."""
         if not isinstance(memory, Sequence) or not all(isinstance(a, Tensor) for a in memory):
-            raise TypeError(f"memory must be a list of tensors, as saved_inputs are, not {type(memory).__name__}")
+            raise TypeError(f"memory must be a list of tensors, like saved_inputs, not {type(memory).__name__}")
         if len(memory) != self.num_layers:
             raise ValueError(f"memory must be one tensor for each of {self.num_layers} layers, not {len(memory)}")
         if not all(a.is_floating_point() for a in memory):
             raise TypeError(f"memory must be of a floating dtype, not {', '.join(str(a.dtype) for a in memory)}")
         if len({a.shape[:1] for a in memory}) > 1:
-            raise ValueError(f"memory must be of as many steps for each layer, not {[len(a) for a in memory]}")
+            raise ValueError(
+                f"memory must have the same number of steps for each layer, not {[len(a) for a in memory]}"
+            )
 
     def mask(
         self, x: Tensor, length: int, attn_mask: Tensor | None, pad: Tensor | None, memory_pad: Tensor | None
     ) -> Tensor | None:
-        """What is added to the scores (B or 1, 1, T, S) of x (T, B, n) after `length` steps of memory, if anything."""
+        """The mask (B or 1, 1, T, S), added to the scores, for x (T, B, n) after `length` steps of memory, or None."""
         steps, batch = x.shape[:2]
         total = length + steps
         mask = None
@@ -235,7 +229,9 @@ class SRUpp(LooksIntoSource, SRU):
                 attn_mask.is_floating_point() or attn_mask.dtype == torch.bool
             ):
                 found = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
-                raise TypeError(f"attn_mask must be bool, True where a step must not look, or floating, not {found}")
+                raise TypeError(
+                    f"attn_mask must be bool, True where a step must not look, or floating-point, not {found}"
+                )
             if attn_mask.shape not in ((steps, total), (batch, steps, total)):
                 expected = f"({steps}, {total}) or ({batch}, {steps}, {total})"
                 raise ValueError(f"attn_mask must be {expected}, memory's steps first, not {tuple(attn_mask.shape)}")
@@ -247,59 +243,55 @@ class SRUpp(LooksIntoSource, SRU):
         if pad is not None or memory_pad is not None:
             if memory_pad is not None:
                 check_mask(memory_pad, (length, batch), "(M, B)", x)
-            past, now = (
-                torch.zeros(n, batch, dtype=torch.bool, device=x.device) if a is None else a != 0
-                for a, n in ((memory_pad, length), (pad, steps))
-            )
-            hidden = torch.cat([past, now]).t()[:, None, None]
+            hidden = cast(Tensor, join_padding(memory_pad, pad, length, x)).t()[:, None, None]
             mask = x.new_zeros(1, 1, steps, total) if mask is None else mask
             mask = mask.masked_fill(hidden, -math.inf)
         return mask
 
     def step(self, x: Tensor, state: Any = None, source: Source | None = None) -> tuple[Tensor, Any]:
-        """One step: h (B, output_size) and the state, of x (B, input_size) and what `read` made of a source.
+        """One step: h (B, output_size) and the state, of x (B, input_size) and a source returned by `read`.
 
-        The state is (c, a pair of keys and values for each layer that attends). A step sees itself and the last
-        `memory_length` steps, so that its cost does not grow. As many steps as the sequence is long give what one
-        causal call gives, if memory_length spans it.
+        The state is (c, keys and values of each layer that attends). A step sees itself and the last `memory_length`
+        steps, so its cost does not grow. T steps give the same result as one causal call with T steps, if
+        memory_length covers them.
         """
-        if self.num_directions == 2:
+        if self.bidirectional:
             raise ValueError("a bidirectional SRUpp needs the whole sequence: it has no step")
         if x.dim() != 2:
             raise ValueError(f"x must be (B, {self.input_size}), not {tuple(x.shape)}")
         c0, pairs = (None, [()] * self.num_layers) if state is None else self.unpack_state(state)
         caches = [Cache(self.reach, *pair) for pair in pairs]
-        seen = self.check_source(source, self.num_layers)
-        h, c = self.run(x[None], c0, None, lambda i, *_: (None, None, False, caches[i], seen[i]))
+        sources = self.check_source(source, self.num_layers)
+        h, c = self.run(x[None], c0, None, lambda i, *_: (None, None, False, caches[i], sources[i]))
         return h[0], (c, [() if cache.k is None else (cache.k, cache.v) for cache in caches])
 
     def unpack_state(self, state: Any) -> Any:
-        """The state of a step; TypeError for what `step` did not return."""
+        """Check the state of a step and return its two parts."""
         if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], list):
             numbers = [len(pair) if isinstance(pair, tuple) else -1 for pair in state[1]]
             if len(numbers) == self.num_layers and set(numbers) <= {0, 2}:
                 return state
-        raise TypeError("the state of step is what step returned: (c, keys and values of each layer)")
+        raise TypeError("the state must be the one that step returned: (c, keys and values of each layer)")
 
     def reset_parameters(self) -> None:
-        """Draw the initialisation again, that of the attention too."""
+        """Draw the initialisation again, also that of the attention."""
         super().reset_parameters()
         for i in range(self.num_layers):
             cast(Projection, self[i].transform_module).reset_parameters()
 
 
 class SRUppEncoder(SRUpp):
-    """SRU++ by the call of the other encoders: `h, state = encoder(x, state, mask_pad)`.
+    """SRU++ with the call of the other encoders: `h, state = encoder(x, state, mask_pad)`.
 
-    A step sees itself, what came before it, and the memory: the inputs of each layer at the last `memory_length` steps
-    before the segment, but for those that were padding. When bidirectional it sees all of the segment. The state is (c,
-    memory, padding); feeding it back goes on with the sequence.
+    A step sees itself, earlier steps of the segment, and the memory: the inputs of each layer at the last
+    `memory_length` steps before the segment, padding excluded. When bidirectional it sees the whole segment. The state
+    is (c, memory, padding); passing it to the next call continues the sequence.
 
     Args:
         proj_size: as in SRUpp; None for a quarter of hidden_size, the published ratio.
-        causal: as in SRUpp; None for all networks but bidirectional ones.
-        memory_length: steps of memory; None for all there were.
-        eval_memory_length: the same in evaluation, where the published models look back further; None for as many.
+        causal: as in SRUpp; None for the opposite of bidirectional.
+        memory_length: steps of memory; None for all.
+        eval_memory_length: the same in evaluation, where the published models use more; None for memory_length.
         source_size, options: as in SRUpp.
     """
 
@@ -329,8 +321,7 @@ class SRUppEncoder(SRUpp):
             source_size=source_size,
             **options,
         )
-        if eval_memory_length is not None:
-            check_sizes(0, eval_memory_length=eval_memory_length)
+        check_optional_sizes(0, eval_memory_length=eval_memory_length)
         self.eval_memory_length = memory_length if eval_memory_length is None else eval_memory_length
 
     @property
@@ -340,33 +331,33 @@ class SRUppEncoder(SRUpp):
     def forward(  # type: ignore[override]
         self,
         x: Tensor,
-        state: tuple[Tensor, list[Tensor], Tensor | None] | None = None,
+        state: EncoderState | None = None,
         mask_pad: Tensor | None = None,
         source: Source | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, list[Tensor], Tensor | None]]:
-        """h (T, B, output_size) of x (T, B, input_size) and what `read` made of a source, and the state."""
+    ) -> tuple[Tensor, EncoderState]:
+        """h (T, B, output_size) of x (T, B, input_size) and a source returned by `read`, and the state."""
         if not isinstance(x, Tensor) or x.dim() != 3 or self.batch_first:
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x must be (T, B, {self.input_size}), time first, not {found}; SRUpp takes other forms")
+            raise ValueError(f"x must be (T, B, {self.input_size}), time first, not {found}; SRUpp takes other layouts")
         if state is not None and not (isinstance(state, tuple) and len(state) == 3):
-            raise TypeError("the state of SRUppEncoder is what its call returned: (c, memory, padding)")
+            raise TypeError("the state must be the one that SRUppEncoder returned: (c, memory, padding)")
         c0, memory, past_pad = (None, None, None) if state is None else state
         if mask_pad is not None:
-            x, mask_pad = clear(x, mask_pad)
+            x, mask_pad = clear_padding(x, mask_pad)
         h, c, extra = super().forward(x, c0, mask_pad, memory=memory, memory_mask_pad=past_pad, source=source)
         assert isinstance(h, Tensor)
         inputs = extra["saved_inputs"]
         memory = [now[:0] for now in inputs] if memory is None else memory
-        pad = join(past_pad, mask_pad, len(memory[0]), x)
+        pad = join_padding(past_pad, mask_pad, len(memory[0]), x)
         if mask_pad is not None and pad is not None:
             inputs = [torch.cat([past.to(now.dtype), now]) for past, now in zip(memory, inputs, strict=True)]
-            inputs, pad = padding_first(inputs, pad)
+            inputs, pad = move_padding_first(inputs, pad)
             memory = [now[:0] for now in inputs]
-        inputs = [last(past, now, self.reach) for past, now in zip(memory, inputs, strict=True)]
-        return h, (c, inputs, None if pad is None else last(pad[:0], pad, self.reach))
+        inputs = [last_steps(past, now, self.reach) for past, now in zip(memory, inputs, strict=True)]
+        return h, (c, inputs, None if pad is None else last_steps(pad[:0], pad, self.reach))
 
 
-def last(past: Tensor, now: Tensor, length: int | None) -> Tensor:
-    """The last `length` steps of both, None for all; without a copy where nothing of the past is among them."""
+def last_steps(past: Tensor, now: Tensor, length: int | None) -> Tensor:
+    """The last `length` steps of past and now together, None for all; a view if none of the past is among them."""
     first = 0 if length is None else max(0, len(past) + len(now) - length)
     return now[first - len(past) :] if first >= len(past) else torch.cat([past[first:].to(now.dtype), now])

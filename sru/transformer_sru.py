@@ -1,4 +1,4 @@
-"""The Transformer with SRU in its feed-forward (SRU 2018, section 4.3)."""
+"""The Transformer with an SRU in its feed-forward (SRU 2018, section 4.3)."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from sru.kernels.linear import affine
 
 
 class TransformerSRU(Transformer):
-    """The Transformer whose feed-forward is W_2 SRU(x) in the place of W_2 ReLU(W_1 x), in encoder and decoder.
+    """A Transformer with the feed-forward W_2 SRU(x) in place of W_2 ReLU(W_1 x), in encoder and decoder.
 
-    The SRU reads from the first step to the last, whatever the attention sees. As the published sizes have it, it has
-    no highway: the input is not as wide as it, and a projection of it would be a fourth matrix.
+    The SRU runs from the first step to the last, also when the attention is bidirectional. By default it has no
+    highway: a projected highway would need a fourth matrix, which the published sizes exclude.
 
     Args:
-        sru_dropout: of the SRU's output, one mask for all steps; None for `dropout`.
-        has_skip_term, rescale, has_vc_term, highway_bias, forget_bias: of the SRU.
+        sru_dropout: dropout of the SRU's output, one mask for all steps; None for `dropout`.
+        has_skip_term, rescale, has_vc_term, highway_bias, forget_bias: as in SRUCell, for the SRU.
         num_heads, inner_size, ..., memory_length: as in Transformer.
     """
 
@@ -47,7 +47,7 @@ class TransformerSRU(Transformer):
         memory_length: int | None = None,
     ) -> None:
         if not rescale and not has_skip_term:
-            raise ValueError("rescale=False has no highway to scale; type has_skip_term=true, or leave it out")
+            raise ValueError("rescale=False has no highway to scale; type has_skip_term=true, or leave out rescale")
         self.sru_options = {
             "dropout": dropout if sru_dropout is None else sru_dropout,
             "has_skip_term": has_skip_term,

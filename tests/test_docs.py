@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from sru import SRU, SRUCell
+from sru import SRU, SRUCell, official_format
 
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -75,16 +75,17 @@ def arguments() -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize(("owner", "classes"), [(SRU, ("both", "`SRU`")), (SRUCell, ("both", "`SRUCell`"))])
 def test_the_table_of_arguments_is_that_of_the_code(owner, classes):
-    parameters = {n: p for n, p in inspect.signature(owner).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    parameters = {n: p.default for n, p in inspect.signature(owner).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    parameters |= {n: default for n, default in official_format.OPTIONS.items() if (owner, n) != (SRU, "n_proj")}
     rows = {name: row for name, row in arguments().items() if row["class"] in classes}
     assert set(rows) == set(parameters), "docs/migrating.md must have a row for every argument, and no other"
-    for name, parameter in parameters.items():
+    for name, default in parameters.items():
         stated = rows[name]["here"]
-        if parameter.default is parameter.empty:
+        if default is inspect.Parameter.empty:
             assert stated == "required", name
             continue
         value = ast.literal_eval(stated.strip("`"))
-        assert (type(value), value) == (type(parameter.default), parameter.default), name
+        assert (type(value), value) == (type(default), default), name
 
 
 def test_every_class_of_the_table_is_known():

@@ -1,4 +1,4 @@
-"""What the papers compare the SRU with."""
+"""The networks that the papers compare the SRU with."""
 
 from sru.baselines.recurrent import CNN, GRU, LSTM, QRNN
 from sru.baselines.transformer import Transformer

@@ -1,7 +1,7 @@
-"""The encoders that the papers compare with, behind the SRU's call: h, state = encoder(x, state, mask_pad).
+"""LSTM, GRU, QRNN and CNN, the papers' baselines, with the call of the SRU: h, state = encoder(x, state, mask_pad).
 
-mask_pad (T, B) is True where a step is padding, which lies at the end of a sequence: there h is 0, and nothing else
-depends on it. When bidirectional, h has the forward half first.
+mask_pad (T, B) is True at padding, which must be at the end of a sequence: there h is 0, and nothing depends on x. When
+bidirectional, h has the forward half first.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,16 +16,16 @@ from sru.cell import sequence_mask
 from sru.checks import check_flags
 from sru.kernels import recurrence
 from sru.kernels.linear import affine, is_plain, linear
-from sru.padding import clear, lengths_of, reverse
+from sru.padding import clear_padding, count_steps, reverse
 
 
 class _Encoder(nn.Module):
-    """What goes on one step at a time: a sequence of one."""
+    """Steps for all encoders: a step is a sequence of length 1."""
 
     bidirectional = False
 
     def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """h (B, output_size) and the state, of x (B, input_size): T steps give what one call of T steps gives."""
+        """h (B, output_size) and the state, of x (B, input_size); T steps give the same as one call with T steps."""
         if self.bidirectional:
             raise ValueError(f"a bidirectional {type(self).__name__} needs the whole sequence: it has no step")
         if x.dim() != 2:
@@ -35,11 +35,11 @@ class _Encoder(nn.Module):
 
 
 class _Recurrent(_Encoder):
-    """A recurrent network of torch under the shared names; dropout lies between the layers."""
+    """A recurrent network of torch; dropout applies between the layers."""
 
     network: Callable[..., nn.RNNBase]
     layer: Callable[..., tuple[Tensor, ...]]  # torch's function for one layer in one direction
-    hold: tuple[float, ...]  # what each gate gets in addition where the state is to be carried on
+    hold: tuple[float, ...]  # added to each gate at padding, so that the state does not change
 
     def __init__(
         self,
@@ -54,22 +54,23 @@ class _Recurrent(_Encoder):
         check_flags(bidirectional=bidirectional)
         self.bidirectional = bidirectional
         self.output_size = hidden_size * (2 if bidirectional else 1)
-        # torch warns about dropout that a single layer has no use for.
+        # torch warns about dropout with a single layer.
         dropout = dropout if num_layers > 1 else 0.0
         self.rnn = self.network(input_size, hidden_size, num_layers, dropout=dropout, bidirectional=bidirectional)
 
-    def forward(self, x, state=None, mask_pad=None):
+    def forward(self, x: Tensor, state: Any = None, mask_pad: Tensor | None = None) -> tuple[Tensor, Any]:
         """h (T, B, output_size) of x (T, B, input_size), and torch's own state."""
         if mask_pad is None:
-            return self.rnn(x, state)
-        x, pad = clear(x, mask_pad)
-        lengths = lengths_of(pad)
+            h, state = self.rnn(x, state)
+            return h, state
+        x, pad = clear_padding(x, mask_pad)
+        lengths = count_steps(pad)
         is_pair = isinstance(self.rnn, nn.LSTM)
         if state is None:
             zeros = x.new_zeros(len(self.rnn.all_weights), x.shape[1], self.rnn.hidden_size)
             state = (zeros, zeros) if is_pair else zeros
         self.rnn.check_forward_args(x, state, None)
-        # cuDNN knows packed sequences. On a CPU they take twice the time, as torch does not hand them to oneDNN.
+        # cuDNN supports packed sequences. On a CPU they take twice the time, because oneDNN does not.
         run = self.run_packed if x.is_cuda else self.run_padded
         h, last = run(x, state if is_pair else (state,), pad, lengths)
         return h.masked_fill(pad[:, :, None], 0.0), last if is_pair else last[0]
@@ -77,7 +78,7 @@ class _Recurrent(_Encoder):
     def run_packed(
         self, x: Tensor, state: Sequence[Tensor], pad: Tensor, lengths: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """By torch's packed sequences, which have a step at least: of what had none the result is not taken."""
+        """Run packed sequences, which need at least one step: results for empty sequences are replaced."""
         packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), enforce_sorted=False)
         packed, last = self.rnn(packed, tuple(state) if len(state) > 1 else state[0])
         h, _ = pad_packed_sequence(packed, total_length=len(x))
@@ -88,9 +89,9 @@ class _Recurrent(_Encoder):
     def run_padded(
         self, x: Tensor, state: Sequence[Tensor], pad: Tensor, lengths: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Layer by layer, each direction over sequences that begin at step 0, where what follows changes nothing.
+        """Run layer by layer, each direction over sequences that start at step 0.
 
-        One more input, 1 at padding, shuts the gates there, so that the last state is that of the last real step.
+        An extra input, 1 at padding, closes the gates there, so that the last state is the one of the last real step.
         """
         directions = 2 if self.bidirectional else 1
         ends = (lengths - 1).clamp(min=0)[None, :, None].expand(1, -1, self.rnn.hidden_size)
@@ -106,7 +107,7 @@ class _Recurrent(_Encoder):
                 hold = weight.new_tensor(self.hold).repeat_interleave(self.rnn.hidden_size)
                 weights = [torch.cat([weight, hold[:, None]], dim=1), *others]
                 before = tuple(a[j : j + 1] for a in state)
-                # Biases, one layer, no dropout, as in training or not, one direction, time first.
+                # Biases, one layer, no dropout, training, one direction, time first.
                 options = True, 1, 0.0, self.training, False, False
                 h, _, *c = self.layer(order(x), before if len(before) > 1 else before[0], weights, *options)
                 states.append((torch.where((lengths == 0)[:, None], before[0], h.gather(0, ends)), *c))
@@ -134,9 +135,9 @@ class GRU(_Recurrent):
 class QRNNLayer(nn.Module):
     """One quasi-recurrent layer of window 1 with fo-pooling (Bradbury et al., 2017).
 
-    z = tanh(W_z x), f and o = sigmoid(W x), c_t = f c_{t-1} + (1 - f) z, h = o c, or with the highway
-    h = o c + (1 - o) x, where a fourth matrix projects an x of another size than h. When bidirectional, a second set of
-    columns runs from the last step to the first.
+    z = tanh(W_z x), f and o = sigmoid(W x), c_t = f c_{t-1} + (1 - f) z, and h = o c, or with the highway
+    h = o c + (1 - o) x, where a fourth matrix projects x if its size differs from that of h. When bidirectional, a
+    second set of columns runs from the last step to the first.
     """
 
     v: Tensor  # zeros: no state in the gates
@@ -172,13 +173,13 @@ class QRNNLayer(nn.Module):
         options: dict[str, Any] = {"scale": 1.0 if self.highway else 0.0, "bidirectional": self.bidirectional}
         return recurrence(u, skip, self.v, gate_biases, c0, mask=mask, pad=pad, **options)
 
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self.bias.data, self.v = self.bias.data.flatten(), self.v.flatten()  # of a pickled layer of earlier versions
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cast(Any, super()).__setstate__(state)
+        self.bias.data, self.v = self.bias.data.flatten(), self.v.flatten()  # layers pickled by earlier versions
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         bias = state_dict.get(f"{prefix}bias")
-        if bias is not None and bias.shape == (3, self.output_size):  # of earlier versions of this layer
+        if bias is not None and bias.shape == (3, self.output_size):  # files of earlier versions
             state_dict[f"{prefix}bias"] = bias.flatten()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -189,7 +190,7 @@ class QRNN(_Encoder):
     Args:
         dropout: on every layer but the last, one mask for all steps of a sequence.
         highway: the row "+highway" of the 2018 paper's tables.
-        bidirectional: every layer reads both ways, and the next one gets both.
+        bidirectional: every layer reads both directions, and the next layer gets both.
     """
 
     def __init__(
@@ -222,7 +223,7 @@ class QRNN(_Encoder):
     def forward(self, x: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """h (T, B, output_size) and the last state of every layer."""
         if mask_pad is not None:
-            x, mask_pad = clear(x, mask_pad)
+            x, mask_pad = clear_padding(x, mask_pad)
         states = []
         for i, layer in enumerate(self.layers):
             x, c = layer(x, None if c0 is None else c0[i], mask_pad)
@@ -231,17 +232,17 @@ class QRNN(_Encoder):
 
 
 class CNN(_Encoder):
-    """Convolutions of several widths under a max over time (Kim, 2014).
+    """Convolutions of several widths and a max over time (Kim, 2014).
 
-    The maximum is a running one: h_t holds the strongest response of every filter to x_1 .. x_t, so h_T is Kim's
-    feature vector and the network keeps the contract of a recurrent one. The state is the last inputs (max(widths) - 1,
-    B, input_size) and the running maximum (1, B, output_size). When bidirectional, as many other filters read from the
-    end, and the state has the last inputs of both ways, one beside the other.
+    It is a running maximum: h_t holds the strongest response of every filter to x_1 .. x_t, so h_T is Kim's feature
+    vector, and the network can be used like a recurrent one. The state is the last inputs (max(widths) - 1, B,
+    input_size) and the running maximum (1, B, output_size). When bidirectional, as many further filters read from the
+    end, and the state has the last inputs of both directions side by side.
 
     Args:
         input_size: features of x.
         num_filters: filters of each width, and of each direction.
-        widths: steps that a filter sees.
+        widths: numbers of steps that filters cover.
     """
 
     def __init__(
@@ -266,14 +267,14 @@ class CNN(_Encoder):
     def forward(
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, mask_pad: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """h (T, B, output_size) and the state; before the first step lie zeros."""
+        """h (T, B, output_size) and the state; zeros precede the first step."""
         batch = x.shape[1]
         pad = lengths = None
         if mask_pad is not None:
-            x, pad = clear(x, mask_pad)
-            lengths = lengths_of(pad)
+            x, pad = clear_padding(x, mask_pad)
+            lengths = count_steps(pad)
         if state is None:
-            # A rectified response is never below 0, so 0 starts the maximum.
+            # A rectified response is never below 0, so the maximum starts at 0.
             tail = x.new_zeros(self.history, batch, self.directions * self.input_size)
             state = tail, x.new_zeros(1, batch, self.output_size)
         tails, peaks = state[0].chunk(self.directions, dim=2), state[1].chunk(self.directions, dim=2)
@@ -287,7 +288,7 @@ class CNN(_Encoder):
     def read(
         self, direction: int, x: Tensor, tail: Tensor, peak: Tensor, pad: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The running maximum (T, B, n) of one direction over x in its order, the last inputs, the last maximum."""
+        """The running maximum (T, B, n) of one direction over x in its order, the last inputs, and the last maximum."""
         steps = len(x)
         number = len(self.convolutions) // self.directions
         x = torch.cat([tail, x])
@@ -295,7 +296,7 @@ class CNN(_Encoder):
         responses = [self.respond(cast(nn.Conv1d, convolution), x, steps) for convolution in convolutions]
         h = F.relu(torch.cat(responses, dim=2))
         if pad is not None:
-            h = h.masked_fill(pad[:, :, None], 0.0)  # which moves no maximum
+            h = h.masked_fill(pad[:, :, None], 0.0)  # does not change the maximum
         h = torch.cat([peak, h]).cummax(dim=0).values[1:]
         peak = h[-1:] if steps else peak
         if pad is None or lengths is None:
@@ -304,13 +305,13 @@ class CNN(_Encoder):
         return h.masked_fill(pad[:, :, None], 0.0), x.gather(0, last[:, :, None].expand(-1, -1, x.shape[2])), peak
 
     def respond(self, convolution: nn.Conv1d, x: Tensor, steps: int) -> Tensor:
-        """A convolution over time as one matrix product and a sum of shifts, which needs no transposed copy of x."""
+        """A convolution over time as one matrix product and a sum of shifts, without a transposed copy of x."""
         width = convolution.kernel_size[0]
         x = x[self.history + 1 - width :]
         options = convolution.stride, convolution.padding, convolution.dilation, convolution.groups
         is_usual = options == ((1,), (0,), (1,), 1) and convolution.bias is not None
         if steps and not (is_usual and is_plain(convolution, nn.Conv1d)):
-            return convolution(x.permute(1, 2, 0)).permute(2, 0, 1)
-        taps = linear(x, convolution.weight.permute(2, 0, 1).flatten(0, 1))
-        taps = taps.unflatten(2, (width, convolution.out_channels)).unbind(2)
-        return sum(tap[i : i + steps] for i, tap in enumerate(taps)) + convolution.bias
+            return cast(Tensor, convolution(x.permute(1, 2, 0))).permute(2, 0, 1)
+        products = linear(x, convolution.weight.permute(2, 0, 1).flatten(0, 1))
+        taps = products.unflatten(2, (width, convolution.out_channels)).unbind(2)
+        return cast(Tensor, sum(tap[i : i + steps] for i, tap in enumerate(taps)) + convolution.bias)

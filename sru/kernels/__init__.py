@@ -1,16 +1,16 @@
-"""The SRU recurrence: its contract, and which file runs it."""
+"""The SRU recurrence: its interface, its checks, and the choice of a backend."""
 
 import functools
 import importlib.util
 import math
 import numbers
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sru.kernels import dispatch, ops, portable, reference  # noqa: F401  ops registers the operators
+from sru.kernels.reference import Arguments
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 BACKENDS = ("auto", "cpu", "cuda", "reference")
@@ -35,32 +35,32 @@ def recurrence(
 ) -> tuple[Tensor, Tensor]:
     """Run the elementwise part of an SRU layer over time: h (T, B, D) and c_last (B, D).
 
-        f = sigmoid(u1 + v0 * c + b0),  r = sigmoid(u2 + v1 * c + b1)     with the state c of the step before
+        f = sigmoid(u1 + v0 * c + b0),  r = sigmoid(u2 + v1 * c + b1)     with the previous state c
         f = zoneout + (1 - zoneout) * f
         c = f * c + (1 - f) * u0
         h = X + mask * r * (g(c) - X)                                     with X = scale * x, or scale * u3
 
     Args:
-        u: (T, B, K, D), the projected input: candidate, forget, reset and, with K = 4, the skip.
-        x: (T, B, D), the input carried past the gates; None with K = 4, and where scale is 0.
-        v, b: (2 * D,) or (2, D), recurrent weights and biases of the forget gate and then of the reset gate; v = 0 is
+        u: (T, B, K, D), the projected input: candidate, forget, reset and, if K = 4, the skip.
+        x: (T, B, D), the input of the highway; None if K = 4 or scale is 0.
+        v, b: (2 * D,) or (2, D), recurrent weights and biases, of the forget gate and then of the reset gate; v = 0 is
             the cell of 2017.
         c0: (B, D), the state before the first step.
-        mask: (B, D), a dropout mask that all steps of a sequence share, already divided by 1 - p.
-        pad: (T, B) of bool, True where a step is padding: there c is carried on and h is 0.
-        scale: weight of the skip, a number or a tensor that holds one; 0 removes the highway, 1 the scaling correction.
-            A tensor is read by the kernel alone: nothing waits for a GPU. It gets no gradient.
-        zoneout: share of its state that every step keeps, as the expectation of zoneout does; 0 for none.
+        mask: (B, D), a dropout mask for all steps of a sequence, already divided by 1 - p.
+        pad: (T, B) of bool, True where a step is padding: there c does not change and h is 0.
+        scale: factor of the skip, a number or a tensor with one number, which gets no gradient; 0 removes the highway,
+            1 the scaling correction. Only the kernel reads a tensor, so the call does not wait for a GPU.
+        zoneout: share of the state that every step keeps, the mean of random zoneout; 0 for none.
         activation: g, one of identity, tanh, relu.
         bidirectional: the second half of the D columns runs from the last step to the first; its c_last is the state
             after step 0.
         backend: auto (by the tensors' device and dtype), cpu or cuda (the compiled kernels) or reference (plain torch).
-            An exported or traced program holds torch's own operators, whichever backend is named.
+            An exported or traced program contains torch's own operators with any backend.
 
-    h has the dtype of u. The state is computed, and returned, in float32 where u is float16 or bfloat16.
+    h has the dtype of u. The state is computed and returned in float32 if u is float16 or bfloat16.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, device or shape, by name.
+        TypeError, ValueError: an argument has the wrong type, dtype, device or shape; the message names it.
         RuntimeError: the backend that was named cannot run here.
     """
     check(u, x, v, b, c0, mask, pad, scale, zoneout, activation, bidirectional)
@@ -72,36 +72,30 @@ def recurrence(
             raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
     v, b = v.flatten(), b.flatten()
     if isinstance(scale, Tensor):
-        weight: Tensor | None = scale if scale.dim() == 1 else scale.reshape(1)
+        factor: Tensor | None = scale if scale.dim() == 1 else scale.reshape(1)
     elif scale == 0:  # no skip at all
-        u, x, weight = u[:, :, :3], None, None
+        u, x, factor = u[:, :, :3], None, None
     else:
         wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-        weight = None if scale == 1 else torch.full((1,), float(scale), dtype=wide, device=u.device)
-    options: dict[str, Any] = {
-        "mask": mask,
-        "pad": pad,
-        "scale": weight,
-        "zoneout": float(zoneout),
-        "activation": activation,
-        "bidirectional": bidirectional,
-    }
+        factor = None if scale == 1 else torch.full((1,), float(scale), dtype=wide, device=u.device)
+    index, halves = ACTIVATIONS.index(activation), 2 if bidirectional else 1
+    arguments = Arguments(u, x, v, b, c0, mask, pad, factor, float(zoneout), index, halves)
     if backend == "reference":
-        return reference.recurrence(u, x, v, b, c0, **options)
+        return reference.recurrence(arguments)
     if torch.compiler.is_exporting():
-        return portable.recurrence(u, x, v, b, c0, **options)
+        return portable.recurrence(arguments)
     transforms, compiling = dispatch.transforms_are_active(), torch.compiler.is_compiling()
-    # What no operator of ours has: forward derivatives, and transforms within compiled code.
+    # Our operators have no forward-mode derivatives and no transforms within compiled code.
     without_operator = dispatch.forward_mode_is_active() or (transforms and compiling)
-    if torch.jit.is_tracing() or without_operator or not has_kernel(u):
-        return reference.recurrence(u, x, v, b, c0, **options)
+    if dispatch.is_tracing() or without_operator or not has_kernel(u):
+        return reference.recurrence(arguments)
     from sru.kernels import autograd
 
     through = "transform" if transforms else ""
-    watched = u.is_meta or compiling or dispatch.modes_are_active()
-    if not transforms and (watched or not dispatch.have_memory(u, x, v, b, c0, mask, pad, weight)):
+    intercepted = u.is_meta or compiling or dispatch.modes_are_active()
+    if not transforms and (intercepted or not dispatch.have_memory(u, x, v, b, c0, mask, pad, factor)):
         through = "operators"
-    return autograd.recurrence(u, x, v, b, c0, through=through, **options)
+    return autograd.recurrence(arguments, through)
 
 
 def why_not_cpu(u: Tensor) -> str:
@@ -109,7 +103,7 @@ def why_not_cpu(u: Tensor) -> str:
     if u.device.type not in ("cpu", "meta"):
         return f"u is on {u.device}; move it with .cpu()"
     if u.dtype not in DTYPES:
-        return f"u is {u.dtype}; it takes {', '.join(map(str, DTYPES))}"
+        return f"u is {u.dtype}; the kernels take {', '.join(map(str, DTYPES))}"
     if not HAS_NUMBA:
         return "numba is not installed; type: pip install numba"
     return ""
@@ -122,7 +116,7 @@ def why_not_cuda(u: Tensor) -> str:
             return f"the tensors are on {u.device}, and torch {torch.__version__} finds no CUDA device to move them to"
         return f"the tensors are on {u.device}; move them, and the layer, with .cuda()"
     if u.dtype not in DTYPES:
-        return f"u is {u.dtype}; it takes {', '.join(map(str, DTYPES))}"
+        return f"u is {u.dtype}; the kernels take {', '.join(map(str, DTYPES))}"
     if u.is_meta:
         return ""
     from sru.kernels import cuda
@@ -131,12 +125,12 @@ def why_not_cuda(u: Tensor) -> str:
 
 
 def has_kernel(u: Tensor) -> bool:
-    """Whether a compiled kernel takes u; where one is missing on u's device, a warning says what to do, once."""
+    """Whether a compiled kernel takes u; if the one for u's device cannot run, warn once and say what to do."""
     if u.device.type in ("cpu", "meta", "cuda"):
         reason = why_not_cuda(u) if u.device.type == "cuda" else why_not_cpu(u)
         if reason:
             name = "CUDA" if u.device.type == "cuda" else "CPU"
-            warn_once(f"The SRU's {name} kernels cannot run, so the slow reference does: {reason}")
+            warn_once(f"The SRU's {name} kernels cannot run, so the slow reference runs instead: {reason}")
         return not reason
     warn_once(f"There is no fused SRU kernel for {u.device.type}, so the slow reference runs.")
     return False
@@ -160,7 +154,7 @@ def check(
     activation: str,
     bidirectional: bool,
 ) -> None:
-    """Refuse what no backend takes."""
+    """Raise TypeError or ValueError for arguments that no backend takes."""
     for name, value in {"u": u, "x": x, "v": v, "b": b, "c0": c0, "mask": mask, "pad": pad}.items():
         if not isinstance(value, Tensor) and (value is not None or name in ("u", "v", "b", "c0")):
             raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
@@ -181,7 +175,7 @@ def check(
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(f"{name} must be {shape} beside u {tuple(u.shape)}, not {tuple(tensor.shape)}")
+            raise ValueError(f"{name} must be {shape} for u {tuple(u.shape)}, not {tuple(tensor.shape)}")
         if tensor.device != u.device:
             raise ValueError(f"{name} is on {tensor.device}, u on {u.device}; move one of them")
         if name != "pad" and not tensor.is_floating_point():
@@ -189,18 +183,17 @@ def check(
     if pad is not None and pad.dtype != torch.bool:
         raise TypeError(f"pad must be torch.bool, not {pad.dtype}; use pad != 0")
     if mask is not None and mask.requires_grad:
-        raise ValueError("mask gets no gradient, but requires one; pass mask.detach()")
+        raise ValueError("mask requires a gradient but cannot get one; pass mask.detach()")
     if matrices == 4 and x is not None:
         raise ValueError("x must be None when u holds the skip (K = 4)")
     if isinstance(scale, Tensor):
         if scale.numel() != 1 or not scale.is_floating_point() or scale.device != u.device or scale.requires_grad:
             raise ValueError(
-                f"scale (a layer's scale_x) must be a number, or a floating tensor of one on {u.device} that needs no "
-                f"gradient, not "
-                f"{tuple(scale.shape)} of {scale.dtype} on {scale.device}"
+                f"scale (a layer's scale_x) must be a number, or a floating-point tensor with one number on {u.device} "
+                f"without requires_grad, not {tuple(scale.shape)} of {scale.dtype} on {scale.device}"
             )
     elif not isinstance(scale, numbers.Real):
-        raise TypeError(f"scale must be a number or a tensor that holds one, not {type(scale).__name__}")
+        raise TypeError(f"scale must be a number or a tensor with one number, not {type(scale).__name__}")
     elif not -math.inf < float(scale) < math.inf:
         raise ValueError(f"scale must be a finite number, not {scale}")
     if matrices == 3 and x is None and (isinstance(scale, Tensor) or scale != 0):

@@ -1,4 +1,4 @@
-"""The fused kernels under autograd: which module runs them, in which dtypes, and the gradient of a gradient."""
+"""The fused kernels under autograd: dtypes, derivatives, and second derivatives by the reference."""
 
 from typing import Any
 
@@ -6,25 +6,13 @@ import torch
 from torch import Tensor
 
 from sru.kernels import dispatch, ops, reference
-from sru.kernels.dispatch import ACTIVATIONS, HALVES, is_batched
+from sru.kernels.dispatch import HALVES, is_batched
+from sru.kernels.reference import Arguments
 
 
-def recurrence(
-    u: Tensor,
-    x: Tensor | None,
-    v: Tensor,
-    b: Tensor,
-    c0: Tensor,
-    *,
-    mask: Tensor | None,
-    pad: Tensor | None,
-    scale: Tensor | None,
-    zoneout: float,
-    activation: str,
-    bidirectional: bool,
-    through: str = "",
-) -> tuple[Tensor, Tensor]:
-    """As `sru.kernels.recurrence`; `through`: operators, or transform (of torch.func), where addresses mean nothing."""
+def recurrence(arguments: Arguments, through: str = "") -> tuple[Tensor, Tensor]:
+    """As `sru.kernels.recurrence`, by the kernels' functions or through "operators" or a "transform" of torch.func."""
+    u, x, v, b, c0, mask, pad, scale, *_ = arguments
     dtype = u.dtype
     wide = torch.float32 if dtype in HALVES else dtype
     v, b, c0 = v.to(wide), b.to(wide), c0.to(wide)
@@ -33,16 +21,18 @@ def recurrence(
         u = u.to(wide)
     if x is not None and x.dtype != u.dtype:
         x = x.to(wide)
-    options = mask, pad, scale, zoneout, ACTIVATIONS.index(activation), 2 if bidirectional else 1
+    arguments = Arguments(u, x, v, b, c0, mask, pad, scale, arguments.zoneout, arguments.activation, arguments.halves)
     keep = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (u, x, v, b, c0))
     if through == "operators":
-        h, _, c_last = torch.ops.sru.recurrence(u, x, v, b, c0, *options, keep)
+        h, _, c_last = torch.ops.sru.recurrence(*arguments, keep)
     elif through == "transform":
-        h, _, c_last = ops.Transformed.apply(u, x, v, b, c0, *options)
+        operator: Any = ops.Transformed
+        h, _, c_last = operator.apply(*arguments)
     elif keep:
-        h, c_last = Recurrence.apply(u, x, v, b, c0, *options)
+        function: Any = Recurrence
+        h, c_last = function.apply(u, x, v, b, c0, arguments)
     else:
-        h, _, c_last = dispatch.kernels(u.device).run_forward(u, x, v, b, c0, *options, keep=False)
+        h, _, c_last = dispatch.kernels(u.device).run_forward(arguments, keep=False)
     return h.to(dtype), c_last
 
 
@@ -50,40 +40,37 @@ class Recurrence(torch.autograd.Function):
     """The recurrence with its backward kernel."""
 
     @staticmethod
-    def forward(ctx, u, x, v, b, c0, mask, pad, scale, *options):
-        h, c, c_last = dispatch.kernels(u.device).run_forward(u, x, v, b, c0, mask, pad, scale, *options, keep=True)
-        ctx.save_for_backward(u, x, v, b, c0, mask, pad, scale, c)
-        ctx.options = options
+    def forward(
+        ctx: Any, u: Tensor, x: Tensor | None, v: Tensor, b: Tensor, c0: Tensor, arguments: Arguments
+    ) -> tuple[Tensor, Tensor]:
+        h, c, c_last = dispatch.kernels(u.device).run_forward(arguments, keep=True)
+        ctx.save_for_backward(*arguments[:8], c)
+        ctx.options = arguments[8:]
         return h, c_last
 
     @staticmethod
-    def backward(ctx, gh, gc_last):
+    def backward(ctx: Any, gh: Tensor, gc_last: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, c = ctx.saved_tensors
         if is_batched(gh) or is_batched(gc_last):  # by torch.autograd.grad(..., is_grads_batched=True)
-            gu, gx, *grads = torch.ops.sru.recurrence_backward(gh, gc_last, *ctx.saved_tensors, *ctx.options)
-            return gu, None if ctx.saved_tensors[1] is None else gx, *grads, *[None] * 6
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-            return *differentiate_reference(gh, gc_last, *ctx.saved_tensors[:8], *ctx.options), *[None] * 6
-        grads = dispatch.kernels(gh.device).run_backward(
-            gh, gc_last, *ctx.saved_tensors, *ctx.options, needs_x=ctx.needs_input_grad[1]
-        )
-        return *grads, *[None] * 6
+            operator = torch.ops.sru.recurrence_backward
+            gu, gx, gv, gb, gc0 = operator(gh, gc_last, *tensors, c, *ctx.options)
+            gx = None if tensors[1] is None else gx
+        elif torch.is_grad_enabled():  # create_graph=True: the gradient must be differentiable
+            gu, gx, gv, gb, gc0 = differentiate_reference(gh, gc_last, Arguments(*tensors, *ctx.options))
+        else:
+            gu, gx, gv, gb, gc0 = dispatch.kernels(gh.device).run_backward(
+                gh, gc_last, Arguments(*tensors, *ctx.options), c, needs_x=ctx.needs_input_grad[1]
+            )
+        return gu, gx, gv, gb, gc0, None
 
 
-def differentiate_reference(gh, gc_last, u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves):
-    """The gradients as functions that have gradients themselves: those of the reference."""
-    # Views, since x may be what u was made of: a gradient of each alone is wanted.
+def differentiate_reference(gh: Tensor, gc_last: Tensor, arguments: Arguments) -> list[Tensor | None]:
+    """The gradients as differentiable functions, from the reference."""
+    # Views, because x may be part of the computation of u: each input's gradient must exclude the others.
     inputs: list[Any] = [
-        a if a is None else a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in (u, x, v, b, c0)
+        a if a is None else a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in arguments[:5]
     ]
-    outputs = reference.recurrence(
-        *inputs,
-        mask=mask,
-        pad=pad,
-        scale=scale,
-        zoneout=zoneout,
-        activation=ACTIVATIONS[activation],
-        bidirectional=halves == 2,
-    )
-    given = [a for a in inputs if a is not None]
-    found = iter(torch.autograd.grad(outputs, given, (gh, gc_last), create_graph=True, materialize_grads=True))
-    return [None if a is None else next(found) for a in inputs]
+    outputs = reference.recurrence(Arguments(*[*inputs, *arguments[5:]]))
+    tensors = [a for a in inputs if a is not None]
+    grads = iter(torch.autograd.grad(outputs, tensors, (gh, gc_last), create_graph=True, materialize_grads=True))
+    return [None if a is None else next(grads) for a in inputs]

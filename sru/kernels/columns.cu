@@ -1,6 +1,6 @@
-// Kernels whose threads own columns (LOOK 0 and 1); after recurrence.cu.
+// Kernels in which a thread owns columns (LOOK 0 and 1); follows recurrence.cu.
 
-// Reads step after step, at once or into slots of shared memory.
+// Reads step by step, directly or into slots of shared memory.
 struct Ahead : Reader {
     long long left;
 
@@ -13,11 +13,11 @@ struct Ahead : Reader {
         return step;
     }
 
-    // The bytes of a number in a slot: none is smaller than four, as no asynchronous copy is. Of numbers of two bytes the
-    // aligned pair is copied that the number belongs to; rows begin at multiples of four bytes, so that it is the column
-    // which says what half of the pair it is.
+    // Bytes of a number in a slot: at least four, the minimum of an asynchronous copy. For a two-byte number, the aligned
+    // pair that contains it is copied; rows start at multiples of four bytes, so the parity of the column tells which half
+    // it is.
     template <class T> static constexpr int SIZE = sizeof(Lanes<T>) < 4 ? 4 : sizeof(Lanes<T>);
-    // Where the arrays of a step lie among a thread's bytes of a slot; those of a block's threads lie side by side.
+    // Offsets of a step's arrays in a thread's part of a slot; the parts of a block's threads are adjacent.
     static constexpr int X_AT = 3 * SIZE<U_TYPE>, PAD_AT = X_AT + SKIP * SIZE<X_TYPE>, C_AT = PAD_AT + 8 * PAD;
     static constexpr int GH_AT = C_AT + BACKWARD * SIZE<WIDE>, BYTES = GH_AT + BACKWARD * SIZE<U_TYPE>;
 
@@ -58,7 +58,7 @@ struct Ahead : Reader {
         --left;
     }
 
-    // The step in a slot; its column is odd or even, and the address of its padding ended in these two bits.
+    // The step in a slot; `odd` is the parity of its column, pad_bits the last two bits of the address of its padding.
     static __device__ __forceinline__ Step from(int slot, bool odd, unsigned pad_bits) {
         Step step;
         step.u0 = take<U_TYPE>(slot, 0, odd);
@@ -74,7 +74,7 @@ struct Ahead : Reader {
     }
 };
 
-// Hand all steps to `body`, with more of them on their way.
+// Call `body` for all steps while later ones are being read.
 template <class Body>
 __device__ __forceinline__ void walk(const Arguments& a, const Place& place, Body body) {
     Ahead reader(a, place);
@@ -84,7 +84,7 @@ __device__ __forceinline__ void walk(const Arguments& a, const Place& place, Bod
     for (int k = 0; k < STEPS; ++k)
         if (k < a.T) ahead[k] = reader.next();
     long long t = 0;
-    // Without a question in the hot loop.
+    // No branch in the inner loop.
     for (; t + 2 * STEPS <= a.T; t += STEPS) {
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
@@ -105,9 +105,9 @@ __device__ __forceinline__ void walk(const Arguments& a, const Place& place, Bod
     const unsigned pad_start = unsigned(size_t(reader.pad.at)), pad_stride = unsigned(reader.pad.stride);
     for (int stage = 0; stage < STAGES - 1; ++stage) {
         for (int k = 0; k < STEPS && reader.left > 0; ++k) reader.next_into(stage * STEPS + k);
-        close_group();  // an empty one at the end, so that groups can be counted
+        close_group();  // empty groups at the end keep the count constant
     }
-    int stage = 0, free = (STAGES - 1) * STEPS;  // the slots that were read a turn ago
+    int stage = 0, free = (STAGES - 1) * STEPS;  // the slots read in the previous round
     for (long long t = 0; t < a.T; t += STEPS) {
         wait_for_groups<STAGES - 2>();
         const unsigned pad_at = pad_start + unsigned(t) * pad_stride;
@@ -119,7 +119,7 @@ __device__ __forceinline__ void walk(const Arguments& a, const Place& place, Bod
 #pragma unroll
             for (int k = 0; k < STEPS; ++k) {
                 body(now[k]);
-                reader.next_into(free + k);  // in the shadow of the chain
+                reader.next_into(free + k);  // overlaps with the chain of states
             }
         } else {
             for (int k = 0; reader.left > 0; ++k) reader.next_into(free + k);

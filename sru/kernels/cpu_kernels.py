@@ -1,31 +1,28 @@
-"""The machine code of the SRU recurrence on CPUs, written for numba.
+"""The SRU recurrence on CPUs as functions that numba compiles to machine code.
 
-A kernel is a C function over raw addresses: calling it costs microseconds and releases the interpreter lock. It walks
-tiles, a few sequences by a range of columns, from the first step to the last: memory is read in the order in which it
-lies, and the tile's state stays in the nearest cache. The inner loops over columns become vector instructions.
+A kernel is a C function of one address: a call costs microseconds and releases the interpreter lock. It processes
+tiles, a few sequences by a range of columns, from the first step to the last: it reads memory in order, and the state
+of the tile stays in the nearest cache. The inner loops over columns become vector instructions.
 """
+# mypy: allow-untyped-decorators, allow-untyped-calls
 
-import array
-import ctypes
 import functools
 import math
 import operator
-import struct
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import models, overload, register_jitable, register_model
 
-# An intrinsic's first argument comes from numba, which the decorator's own type does not say.
-intrinsic: Any = numba.extending.intrinsic
+intrinsic: Any = numba.extending.intrinsic  # its type hint lacks the first argument, which numba passes
+Codegen = Callable[[Any, Any, Any, Any], Any]  # of context, builder, signature and arguments
 
-# Names of the arrays of a kernel, for the compiler (see Row). Memory that a kernel writes has one name, under which
-# alone it is read and written; memory that it only reads may have any. Different kernels use the same numbers.
+# Numbers of a kernel's arrays, for the compiler (see Row). Memory that a kernel writes has one number, by which all
+# reads and writes go; memory that it only reads may have any. Kernels share these numbers.
 INPUT, H, C, C_LAST = range(4)
 GU0, GU1, GU2, GX, GC, SVF, SVR, SBF, SBR = range(1, 10)
 U = 4
@@ -50,7 +47,7 @@ P0, P1, P2, P3, P4, P5, P6 = (
 
 
 @intrinsic
-def as_float(typingctx, bits):
+def as_float(typingctx: Any, bits: Any) -> tuple[Any, Codegen]:
     """The float32 with these bits."""
     return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(
         args[0], context.get_value_type(types.float32)
@@ -58,7 +55,7 @@ def as_float(typingctx, bits):
 
 
 @intrinsic
-def as_bits(typingctx, number):
+def as_bits(typingctx: Any, number: Any) -> tuple[Any, Codegen]:
     """The bits of a float32."""
     return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(
         args[0], context.get_value_type(types.int32)
@@ -66,11 +63,11 @@ def as_bits(typingctx, number):
 
 
 @intrinsic
-def integers(typingctx, numbers):
-    """The integers of the packed arguments, which follow its numbers."""
+def integers(typingctx: Any, numbers: Any) -> tuple[Any, Codegen]:
+    """The integers of the packed arguments, which follow their numbers."""
     like = types.CPointer(types.int64)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = builder.ptrtoint(args[0], context.get_value_type(types.intp))
         address = builder.add(address, address.type(8 * NUMBERS))
         return builder.inttoptr(address, context.get_value_type(like))
@@ -79,46 +76,46 @@ def integers(typingctx, numbers):
 
 
 @intrinsic
-def next_tile(typingctx, counter):
-    """Take a number of the counter, which the threads of a call share."""
+def next_tile(typingctx: Any, counter: Any) -> tuple[Any, Codegen]:
+    """Take the next number from the counter that the threads of a call share."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", args[0], context.get_value_type(types.int64)(1), "monotonic")
 
     return types.int64(counter), codegen
 
 
 class Row(types.Type):
-    """An address of numbers that lie together, of an array with a name.
+    """The address of contiguous numbers in an array with a number of its own.
 
-    Numbers written through a row must not be read or written through a row of another name. The compiler relies on
-    that: it turns loops over many arrays into vector instructions without checks for overlap.
+    Memory written through a row must not be read or written through a row of another array. The compiler relies on
+    that to turn loops over many arrays into vector instructions without checks for overlap.
     """
 
-    def __init__(self, dtype, name):
+    def __init__(self, dtype: Any, name: int) -> None:
         super().__init__(f"Row({dtype}, {name})")
         self.dtype, self.array = dtype, name
 
 
 @register_model(Row)
 class RowModel(models.PrimitiveModel):
-    def __init__(self, manager, kind):
+    def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, manager.lookup(kind.dtype).get_value_type().as_pointer())
 
 
 @intrinsic(prefer_literal=True)
-def row(typingctx, like, address, name):
-    """The row of an array at an address; `name` tells arrays apart, all that are only read have that of INPUT."""
+def row(typingctx: Any, like: Any, address: Any, name: Any) -> tuple[Any, Codegen]:
+    """The row at an address; `name` is the number of its array, INPUT for all arrays that are only read."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[1], context.get_value_type(signature.return_type))
 
     kind = Row(like.dtype, name.literal_value)
     return kind(like, types.intp, name), codegen
 
 
-def place(context, builder, kind, row, k, access):
-    """Read or write element k of a row, and say which array it is of."""
+def access_element(builder: Any, kind: Any, row: Any, k: Any, access: Callable[[Any], Any]) -> Any:
+    """Read or write element k of a row, and tell the compiler which array it belongs to."""
     instruction = access(builder.gep(row, [k]))
     instruction.align = kind.dtype.bitwidth // 8
     module = builder.module
@@ -130,37 +127,43 @@ def place(context, builder, kind, row, k, access):
 
 
 @intrinsic
-def read(typingctx, kind, k):
-    def codegen(context, builder, signature, args):
-        return place(context, builder, kind, args[0], args[1], builder.load)
+def read(typingctx: Any, kind: Any, k: Any) -> tuple[Any, Codegen]:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return access_element(builder, kind, args[0], args[1], builder.load)
 
     return kind.dtype(kind, types.intp), codegen
 
 
 @intrinsic
-def write(typingctx, kind, k, value):
-    def codegen(context, builder, signature, args):
-        place(context, builder, kind, args[0], args[1], lambda at: builder.store(args[2], at))
+def write(typingctx: Any, kind: Any, k: Any, value: Any) -> tuple[Any, Codegen]:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        access_element(builder, kind, args[0], args[1], lambda at: builder.store(args[2], at))
         return context.get_dummy_value()
 
     return types.none(kind, types.intp, kind.dtype), codegen
 
 
 @overload(operator.getitem)
-def row_getitem(row, k):
-    return (lambda row, k: read(row, k)) if isinstance(row, Row) else None
+def row_getitem(row: Any, k: Any) -> Any:
+    def get(row: Any, k: Any) -> Any:
+        return read(row, k)
+
+    return get if isinstance(row, Row) else None
 
 
 @overload(operator.setitem)
-def row_setitem(row, k, value):
-    return (lambda row, k, value: write(row, k, value)) if isinstance(row, Row) else None
+def row_setitem(row: Any, k: Any, value: Any) -> Any:
+    def set(row: Any, k: Any, value: Any) -> Any:
+        return write(row, k, value)
+
+    return set if isinstance(row, Row) else None
 
 
 @intrinsic
-def is_set(typingctx, address):
+def is_set(typingctx: Any, address: Any) -> tuple[Any, Codegen]:
     """Whether the byte at an address is not 0."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte = context.get_value_type(types.uint8)
         loaded = builder.load(builder.inttoptr(args[0], byte.as_pointer()))
         return builder.icmp_unsigned("!=", loaded, byte(0))
@@ -168,15 +171,15 @@ def is_set(typingctx, address):
     return types.boolean(types.intp), codegen
 
 
-def sigmoid(z):
-    """1 / (1 + exp(-z)), written so that the compiler turns a loop of it into vector instructions."""
+def sigmoid(z: Any) -> Any:
+    """1 / (1 + exp(-z)), in a form that the compiler can turn into vector instructions."""
 
 
 @overload(sigmoid, jit_options={"error_model": "numpy", "fastmath": {"contract"}})
-def sigmoid_of_type(z):
-    def sigmoid32(z):
+def sigmoid_of_type(z: Any) -> Any:
+    def sigmoid32(z: Any) -> Any:
         y = -LOG2E * z
-        # Comparisons that leave NaN alone.
+        # These comparisons keep NaN.
         y = LIMIT if y > LIMIT else y
         y = -LIMIT if y < -LIMIT else y
         shifted = y + MAGIC
@@ -190,14 +193,14 @@ def sigmoid_of_type(z):
         power = as_float((as_bits(shifted) << np.int32(23)) + np.int32(0x3F800000))
         return ONE / (ONE + p * power)
 
-    def sigmoid64(z):
+    def sigmoid64(z: Any) -> Any:
         return 1.0 / (1.0 + math.exp(-z))
 
     return sigmoid32 if z == types.float32 else sigmoid64
 
 
 @register_jitable
-def activate(c, one, activation):
+def activate(c: Any, one: Any, activation: int) -> Any:
     """g(c)."""
     if activation == 1:
         s = sigmoid(c + c)
@@ -208,8 +211,8 @@ def activate(c, one, activation):
 
 
 @register_jitable
-def slope(c, y, one, activation):
-    """g'(c) where y = g(c)."""
+def slope(c: Any, y: Any, one: Any, activation: int) -> Any:
+    """g'(c), given y = g(c)."""
     if activation == 1:
         return one - y * y
     if activation == 2:
@@ -217,17 +220,17 @@ def slope(c, y, one, activation):
     return one
 
 
-# A kernel has one argument, the address of what `packed` makes: a few numbers of its dtype, then integers: the counter
-# of tiles and how many there are, sizes, strides (in elements) and addresses, in the order of the kernels' first lines.
-# Every thread that calls it takes tiles until there is none left.
+# A kernel has one argument, the address of the arguments packed by cpu.pack: a few numbers of its dtype, then integers:
+# the counter of tiles, the number of tiles, sizes, strides (in elements) and addresses, in the order of the kernels'
+# first lines. Every thread that calls it takes tiles until none are left.
 NUMBERS = 4  # slots of eight bytes for the numbers: 1, scale, zoneout
 
 
 @intrinsic
-def add_product(typingctx, total, a, b):
-    """total + a * b, in an order that the compiler chooses: a loop of it becomes vector instructions."""
+def add_product(typingctx: Any, total: Any, a: Any, b: Any) -> tuple[Any, Codegen]:
+    """total + a * b in any order, so that a loop of it becomes vector instructions."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         flags = "reassoc", "contract", "nsz"
         return builder.fadd(args[0], builder.fmul(args[1], args[2], flags=flags), flags=flags)
 
@@ -235,9 +238,10 @@ def add_product(typingctx, total, a, b):
 
 
 @register_jitable(inline="always")
-def step(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, activation):
-    """A step of a sequence: from the state cp to cn and h."""
+def step(n: int, numbers: Any, inputs: Any, cp: Any, cn: Any, hn: Any, activation: int) -> None:
+    """One step of a sequence, from the state cp to the state cn and the output hn."""
     one, scale, zoneout = numbers
+    u0, u1, u2, x, vf, vr, bf, br, m = inputs
     for k in range(n):
         f = zoneout + (one - zoneout) * sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
         r = sigmoid(u2[k] + vr[k] * cp[k] + br[k])
@@ -248,10 +252,10 @@ def step(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, activation):
 
 
 @functools.cache
-def forward(activation):
-    """The forward pass with one of the activations: a kernel each, without a branch in its loops."""
+def forward(activation: int) -> Callable[[Any], None]:
+    """The forward pass, a kernel for each activation, so that its loops have no branch."""
 
-    def kernel(like):
+    def kernel(like: Any) -> None:
         one, a = like[0], integers(like)
         numbers = one, like[1], like[2]
         T, B, D, tile_batch, tile_columns, halves, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
@@ -273,7 +277,7 @@ def forward(activation):
             bf, br = row(like, b + size * start, INPUT), row(like, b + size * (D + start), INPUT)
             for i in range(T):
                 t = T - 1 - i if side else i
-                # Where no gradient needs c, two rows take turns.
+                # Without a gradient, two rows of c alternate.
                 now, before = (t, t + 1 if side else t - 1) if keep else (i & 1, 1 - (i & 1))
                 for j in range(b_first, b_last):
                     at = size * (j * D + start)
@@ -290,7 +294,7 @@ def forward(activation):
                     u2 = row(like, at + size * 2 * u_k, INPUT)
                     x = row(like, skip + size * (t * skip_t + j * skip_b + start), INPUT)
                     m = row(like, mask + size * (j * mask_b + start), INPUT)
-                    step(n, numbers, u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, hn, activation)
+                    step(n, numbers, (u0, u1, u2, x, vf, vr, bf, br, m), cp, cn, hn, activation)
             for j in range(b_first, b_last):
                 end = 0 if side else T - 1
                 at = size * (j * D + start)
@@ -304,8 +308,8 @@ def forward(activation):
 
 
 @register_jitable(inline="always")
-def step_back(n, numbers, rows, results, activation):
-    """The gradients of a step of a sequence."""
+def step_back(n: int, numbers: Any, rows: Any, results: Any, activation: int) -> None:
+    """The gradients of one step of a sequence."""
     one, scale, zoneout = numbers
     u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, g = rows
     gu0, gu1, gu2, gx, lam, svf, svr, sbf, sbr = results
@@ -315,15 +319,15 @@ def step_back(n, numbers, rows, results, activation):
         r = sigmoid(u2[k] + vr[k] * cp[k] + br[k])
         carried = scale * x[k]
         y = activate(cn[k], one, activation)
-        kept = g[k] * m[k] * r
-        total = kept * slope(cn[k], y, one, activation) + lam[k]
+        gated_g = g[k] * m[k] * r
+        total = gated_g * slope(cn[k], y, one, activation) + lam[k]
         gated = total * (zoneout + rest * f)
         g1 = total * rest * f * (one - f) * (cp[k] - u0[k])
-        g2 = kept * (y - carried) * (one - r)
+        g2 = gated_g * (y - carried) * (one - r)
         gu0[k] = total - gated
         gu1[k] = g1
         gu2[k] = g2
-        gx[k] = scale * (g[k] - kept)
+        gx[k] = scale * (g[k] - gated_g)
         lam[k] = gated + g1 * vf[k] + g2 * vr[k]
         svf[k] += g1 * cp[k]
         svr[k] += g2 * cp[k]
@@ -332,13 +336,13 @@ def step_back(n, numbers, rows, results, activation):
 
 
 @functools.cache
-def backward(activation):
-    """The backward pass, with the gates computed again from c.
+def backward(activation: int) -> Callable[[Any], None]:
+    """The backward pass, which computes the gates again from c.
 
-    The gradient of c_t is the sum of what h_t and c_{t+1} hand down; all else is linear in it or apart from it.
+    The gradient of c_t is the sum of the gradients through h_t and c_{t+1}.
     """
 
-    def kernel(like):
+    def kernel(like: Any) -> None:
         one, a = like[0], integers(like)
         numbers = one, like[1], like[2]
         T, B, D, tile_batch, tile_columns, halves, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
@@ -403,8 +407,8 @@ def backward(activation):
 BLOCK = 64  # rows and columns of a tile of `transpose`
 
 
-def transpose(like):
-    """Rows to columns, a block at a time: read as it lies, kept in the nearest cache, written as it will lie."""
+def transpose(like: Any) -> None:
+    """Transpose a matrix block by block; a block fits the nearest cache, so reads and writes are in memory order."""
     a = integers(like)
     rows, columns, size, source, source_row, target = a[2], a[3], a[4], a[5], a[6], a[7]
     down = (rows + BLOCK - 1) // BLOCK
@@ -423,25 +427,3 @@ def transpose(like):
             y = row(like, target + size * ((c + j) * rows + r), H)
             for i in range(m):
                 y[i] = block[i, j]
-
-
-@functools.cache
-def compile_kernel(kernel: Callable, dtype: torch.dtype) -> tuple[Callable, int]:
-    """The kernel as a C function and its address; compiled at the first call and kept on disk for the next process."""
-    signature = types.void(types.CPointer(types.float32 if dtype == torch.float32 else types.float64))
-    options: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
-    try:
-        code = numba.cfunc(signature, cache=True, **options)(kernel)
-    except (RuntimeError, OSError):  # numba finds no folder that it could write to
-        code = numba.cfunc(signature, **options)(kernel)
-    address: Any = code.address
-    function: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-    function.code = code  # the machine code lives as long as the function
-    return function, address
-
-
-def pack(dtype: torch.dtype, scale: float, zoneout: float, arguments: list[int]) -> array.array:
-    """The arguments of a kernel in one piece of memory; good for one run, which uses up the counter."""
-    memory = array.array("q", [0] * NUMBERS + arguments)
-    struct.pack_into("3f" if dtype == torch.float32 else "3d", memory, 0, 1.0, scale, zoneout)
-    return memory

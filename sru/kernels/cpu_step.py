@@ -1,28 +1,31 @@
-"""A step of a whole stack of layers on a CPU, its matrix products included, for inference of a few sequences.
+"""One step of a whole stack of layers on a CPU, matrix products included, for inference on few sequences.
 
-One call walks all layers: each weight is read once, as it lies, and nothing is handed from library to library.
+One call runs all layers: it reads each weight once, in the order of memory, and calls no other library.
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sru.kernels.cpu_kernels import C_LAST, INPUT, H, U, add_product, compile_kernel, integers, pack, row, step
+from sru.kernels.cpu import compile_kernel, pack
+from sru.kernels.cpu_kernels import C_LAST, INPUT, H, U, add_product, integers, row, step
 
 MAX_SEQUENCES = 8  # with more, a library's matrix product is faster
-MAX_WEIGHT = 2**22  # numbers above which it is too, by its threads
-LAYER = 6  # integers of a layer among the arguments
+MAX_WEIGHT = 2**22  # for larger weights it is faster too, because it uses threads
+LAYER = 6  # integers for each layer among the arguments
 
 
 @functools.cache
-def one_step(activation):
-    """c_last (L, B, D) and h (B, D) of x (B, n) and c0 (L, B, D)."""
+def one_step(activation: int) -> Callable[[Any], None]:
+    """The kernel that computes c_last (L, B, D) and h (B, D) from x (B, n) and c0 (L, B, D)."""
 
-    def kernel(like):
+    def kernel(like: Any) -> None:
         one, a = like[0], integers(like)
         layers, B, D, size, x, c0, c_last = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
-        h, inner, u = a[9], a[10], a[11]  # inner (B, D): what a layer hands to the next, in turn with h; u (B, 4, D)
+        h, inner, u = a[9], a[10], a[11]  # layers write to inner (B, D) and h in turn; u (B, 4, D)
         numbers = one, one, one - one
         m = row(like, a[12], H)
         for k in range(D):
@@ -52,16 +55,16 @@ def one_step(activation):
                 at = size * (i * B + j) * D
                 cp, cn = row(like, c0 + at, INPUT), row(like, c_last + at, C_LAST)
                 hn = row(like, target + size * j * D, H)
-                step(D, numbers, u0, u1, u2, skip, vf, vr, bf, br, m, cp, cn, hn, activation)
+                step(D, numbers, (u0, u1, u2, skip, vf, vr, bf, br, m), cp, cn, hn, activation)
             x = target
 
     return kernel
 
 
-def run(x: Tensor, c0: Tensor, layers: list, activation: int) -> tuple[Tensor, Tensor] | None:
-    """h (1, B, D) and the states (L, B, D) of x (1, B, n) and c0 (L, B, D), or None where this is not the faster way.
+def run(x: Tensor, c0: Tensor, layers: Sequence[tuple[Any, ...]], activation: int) -> tuple[Tensor, Tensor] | None:
+    """h (1, B, D) and the states (L, B, D) from x (1, B, n) and c0 (L, B, D), or None if this is not faster.
 
-    layers: weight, v, bias and alpha (None without a highway of the input) of each.
+    layers: weight, v, bias, alpha (None without a highway of the input), ... of each, as in stack.Layer.
     """
     batch, size = c0.shape[1:]
     if not 0 < batch <= MAX_SEQUENCES:
@@ -74,10 +77,10 @@ def run(x: Tensor, c0: Tensor, layers: list, activation: int) -> tuple[Tensor, T
     arguments = [0, 1, len(layers), batch, size, x.element_size()]
     arguments += [x.data_ptr(), c0.data_ptr(), c_last.data_ptr(), h.data_ptr()]
     arguments += [inner, inner + batch * width, inner + 5 * batch * width]
-    for weight, v, bias, alpha in layers:
+    for weight, v, bias, alpha, *_ in layers:
         if weight.numel() > MAX_WEIGHT or not (weight.is_contiguous() and v.is_contiguous() and bias.is_contiguous()):
             return None
-        if not weight.data_ptr():  # its memory was given back
+        if not weight.data_ptr():  # its memory was freed
             return None
         arguments += [weight.data_ptr(), v.data_ptr(), bias.data_ptr(), weight.shape[1], weight.shape[0] // size]
         arguments.append(0 if alpha is None else alpha.data_ptr())

@@ -1,114 +1,134 @@
-"""The fused kernels as operators of torch, for torch.compile and torch.func, which look no further than an operator.
+"""The fused kernels as torch operators, for torch.compile and torch.func, which cannot look inside the kernels.
 
-Eager code goes past them, for speed: sru/kernels/autograd.py.
+Eager code calls the kernels directly, which is faster: sru/kernels/autograd.py.
 """
 
+from collections.abc import Callable
+from typing import Any, NoReturn
+
 import torch
+from torch import Tensor
 
 from sru.kernels import dispatch
+from sru.kernels.reference import Arguments
 
 INPUTS = "Tensor u, Tensor? x, Tensor v, Tensor b, Tensor c0, Tensor? mask, Tensor? pad, Tensor? scale"
 OPTIONS = "float zoneout, int activation, int halves"
-# A name of our own: a process may hold the official package too, which takes sru_cpu and sru_cuda.
+# Our own namespace: a process may also load the official package, which uses sru_cpu and sru_cuda.
 library = torch.library.Library("sru", "DEF")
 library.define(f"recurrence({INPUTS}, {OPTIONS}, bool keep) -> (Tensor h, Tensor c, Tensor c_last)")
 library.define(
     f"recurrence_backward(Tensor gh, Tensor gc_last, {INPUTS}, Tensor c, {OPTIONS}) "
     "-> (Tensor gu, Tensor gx, Tensor gv, Tensor gb, Tensor gc0)"
 )
+Tensors = tuple[Tensor, ...]
 
 
-def run(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep):
-    """h, c and c_last; c is what the backward pass needs, and has no steps where it is not kept."""
-    h, c, c_last = dispatch.kernels(u.device).run_forward(
-        u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep=keep
-    )
+def run(*inputs: Any) -> Tensors:
+    """h, c and c_last; c, for the backward pass, has no steps unless it is kept."""
+    *arguments, keep = inputs
+    u, c0 = inputs[0], inputs[4]
+    h, c, c_last = dispatch.kernels(u.device).run_forward(Arguments(*arguments), keep=keep)
     return h, c if keep else c0.new_empty(0, *c0.shape), c_last
 
 
-def run_fake(u, x, v, b, c0, mask, pad, scale, zoneout, activation, halves, keep):
+def run_fake(*inputs: Any) -> Tensors:
+    u, c0, keep = inputs[0], inputs[4], inputs[-1]
     steps, batch, _, size = u.shape
-    return u.new_empty(steps, batch, size), c0.new_empty(steps if keep else 0, batch, size), c0.new_empty(batch, size)
+    c = c0.new_empty(steps if keep else 0, batch, size)
+    return u.new_empty(steps, batch, size), c, c0.new_empty(batch, size)
 
 
-def run_backward(gh, gc_last, u, x, v, b, c0, mask, pad, scale, c, *options):
-    """The gradients; gx has no steps where there is no x."""
+def run_backward(gh: Tensor, gc_last: Tensor, *inputs: Any) -> Tensors:
+    """The gradients; gx has no steps if there is no x."""
+    arguments, c = Arguments(*inputs[:8], *inputs[9:]), inputs[8]
+    u, x, *_ = arguments
     run = dispatch.kernels(u.device).run_backward
-    gu, gx, gv, gb, gc0 = run(gh, gc_last, u, x, v, b, c0, mask, pad, scale, c, *options, needs_x=x is not None)
+    gu, gx, gv, gb, gc0 = run(gh, gc_last, arguments, c, needs_x=x is not None)
     return gu, u.new_empty(0) if gx is None else gx, gv.clone(), gb.clone(), gc0
 
 
-def run_backward_fake(gh, gc_last, u, x, v, b, c0, mask, pad, scale, c, *options):
+def run_backward_fake(gh: Tensor, gc_last: Tensor, *inputs: Any) -> Tensors:
+    u, x, v, _, c0, *_ = inputs
     steps, batch, _, size = u.shape
     gx = u.new_empty(0) if x is None else x.new_empty(steps, batch, size)
     return u.new_empty(u.shape), gx, v.new_empty(2 * size), v.new_empty(2 * size), c0.new_empty(batch, size)
 
 
-def save(ctx, inputs, output):
+def save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     ctx.save_for_backward(*inputs[:8], output[1])
     ctx.options = inputs[8:11]
 
 
-def differentiate(ctx, gh, _, gc_last):
+def differentiate(ctx: Any, gh: Tensor, gc: Tensor, gc_last: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, c = ctx.saved_tensors
     if c.shape[0] != inputs[0].shape[0]:
         raise RuntimeError("the recurrence ran without gradients, so it has none")
     gu, gx, gv, gb, gc0 = torch.ops.sru.recurrence_backward(gh, gc_last, *inputs, c, *ctx.options)
-    return gu, None if inputs[1] is None else gx, gv, gb, gc0, None, None, None, None, None, None, None
+    gmask = gpad = gscale = gzoneout = gactivation = ghalves = gkeep = None
+    gx = None if inputs[1] is None else gx
+    return gu, gx, gv, gb, gc0, gmask, gpad, gscale, gzoneout, gactivation, ghalves, gkeep
 
 
 class Transformed(torch.autograd.Function):
-    """The operators under a transform of torch.func, which does not take the gradient of an operator itself."""
+    """The operators under a transform of torch.func, which does not use the derivative registered for an operator."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs):
-        return torch.ops.sru.recurrence(*inputs, True)
+    def forward(*inputs: Any) -> Tensors:
+        outputs: Tensors = torch.ops.sru.recurrence(*inputs, True)
+        return outputs
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         ctx.mark_non_differentiable(output[1])
         save(ctx, inputs, output)
 
     @staticmethod
-    def backward(ctx, gh, _, gc_last):
+    def backward(ctx: Any, gh: Tensor, gc: Tensor, gc_last: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, c = ctx.saved_tensors
-        gu, gx, gv, gb, gc0 = TransformedBackward.apply(gh, gc_last, *inputs, c, *ctx.options)
-        return gu, None if inputs[1] is None else gx, gv, gb, gc0, *[None] * 6
+        operator: Any = TransformedBackward
+        gu, gx, gv, gb, gc0 = operator.apply(gh, gc_last, *inputs, c, *ctx.options)
+        gmask = gpad = gscale = gzoneout = gactivation = ghalves = None
+        gx = None if inputs[1] is None else gx
+        return gu, gx, gv, gb, gc0, gmask, gpad, gscale, gzoneout, gactivation, ghalves
 
 
 class TransformedBackward(torch.autograd.Function):
-    """The backward operator under a transform of torch.func: without it a second gradient would be 0, in silence."""
+    """The backward operator under a transform of torch.func; without this, a second gradient would silently be 0."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs):
-        return torch.ops.sru.recurrence_backward(*inputs)
+    def forward(*inputs: Any) -> Tensors:
+        outputs: Tensors = torch.ops.sru.recurrence_backward(*inputs)
+        return outputs
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         pass
 
-    backward = staticmethod(lambda ctx, *grads: refuse_second(ctx, *grads))
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        refuse_second(ctx, *grads)
 
 
-def refuse_second(ctx, *_):
+def refuse_second(ctx: Any, *_: Any) -> NoReturn:
     raise RuntimeError(
         "compiled SRU kernels have only a first derivative here: build the layer with backend='reference' for more, or "
         "take torch.autograd.grad(..., create_graph=True) of the layer itself, uncompiled"
     )
 
 
-def one_by_one(operator):
-    """The rule of an operator under torch.vmap: a call an element, since v and b may differ from one to the next."""
+def run_one_by_one(operator: Callable[..., Tensors]) -> Callable[..., tuple[Tensors, tuple[int, ...]]]:
+    """The vmap rule of an operator: one call for each element, because v and b may differ between elements."""
 
-    def rule(info, in_dims, *args):
-        def element(i):
-            return [a.select(d, i) if d is not None else a for a, d in zip(args, in_dims, strict=True)]
-
-        outputs = [operator(*element(i)) for i in range(info.batch_size)]
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensors, tuple[int, ...]]:
+        outputs = []
+        for i in range(info.batch_size):
+            element = [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+            outputs.append(operator(*element))
         return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True)), (0,) * len(outputs[0])
 
     return rule
@@ -122,4 +142,4 @@ torch.library.register_fake("sru::recurrence_backward", run_backward_fake, lib=l
 torch.library.register_autograd("sru::recurrence", differentiate, setup_context=save, lib=library)
 torch.library.register_autograd("sru::recurrence_backward", refuse_second, lib=library)
 for name in ("recurrence", "recurrence_backward"):
-    torch.library.register_vmap(f"sru::{name}", one_by_one(getattr(torch.ops.sru, name)), lib=library)
+    torch.library.register_vmap(f"sru::{name}", run_one_by_one(getattr(torch.ops.sru, name)), lib=library)

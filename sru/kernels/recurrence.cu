@@ -1,28 +1,28 @@
-// The SRU recurrence on NVIDIA GPUs, one source for every dtype and option: what its kernels are made of. The kernels are in
-// columns.cu and tiles.cu, one of which sru/kernels/cuda.py puts behind this file before it compiles and launches them.
+// The SRU recurrence on NVIDIA GPUs, one source for all dtypes and options: the parts of its kernels. The kernels are in
+// columns.cu and tiles.cu; sru/kernels/cuda.py appends one of them to this file, compiles and launches it.
 //
-// What decides the speed is how many reads are under way: memory answers after some 600 ns, while a step of the chain of
-// states takes 30. There are three ways to read far enough ahead, for three kinds of shapes (LOOK):
+// The number of reads in flight decides the speed: memory takes about 600 ns to answer, one step of the chain of states
+// takes 30 ns. There are three ways to read ahead, for three kinds of shapes (LOOK):
 //   0  registers: a thread owns LANES neighbouring columns and holds STEPS steps. Many columns, wide reads.
-//   1  a ring: a thread copies into its own slots of shared memory, STAGES x STEPS steps, without waiting. Fewer columns.
-//   2  tiles: a block owns COLUMNS columns and TILE steps. All threads compute what does not depend on the state, one warp
-//      runs the chain, all threads compute the rest. Few columns, long sequences.
-// Gates are never stored: the backward pass computes them again from c, which costs less than reading them. It is linear
-// in the gradient of c, so that its chain is two operations a step.
+//   1  a ring: a thread copies STAGES x STEPS steps asynchronously into its slots of shared memory. Fewer columns.
+//   2  tiles: a block owns COLUMNS columns and TILE steps. All threads compute everything independent of the state, one
+//      warp runs the chain, all threads compute the rest. Few columns, long sequences.
+// Gates are never stored: the backward pass computes them again from c, which is cheaper than reading them. It is linear
+// in the gradient of c, so its chain is two operations per step.
 //
 // Macros, all set by cuda.py:
 //   U_TYPE, X_TYPE   float, double, Half or Bfloat: the type of u, h and their gradients; of x and its gradient
-//   WIDE             float or double: what is computed in, and the type of v, b, c, the mask and their gradients
+//   WIDE             float or double: the type of all computations, and of v, b, c, the mask and their gradients
 //   BACKWARD         0 for the kernel forward, 1 for backward
-//   LOOK, LANES, STEPS, STAGES, THREADS, COLUMNS   the cut of the work; COLUMNS is THREADS but with tiles
-//   BLOCKS           how many of them a multiprocessor must have registers for
-//   SKIP, PAD, KEEP, ZONEOUT   whether there is a skip, padding, a backward pass to keep c for, and zoneout
+//   LOOK, LANES, STEPS, STAGES, THREADS, COLUMNS   how the work is divided; COLUMNS is THREADS except with tiles
+//   BLOCKS           number of blocks that must fit the registers of a multiprocessor
+//   SKIP, PAD, KEEP, ZONEOUT   whether there is a skip, padding, a backward pass that needs c, and zoneout
 //   ACTIVATION       0 identity, 1 tanh, 2 relu
 
 struct Half { unsigned short bits; };
 struct Bfloat { unsigned short bits; };
 
-#ifndef ON_CPU  // where a test brings its own, to run this file without a GPU
+#ifndef ON_CPU  // a test supplies its own definitions to run this file without a GPU
 
 __device__ __forceinline__ float exp2_of(float y) {
     float power;
@@ -49,7 +49,7 @@ __device__ __forceinline__ void narrow(float number, Half& result) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(number));
 }
 
-// SIZE is 4, 8 or 16. Before sm_80 there is no asynchronous copy: the thread waits, and the result is the same.
+// SIZE is 4, 8 or 16. Before sm_80 there is no asynchronous copy: the thread waits; the result is the same.
 template <int SIZE>
 __device__ __forceinline__ void copy_ahead(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
@@ -69,7 +69,7 @@ __device__ __forceinline__ void close_group() {
 #endif
 }
 
-// Wait until at most OPEN of the groups are under way.
+// Wait until at most OPEN groups are in flight.
 template <int OPEN>
 __device__ __forceinline__ void wait_for_groups() {
 #if __CUDA_ARCH__ >= 800
@@ -91,20 +91,20 @@ __device__ __forceinline__ void narrow(float number, Bfloat& result) {
 #if __CUDA_ARCH__ >= 800
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(number));
 #else
-    // To the nearest, ties to even; a NaN keeps a bit of its fraction.
+    // Round to nearest, ties to even; NaN keeps a bit of its fraction.
     const unsigned bits = float_to_bits(number);
     result.bits = number != number ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 #endif
 }
 
-// FOLD times the argument of a gate goes into `gate`: what base 2 costs is paid once, in v and b.
+// `gate` takes FOLD times its argument, so that the change to base 2 happens once, in v and b.
 #define LOG2E 1.4426950408889634f
 template <class T> struct Fold;
 template <> struct Fold<float> { static constexpr float value = -LOG2E; };
 template <> struct Fold<double> { static constexpr double value = -1.0; };
 constexpr WIDE FOLD = Fold<WIDE>::value;
 
-// 1 / (1 + exp(-z)) of y = FOLD * z. Where the power overflows, its inverse is 0, as it should be.
+// 1 / (1 + exp(-z)), given y = FOLD * z. If the power overflows, its inverse is 0, which is correct.
 __device__ __forceinline__ float gate(float y) { return inverse(1.0f + exp2_of(y)); }
 __device__ __forceinline__ double gate(double y) { return 1.0 / (1.0 + exp(y)); }
 
@@ -113,13 +113,13 @@ __device__ __forceinline__ WIDE activate(WIDE c) {
 #if ACTIVATION == 1
     return 2 * gate(2 * FOLD * c) - 1;
 #elif ACTIVATION == 2
-    return c <= 0 ? WIDE(0) : c;  // NaN stays
+    return c <= 0 ? WIDE(0) : c;  // keeps NaN
 #else
     return c;
 #endif
 }
 
-// g'(c) where y = g(c)
+// g'(c), given y = g(c)
 __device__ __forceinline__ WIDE slope(WIDE c, WIDE y) {
 #if ACTIVATION == 1
     return 1 - y * y;
@@ -130,7 +130,7 @@ __device__ __forceinline__ WIDE slope(WIDE c, WIDE y) {
 #endif
 }
 
-// What a thread reads or writes at once.
+// The numbers that a thread reads or writes at once.
 template <class T>
 struct alignas(sizeof(T) * LANES < 16 ? sizeof(T) * LANES : 16) Lanes {
     T number[LANES];
@@ -149,37 +149,37 @@ __device__ __forceinline__ void write(T* to, const WIDE (&numbers)[LANES]) {
     *reinterpret_cast<Lanes<T>*>(to) = lanes;
 }
 
-// In the order in which cuda.py packs them. Strides are in elements; those of columns are 1 where none is given.
+// In the order of cuda.py. Strides are in elements; without one, the stride of columns is 1.
 struct Arguments {
     const U_TYPE* u;            // (T, B, K, D)
     const X_TYPE* x;            // (T, B, D), or the fourth part of u
-    const WIDE* v;              // (2 * D): of the forget gate, then of the reset gate
+    const WIDE* v;              // (2 * D): forget gate, then reset gate
     const WIDE* b;              // (2 * D)
     const WIDE* c0;             // (B, D)
     const WIDE* mask;           // (B, D) or null
     const unsigned char* pad;   // (T, B)
     const WIDE* scale;          // one number, or null for 1
     U_TYPE* h;                  // (T, B, D)
-    WIDE* c;                    // (T, B, D), where it is kept
+    WIDE* c;                    // (T, B, D), if KEEP
     WIDE* c_last;               // (B, D)
     const U_TYPE* gh;           // (T, B, D)
     const WIDE* gc_last;        // (B, D)
     U_TYPE* gu;                 // (T, B, K, D)
-    X_TYPE* gx;                 // (T, B, D), or the fourth part of gu; null where it is not wanted
+    X_TYPE* gx;                 // (T, B, D), or the fourth part of gu; null if not wanted
     WIDE* gc0;                  // (B, D)
-    WIDE* sums;                 // (B, 4, D): a sequence's share of the gradients of v and b
+    WIDE* sums;                 // (B, 4, D): each sequence's part of the gradients of v and b
     long long T, B, D, halves;
     long long u_t, u_b, u_k, u_d, x_t, x_b, x_d, c0_b, mask_b;
     long long gh_t, gh_b, gc_last_b, gu_t, gu_b, gu_k, gx_t, gx_b;
     WIDE zoneout;
 };
 
-// Which columns a thread owns, and which way they run.
+// The columns of a thread, and their direction.
 struct Place {
     long long sequence, column, first, step;
     bool exists;
 
-    // The thread that has no columns of its own gets the last ones, and must not write.
+    // A thread without columns of its own gets the last ones, and must not write.
     __device__ __forceinline__ explicit Place(const Arguments& a) {
         const long long groups = a.D / LANES, last = groups * a.B - 1;
         const long long own = (long long)blockIdx.x * COLUMNS + threadIdx.x % COLUMNS, group = own < last ? own : last;
@@ -192,7 +192,7 @@ struct Place {
     }
 };
 
-// A pointer that walks through time, in the direction of its columns.
+// A pointer that moves through time in the direction of its columns.
 template <class T>
 struct Walk {
     T* at;
@@ -201,14 +201,14 @@ struct Walk {
     __device__ __forceinline__ Walk(T* start, long long stride_t, const Place& place)
         : at(start + place.first * stride_t), stride(place.step * stride_t) {}
     __device__ __forceinline__ void advance() { at += stride; }
-    // From here on one of `rows` that share the steps among them.
+    // From here on, one of `rows` pointers that divide the steps among them.
     __device__ __forceinline__ void share(int row, int rows) {
         at += row * stride;
         stride *= rows;
     }
 };
 
-// The inputs of one step: of both passes, then of the backward pass alone.
+// The inputs of one step: those of both passes, then those of the backward pass only.
 struct Step {
     Lanes<U_TYPE> u0, u1, u2;
     Lanes<X_TYPE> x;
@@ -221,7 +221,7 @@ struct Step {
     }
 };
 
-// Where the inputs of a step are.
+// The addresses of the inputs of a step.
 struct Reader {
     long long u_k;
     Walk<const U_TYPE> u, gh;
@@ -239,7 +239,7 @@ struct Reader {
           c(a.c + p.sequence * a.D + p.column + p.step * a.B * a.D, a.B * a.D, p),
           c0(a.c0 + p.sequence * a.c0_b + p.column) {}
 
-    // The backward pass ends at the first step, before which the state was c0.
+    // The backward pass ends at the first step; the state before it is c0.
     __device__ __forceinline__ Step here(bool last) const {
         Step step;
         step.u0 = read(u.at);
@@ -271,7 +271,7 @@ struct Reader {
     }
 };
 
-// A gate's numbers: the folded v and b of a thread's columns.
+// The parameters of a gate: the folded v and b of a thread's columns.
 struct Gate {
     WIDE v[LANES], b[LANES];
 
@@ -282,18 +282,18 @@ struct Gate {
             b[i] = FOLD * b_row[place.column + i];
         }
     }
-    // What of the gate does not depend on the state, and so is no part of the chain of states.
+    // The part of the gate that does not depend on the state, and so is outside the chain of states.
     __device__ __forceinline__ WIDE ready(int i, U_TYPE u) const { return FOLD * wide(u) + b[i]; }
     __device__ __forceinline__ WIDE open(int i, U_TYPE u, WIDE c) const { return gate(v[i] * c + ready(i, u)); }
 };
 
-// The forget gate f of s, what the sigmoid gives.
+// The forget gate f from the value s of the sigmoid.
 __device__ __forceinline__ WIDE forget(const Arguments& a, WIDE s) {
     return ZONEOUT ? a.zoneout + (1 - a.zoneout) * s : s;
 }
 
-// What weighs both ways to the output: the dropout mask of a thread's columns, and the highway's scale. Read once: the
-// address of the scale is what the host knows, not the number.
+// The factors of the output: the dropout mask of a thread's columns, and the scale of the highway. Read once, here: the
+// host knows the address of the scale, not its value.
 struct Weights {
     WIDE mask[LANES], scale;
 
@@ -304,9 +304,9 @@ struct Weights {
     }
 };
 
-// What the gradient of c_t is made of and goes to, apart from itself: total = own + the gradient from the step after.
+// The factors around the gradient of c_t, with total = own + the gradient from the following step.
 struct Parts {
-    WIDE own, jacobian, from_reset;  // the gradient for the step before: jacobian * total + from_reset
+    WIDE own, jacobian, from_reset;  // gradient for the previous step: jacobian * total + from_reset
     WIDE g2, gx, to_u0, to_forget;   // gu0 = to_u0 * total, gu1 = to_forget * total
 
     __device__ __forceinline__ Parts(

@@ -1,4 +1,4 @@
-// Kernels whose blocks own tiles (LOOK 2), LANES is 1; after recurrence.cu.
+// Kernels in which a block owns tiles (LOOK 2), with LANES 1; follows recurrence.cu.
 
 #define ROWS (THREADS / COLUMNS)
 #define TILE (ROWS * STEPS)
@@ -8,13 +8,13 @@ __device__ __forceinline__ WIDE* tile(int number) {
     return reinterpret_cast<WIDE*>(shared_memory) + number * TILE * COLUMNS + threadIdx.x % COLUMNS;
 }
 
-// The steps of a thread, from step `first` on, ROWS apart, as the reader's strides are.
+// The steps of a thread, from step `first`, ROWS apart, like the strides of the reader.
 __device__ __forceinline__ void read_rows(const Arguments& a, Reader& reader, long long first, Step (&steps)[STEPS]) {
 #pragma unroll
     for (int k = 0; k < STEPS; ++k) {
         const long long i = first + ROWS * k;
         if (i < a.T) steps[k] = reader.here(i == a.T - 1);
-        else steps[k].pad = true;  // after the end nothing changes
+        else steps[k].pad = true;  // the state does not change after the end
         reader.advance();
     }
 }
@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const __gr
     Walk<WIDE> states(a.c + place.sequence * a.D + place.column, a.B * a.D, place);
     h.share(row, ROWS);
     states.share(row, ROWS);
-    // Where no column of the block has a v, gates do not wait for states: the cell of 2017.
+    // If all v of the block are 0 (the cell of 2017), gates do not depend on states.
     const bool waits = __syncthreads_or(a.v[place.column] != 0);
     WIDE *gates = tile(0), *candidates = tile(1), *after = tile(2), c = a.c0[place.sequence * a.c0_b + place.column];
     Step ahead[STEPS];
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const __gr
         for (int k = 0; k < STEPS; ++k) {
             steps[k] = ahead[k];
             const WIDE ready = f_gate.ready(0, steps[k].u1.number[0]);
-            // At padding the gate is open and the candidate 0, which keeps a state to the bit.
+            // At padding the gate is 1 and the candidate 0, which keeps the state exactly.
             const int at = (row + ROWS * k) * COLUMNS;
             if (waits) gates[at] = steps[k].pad ? WIDE(-1e30) : ready;
             else gates[at] = steps[k].pad ? WIDE(1) : forget(a, gate(ready));
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __g
     Walk<X_TYPE> gx(a.gx + place.sequence * a.gx_b + place.column, a.gx_t, place);
     gu.share(row, ROWS);
     gx.share(row, ROWS);
-    Walk<U_TYPE> gu2 = gu;  // a phase ahead of the others
+    Walk<U_TYPE> gu2 = gu;  // one phase ahead of the others
     gu2.at += 2 * a.gu_k;
     const WIDE v_f = a.v[place.column], v_r = a.v[a.D + place.column];
     WIDE *totals = tile(0), *jacobians = tile(1), *from_resets = tile(2);
@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __g
             gu.advance();
         }
     }
-    // The rows' sums, always in the same order.
+    // Sum over the rows, always in the same order.
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < 4; ++k) tile(0)[(k * ROWS + row) * COLUMNS] = sums[k];

@@ -57,8 +57,6 @@ LIBRARY = {
     "device": "trainer.accelerator selects it",
     "dtype": "trainer.precision sets it, for example 64-true",
     "transform_module": "a module cannot be typed",
-    "custom_m": "a module cannot be typed",
-    "amp_recurrence_fp16": "it has no effect",
 }
 
 

@@ -109,9 +109,9 @@ def test_a_kernel_that_computes_something_else_fails(pass_, change, monkeypatch)
 def test_a_kernel_that_is_wrong_with_one_dtype_only_fails(monkeypatch):
     sound = cpu.run_forward
 
-    def wrong(u, *args, **options):
-        h, c, c_last = sound(u, *args, **options)
-        return (h + 1e-9 if u.dtype == torch.float64 else h), c, c_last
+    def wrong(arguments, **options):
+        h, c, c_last = sound(arguments, **options)
+        return (h + 1e-9 if h.dtype == torch.float64 else h), c, c_last
 
     monkeypatch.setattr(cpu, "run_forward", wrong)
     assert doctor.examine()[0]["backend cpu"].startswith("FAILS: wrong numbers with float64")
@@ -140,10 +140,10 @@ def test_looking_leaves_the_process_as_it_was(recwarn):
 def test_the_reference_is_tried_too(monkeypatch):
     sound = reference.recurrence
 
-    def wrong(u, *args, **options):
-        if u.dtype == torch.float16:
+    def wrong(arguments):
+        if arguments.u.dtype == torch.float16:
             raise RuntimeError("no half")
-        return sound(u, *args, **options)
+        return sound(arguments)
 
     monkeypatch.setattr(sru.kernels.reference, "recurrence", wrong)
     assert doctor.examine()[0]["backend reference"] == "FAILS: RuntimeError: no half (with float16)"

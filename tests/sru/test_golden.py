@@ -113,8 +113,8 @@ def test_the_files_scaling_correction_goes_before_the_constructors():
     [
         ("sru_default", {"hidden_size": 9}, "check hidden_size"),
         ("sru_default", {"has_skip_term": False}, "check hidden_size, bidirectional and has_skip_term"),
-        ("sru_default", {"projection_size": 2}, "projection_size=0, ours 2"),
-        ("sru_3_0_projection", {"projection_size": 5}, "projection_size=4, ours 5"),
+        ("sru_default", {"projection_size": 2}, "projection_size=0 in the file and 2 here"),
+        ("sru_3_0_projection", {"projection_size": 5}, "projection_size=4 in the file and 5 here"),
         ("sru_default", {"v1": True}, "has_vc_term=True"),
         ("sru_default", {"num_layers": 3}, "Missing key"),
         ("sru_default", {"layer_norm": True}, "layer_norm"),

@@ -434,7 +434,7 @@ def test_a_backend_by_name_says_why_it_cannot_run(monkeypatch):
     arguments = inputs(3, 2, 4)
     with pytest.raises(RuntimeError, match="backend='cuda' cannot run: the tensors are on cpu"):
         recurrence(*arguments, backend="cuda")
-    with pytest.raises(RuntimeError, match=r"torch.float8_e5m2; it takes torch.float32, torch.float64"):
+    with pytest.raises(RuntimeError, match=r"torch.float8_e5m2; the kernels take torch.float32, torch.float64"):
         recurrence(*(a.to(torch.float8_e5m2) for a in arguments), backend="cpu")
     monkeypatch.setattr(sru.kernels, "HAS_NUMBA", False)
     with pytest.raises(RuntimeError, match="pip install numba"):

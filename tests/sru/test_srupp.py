@@ -246,8 +246,8 @@ def test_a_bad_argument_is_named():
         ({"attn_mask": torch.zeros(5, 4)}, r"attn_mask must be \(5, 5\) or \(2, 5, 5\), memory's steps first"),
         ({"memory": [x]}, "one tensor for each of 2 layers, not 1"),
         ({"memory": [x, x]}, r"memory of layer 1 must be \(M, 2, 8\), not \(5, 2, 6\)"),
-        ({"memory_mask_pad": x}, "without memory"),
-        ({"memory": [x, torch.zeros(3, 2, 8)]}, r"as many steps for each layer, not \[5, 3\]"),
+        ({"memory_mask_pad": x}, "memory_mask_pad needs memory"),
+        ({"memory": [x, torch.zeros(3, 2, 8)]}, r"the same number of steps for each layer, not \[5, 3\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             network(x, **arguments)
@@ -259,10 +259,10 @@ def test_a_bad_argument_is_named():
     ]:
         with pytest.raises(TypeError, match=message):
             network(x, **arguments)
-    with pytest.raises(TypeError, match="what step returned"):
+    with pytest.raises(TypeError, match="the one that step returned"):
         network.step(x[0], torch.zeros(2, 2, 8))
     encoder = SRUppEncoder(6, 8, 4)
-    with pytest.raises(TypeError, match="what its call returned"):
+    with pytest.raises(TypeError, match="the one that SRUppEncoder returned"):
         encoder(x, torch.zeros(2, 2, 8))
     with pytest.raises(ValueError, match=r"x must be \(T, B, 6\), time first"):
         encoder(x[0])

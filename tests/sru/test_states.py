@@ -319,7 +319,7 @@ def test_a_file_of_2017_loads_with_an_alpha_of_1(options, tmp_path, capsys):
 def test_a_matrix_that_may_be_of_2017_or_ours_is_not_guessed():
     cell = SRUCell(12, 3, v1=True)  # four matrices of 3 rows: as many as there are columns
     state = {"weight": torch.zeros(12, 12), "bias": torch.zeros(6)}
-    with pytest.raises(ValueError, match=r"may be of 2017 or ours: add weight_c \(2 \* D zeros\)"):
+    with pytest.raises(ValueError, match=r"may be from 2017 or from this project: add weight_c \(2 \* D zeros\)"):
         cell.load_state_dict(state)
     cell.load_state_dict(state | {"weight_c": torch.zeros(6)})
 
@@ -358,10 +358,16 @@ def test_a_file_of_parameters_alone_leaves_an_alpha_that_means_something():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda ours, theirs: ours | theirs, r"by both names, rnn_lst\.\* and layers\.\*"),
-        (lambda ours, theirs: ours | {"layers.0.weight_c": torch.zeros(8)}, "layers.0 has both v, which is ours"),
-        (lambda ours, theirs: {k: v for k, v in theirs.items() if k != "rnn_lst.0.weight_c"}, "no weight_c: it is not"),
-        (lambda ours, theirs: theirs | {"rnn_lst.0.gain": torch.ones(4)}, "weight normalisation, which ended with"),
+        (lambda ours, theirs: ours | theirs, r"in two ways, rnn_lst\.\* and layers\.\*"),
+        (lambda ours, theirs: ours | {"layers.0.weight_c": torch.zeros(8)}, "layers.0 has both v \\(our name"),
+        (
+            lambda ours, theirs: {k: v for k, v in theirs.items() if k != "rnn_lst.0.weight_c"},
+            "but weight_c is missing",
+        ),
+        (
+            lambda ours, theirs: theirs | {"rnn_lst.0.gain": torch.ones(4)},
+            "weight normalisation \\(version 2.1.7 or earlier",
+        ),
         (lambda ours, theirs: ours | {"layers.1.scale_x": 1.0}, "layers.1.scale_x must be a tensor, not float"),
         (lambda ours, theirs: {k: v for k, v in theirs.items() if k != "rnn_lst.1.weight"}, "layers.1 has no weight"),
     ],

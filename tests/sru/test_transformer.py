@@ -9,7 +9,7 @@ from torch import nn
 
 from sru import SRU, SRUppEncoder, Transformer, TransformerSRU
 from sru.attention import attend_source
-from sru.baselines.transformer import sines
+from sru.baselines.attention_stack import sines
 from sru.dropout import dropout
 
 DECODERS = {
@@ -239,31 +239,31 @@ def test_a_wrong_option_is_refused(options, message):
 @pytest.mark.parametrize("name", ["transformer", "srupp"])
 def test_a_missing_or_needless_source_is_refused(name):
     made, x = decoder(name), rand(3, 2, 5)
-    with pytest.raises(ValueError, match="a source is missing: give what read returned"):
+    with pytest.raises(ValueError, match="a source is missing: pass the result of read"):
         made(x)
-    with pytest.raises(ValueError, match="a source of 3 sequences does not go with 2 of x"):
+    with pytest.raises(ValueError, match="a source of 3 sequences does not fit the 2 sequences of x"):
         made(x, None, None, made.read(rand(4, 3, 7)))
     with pytest.raises(ValueError, match=r"source must be \(S, B, 7\), time first, not \(4, 2, 5\)"):
         made.read(rand(4, 2, 5))
-    with pytest.raises(ValueError, match="the source was read by 3 layers, and this has 2"):
+    with pytest.raises(ValueError, match="the source was read by 3 layers, but this stack has 2"):
         made(x, None, None, decoder(name, num_layers=3).read(rand(4, 2, 7)))
     plain = decoder(name, source_size=None)
     with pytest.raises(ValueError, match="attends to no source: build it with source_size"):
         plain.read(rand(4, 2, 7))
-    with pytest.raises(ValueError, match="a source is not for this"):
+    with pytest.raises(ValueError, match="this stack has no source_size, so it takes no source"):
         plain(x, None, None, made.read(rand(4, 2, 7)))
 
 
 def test_another_networks_state_is_refused():
     encoder, x = Transformer(5, 6, num_heads=2), torch.randn(3, 2, 5)
-    with pytest.raises(TypeError, match="the state is what a Transformer of 2 layers returned"):
+    with pytest.raises(TypeError, match="the state must be one that a Transformer of 2 layers returned"):
         encoder(x, SRU(5, 6)(x)[1])
     with_sru = TransformerSRU(5, 6, num_heads=2)
-    with pytest.raises(TypeError, match="the state is what a TransformerSRU of 2 layers returned"):
+    with pytest.raises(TypeError, match="the state must be one that a TransformerSRU of 2 layers returned"):
         with_sru(x, encoder(x)[1])
-    with pytest.raises(TypeError, match="the state is what a Transformer of 2 layers returned"):
+    with pytest.raises(TypeError, match="the state must be one that a Transformer of 2 layers returned"):
         encoder(x, with_sru(x)[1])
-    with pytest.raises(ValueError, match="the state is of 2 sequences, beside 1 of x"):
+    with pytest.raises(ValueError, match="the state has 2 sequences, but x has 1"):
         encoder(x[:, :1], encoder(x)[1])
     with pytest.raises(ValueError, match=r"x must be \(T, B, 5\), time first, not \(3, 2, 4\)"):
         encoder(x[..., :4])
