@@ -354,13 +354,14 @@ def test_a_papers_table_of_a_page_is_written_from_kept_runs(tmp_path, write_row)
     results.main([str(tmp_path / "runs"), "--keep", str(tmp_path / "table1.jsonl")])
     marker = '<!-- results: table1.jsonl paper="SRU (2018), Table 1" -->\n<!-- end -->\n'
     lines = markdown.fill(marker, tmp_path).splitlines()
-    assert lines[2:7] == [
+    assert lines[2:8] == [
         "| experiment | cr | trec |",
         "| --- | ---: | ---: |",
         "| classification_sru_2l | 84.5 ± 0.7 (n = 2; 84.9 ± 1.6) | 90.0 (n = 1; 94.0 ± 0.5) |",
         "",
         "In brackets: runs, and the published value.",
+        "",
     ]
-    assert lines[7] == f"- With substitutes: {glove}; {glove}, data.lowercase=true."
+    assert lines[8] == f"- With substitutes: {glove}; {glove}, data.lowercase=true."
     with pytest.raises(markdown.DamagedError, match="none is of an experiment of Nobody"):
         markdown.fill(marker.replace("SRU (2018)", "Nobody"), tmp_path)
