@@ -223,12 +223,12 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
             {"path": None, "files": {"all": {"name": "a"}, "test": {"name": "b"}}},
             r"the text has files for all, test: type data\.train",
         ),
-        ({"path": None, "train": "/"}, r"data\.train=/ is no file: type data\.train=FILE"),
+        ({"path": None, "train": "/"}, r"data\.train=/ is not a file: type data\.train=FILE"),
         ({"train": "a"}, r"data\.path= is one text.* leave out data\.train=.*, or type data\.path=null"),
         ({"files": {"all": {"name": "a"}}}, r"data\.path= name.* this corpus has files of its own: type data=words"),
         ({"min_count": 2}, r"data\.min_count changes nothing here: bytes of all; .*, or type data=bytes"),
-        ({"path": "/nonexistent"}, r"data\.path=/nonexistent is no file: type data\.path=FILE"),
-        ({"path": "/"}, r"data\.path=/ is no file"),
+        ({"path": "/nonexistent"}, r"data\.path=/nonexistent is not a file: type data\.path=FILE"),
+        ({"path": "/"}, r"data\.path=/ is not a file"),
         ({"valid_bytes": 60, "test_bytes": 40}, r"data\.valid_bytes=60 and data\.test_bytes=40 leave nothing of 100"),
         ({"valid_bytes": 600}, r"data\.valid_bytes=600 and data\.test_bytes=5 leave nothing of 100"),
         ({"valid_bytes": 0}, r"data\.valid_bytes=0 must be a whole number, 2 "),
@@ -456,7 +456,7 @@ def test_wikitext_of_the_hub_becomes_the_files_it_was_made_from(corpora, tmp_pat
 
 def test_a_hub_that_is_not_there_says_what_to_do(corpora, tmp_path):
     overrides = [f"data.files.{key}.hub.path={tmp_path / 'nowhere'}" for key in ("train", "val", "test")]
-    with pytest.raises(ConnectionError, match=r"cannot get .*wikitext-2-v1 train .* put the file there by hand"):
+    with pytest.raises(ConnectionError, match=r"cannot get .*wikitext-2-v1 train .* put the file at .* by hand"):
         corpora("wikitext2", *overrides).setup()
 
 
