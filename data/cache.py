@@ -47,7 +47,8 @@ def remove(path: Path) -> None:
     """Deletes a file or a folder, if there is one."""
     if path.is_dir():
         shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def test_what_is_no_sentence_is_no_label(tmp_path):
 def test_sentences_of_ones_own_are_utf8(tmp_path):
     data = sentences(tmp_path, "")
     (tmp_path / "mine.txt").write_bytes(b"pos caf\xc3\xa9\n\nneg caf\xe9\n")
-    with pytest.raises(ValueError, match=r"mine\.txt:3: byte 0xe9 is no UTF-8.*iconv -f latin1 -t utf-8 FILE > NEW"):
+    with pytest.raises(ValueError, match=r"mine\.txt:3: byte 0xe9 is not UTF-8.*iconv -f latin1 -t utf-8 FILE > NEW"):
         data.read()
 
 
@@ -101,7 +101,7 @@ def test_sentences_of_ones_own_are_utf8(tmp_path):
         ("a x\n", {"labels": ["b", "c"]}, r"mine\.txt:1: expected `label text` with a label of b, c, found 'a x'"),
         ("", {}, r"mine\.txt is empty: give it lines of `label text`"),
         ("\n\r\n", {}, r"mine\.txt is empty"),
-        ("a x\n" * 12, {}, r"the train split has one label, a, in all it has \(9\): there is nothing to tell apart"),
+        ("a x\n" * 12, {}, r"all 9 training examples have the label a: add examples of another"),
         ("a x\nb y\n" * 5, {}, r"the val split is empty: there is a total of 10"),
         ("".join(f"w{i} x\n" for i in range(30)), {}, r"has 30 different labels in 30 lines, such as w0, w1, w10"),
     ],
@@ -309,7 +309,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path):
     torch.save(state, tmp_path / "state.pt")
     data.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     changed = ["<pad>", "<unk>", "zebra", *state["vocabulary"][3:]]
-    with pytest.raises(ValueError, match=r"vocabulary had .* number 2 was 'zebra' and is .*data.fold"):
+    with pytest.raises(ValueError, match=r"vocabulary had .* \(number 2 was 'zebra' and is .*data.fold"):
         data.load_state_dict(state | {"vocabulary": changed})
     with pytest.raises(ValueError, match="labels had 1 entries and has 2"):
         data.load_state_dict(state | {"labels": ["negative"]})

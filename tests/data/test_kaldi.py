@@ -231,7 +231,7 @@ def damage(folder, what):
         ("absent", "there is no .*feats.scp; type the path of a Kaldi folder"),
         ("twice", "line 5: the utterance a2 is there twice"),
         ("no file", "line 1: 'a1' is no utterance and a file"),
-        ("bytes", "feats.scp:1: byte 0xff is no UTF-8"),
+        ("bytes", "feats.scp:1: byte 0xff is not UTF-8"),
         ("cut", "feats.ark is damaged: utterance b2 .* says 9 x 3 values"),
         ("offset", "feats.ark is damaged at byte 12, utterance a2"),
         ("beyond", "feats.ark is damaged at byte 99,999,999"),

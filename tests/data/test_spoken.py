@@ -47,7 +47,7 @@ def test_a_manifest_lists_recordings(tmp_path):
         with pytest.raises(ValueError, match=message):
             Manifest(train="bad.jsonl", val="dev.jsonl", test="test.jsonl", **options).utterances()
     (tmp_path / "bad.jsonl").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="no UTF-8"):
+    with pytest.raises(ValueError, match="not UTF-8"):
         Manifest(train="bad.jsonl", val="dev.jsonl", test="test.jsonl", **options).utterances()
 
 

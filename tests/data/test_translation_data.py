@@ -299,7 +299,7 @@ def test_bytes_that_are_no_text_are_named_with_their_line(tmp_path, content, lin
     write(tmp_path, "dev", ENGLISH, GERMAN)
     (tmp_path / "dev.de").write_bytes(content)
     data.names["val"] = "dev"
-    with pytest.raises(ValueError, match=rf"dev\.de:{line}: byte 0x.. is no UTF-8 .*iconv"):
+    with pytest.raises(ValueError, match=rf"dev\.de:{line}: byte 0x.. is not UTF-8 .*iconv"):
         data.setup()
 
 
