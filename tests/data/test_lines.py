@@ -161,7 +161,7 @@ def test_vectors_are_the_same_in_every_form(content):
     [
         (VECTORS.encode("utf-16"), r"v\.txt is in UTF-16"),
         (VECTORS.encode("utf-16-le"), r"v\.txt:1: the text contains a NUL byte"),
-        (VECTORS.replace("\n", "\r").encode(), r"v\.txt:1: a line ends with CR alone.*tr '.r' '.n'"),
+        (VECTORS.replace("\n", "\r").encode(), r"v\.txt:1: lines end with CR.*tr '.r' '.n'"),
     ],
 )
 def test_vectors_that_are_no_text_are_refused(content, message):

@@ -75,7 +75,7 @@ def test_parts_of_a_recording_are_heard_as_files_of_their_own(tmp_path, rate, ki
     data = listing(tmp_path, *rows, speeds=[0.9, 1.0], noise=None)
     data.setup()
     for split, count in (("train", 4 * len(spans)), ("val", 2 * len(spans))):
-        recorded = data.recorded[split]
+        recorded = data.splits[split]
         assert len(recorded) == count
         for i in range(0, count, 2):
             (_, text, part), (_, other, own) = recorded[i], recorded[i + 1]
@@ -92,7 +92,7 @@ def test_a_part_has_features_of_its_own_in_the_cache(tmp_path):
     for row in (first, second, {"audio": "a.wav", "text": "x"}, first):
         data = listing(tmp_path, row)
         data.setup()
-        frames.append(data.recorded["train"][0][2])
+        frames.append(data.splits["train"][0][2])
     assert not np.array_equal(frames[0], frames[1])
     assert len(frames[2]) > len(frames[0]) == len(frames[1])
     assert np.array_equal(frames[0], frames[3])
@@ -105,7 +105,7 @@ def test_parts_that_a_file_does_not_have_are_left_out_and_counted(tmp_path, capl
     absent += [{"offset": 1e7}, {"duration": 1e-9}, {"sr": 16000}, {"offset": 0.995}]
     data = listing(tmp_path, *({"audio": "a.wav", "text": "x"} | part for part in fits + absent))
     data.setup()
-    assert len(data.recorded["train"]) == len(fits)
+    assert len(data.splits["train"]) == len(fits)
     assert "7 left out, damaged" in caplog.text
     assert "a.wav is 1 s long: no part begins at 1 s" in caplog.text
     assert "1 left out, shorter than a frame of 25 ms:" in caplog.text
@@ -403,7 +403,7 @@ def test_a_string_is_heard_as_its_parts(fsdd):
     data = spoken_digits(fsdd, digits=[2, 2], rate=RATE, num_mels=24)
     (one, *_) = strings(data.utterances()["test"][:1], [1, 1], 1)
     data.setup()
-    name, _, frames = data.recorded["test"][0]
+    name, _, frames = data.splits["test"][0]
     parts = next(u for u in data.utterances()["test"] if u.id == name).files
     whole = np.concatenate([read(path)[0] for path in parts])
     assert np.allclose(frames, Frontend(rate=RATE, num_mels=24).frames(whole), rtol=2**-10)

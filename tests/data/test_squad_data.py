@@ -115,8 +115,8 @@ def test_faults_are_counted_and_told_and_kept_for_evaluation(tmp_path, caplog):
     assert "1 without a word" in told
     assert "1 passages without a word" in told
     assert "4 answers are not at their answer_start" in told
-    assert "elsewhere: 'Tea' at 1, where 'ea ' stands" in told
-    assert "past the end: 'pounds' at 500, where 'no passage' stands" in told
+    assert "elsewhere: 'Tea' at 1, where the passage has 'ea '" in told
+    assert "past the end: 'pounds' at 500, where the passage has ''" in told
     assert [item.id for batch in data.train_dataloader() for item in batch.items] == ["good"]
     tested = [item.id for batch in data.test_dataloader() for item in batch.items]
     assert Counter(tested) == Counter([*(row["id"] for row in asked), "on nothing"])
