@@ -36,8 +36,8 @@ def test_a_manifest_lists_recordings(tmp_path):
     with pytest.raises(ValueError, match=r"data\.val=None must be a file of JSON lines"):
         Manifest(train="train.jsonl", val=None, test="test.jsonl", **options)
     for content, message in (
-        ("{", r"bad.jsonl:1: no JSON"),
-        ('{"audio": "a.wav"}', "bad.jsonl:1: 'text' is no text, but None"),
+        ("{", r"bad.jsonl:1: not JSON"),
+        ('{"audio": "a.wav"}', "bad.jsonl:1: 'text' must be a text, not None"),
         ('{"audio": "a.wav", "text": 5}', "'text' is no text, but 5"),
         ('{"audio": "a.wav", "text": "\\ud800"}', "'text' is no text"),
         ("\n[1]", "bad.jsonl:2: 'audio' is no text"),
@@ -183,7 +183,7 @@ def test_other_keys_of_a_manifest_are_passed_over(tmp_path):
     row = {"audio_filepath": "a.wav", "text": "x", "lang": "en", "id": 7, "segment_id": "3", "start": None, "pnc": "no"}
     (found,) = listing(tmp_path, row | {"audio": "a.wav"}).utterances()["train"]
     assert found == Utterance("m-1", (tmp_path / "a.wav",), "x", "")
-    with pytest.raises(ValueError, match=r"m.jsonl:1: 'audio' and 'audio_filepath' are two files"):
+    with pytest.raises(ValueError, match=r"m.jsonl:1: 'audio' and 'audio_filepath' name two files"):
         listing(tmp_path, row | {"audio": "b.wav"}).utterances()
 
 
@@ -225,7 +225,7 @@ def test_librispeech_is_read_from_its_folders(tmp_path):
         librispeech(tmp_path, val="dev-noisy")
     transcripts = tmp_path / "LibriSpeech/dev/19/198/19-198.trans.txt"
     transcripts.write_text("19-198-0000 AMI OSO\n")
-    with pytest.raises(ValueError, match="has 1 recordings with transcripts, dev has 2: it is not whole"):
+    with pytest.raises(ValueError, match="has 1 recordings with transcripts, dev has 2: it is not complete"):
         librispeech(tmp_path).utterances()
 
 
@@ -252,7 +252,7 @@ def test_an_archive_that_is_unpacked_is_not_needed(tmp_path):
         write_part(tmp_path / "cache/LibriSpeech" / part, part)
     assert len(librispeech(tmp_path).utterances()["test"]) == 2
     (tmp_path / "cache/LibriSpeech/test/LibriSpeech/test/19/198/19-198-0001.flac").unlink()
-    with pytest.raises(ValueError, match="has 1 recordings with transcripts, test has 2: it is not whole"):
+    with pytest.raises(ValueError, match="has 1 recordings with transcripts, test has 2: it is not complete"):
         librispeech(tmp_path).utterances()
 
 
@@ -390,9 +390,9 @@ def test_speakers_and_strings_of_digits(fsdd):
         ({"digits": [3]}, "must be two whole numbers"),
         ({"digits": [5, 3]}, "must be two whole numbers"),
         ({"repeats": 0}, "data.repeats=0 1 or more"),
-        ({"speakers": {"test": ["bob"]}}, "must name those of val and of test"),
+        ({"speakers": {"test": ["bob"]}}, "must name different speakers for val and test"),
         ({"speakers": {"val": ["bob"], "test": ["bob"]}}, "nobody for both"),
-        ({"speakers": {"val": "bob", "test": ["cleo"]}}, "must name those of val and of test"),
+        ({"speakers": {"val": "bob", "test": ["cleo"]}}, "must name different speakers for val and test"),
         ({"digits": 3}, "must be two whole numbers"),
     ):
         with pytest.raises(ValueError, match=message):
