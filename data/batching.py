@@ -34,12 +34,18 @@ class StatefulLoader:
         """Sets the length of an epoch to Lightning's `limit_train_batches`."""
         self.length = min(limit, len(self)) if isinstance(limit, int) else int(limit * len(self))
 
+    def start_epoch(self) -> range:
+        """The positions of the batches of the next epoch, or of the rest of a resumed one."""
+        begin, self.start = self.start, 0
+        self.epoch += begin == 0
+        return range(begin, len(self))
+
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """The next epoch starts at that position, or at 0 if that epoch was complete."""
-        self.epoch = state_dict.get("epoch", -1)  # older checkpoints of texts lack it and do not need it
+        self.epoch = state_dict.get("epoch", 0)  # older checkpoints of texts lack it and do not need it
         self.position = state_dict["position"]
         self.start = self.position if self.position < self.length else 0
 
@@ -55,8 +61,7 @@ class FixedBatches(StatefulLoader, Generic[Batch]):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        begin, self.start = self.start, 0
-        for position in range(begin, len(self)):
+        for position in self.start_epoch():
             self.position = position + 1
             yield self.batches[position]
 
@@ -135,8 +140,8 @@ class Batches(StatefulLoader, Generic[Batch]):
         return [batches[i] for i in generator.permutation(len(batches))]
 
     def __iter__(self) -> Iterator[Batch]:
-        begin, self.start = self.start, 0
-        self.epoch += begin == 0
-        for position, batch in enumerate(self.part(self.order())[begin:], start=begin):
+        positions = self.start_epoch()
+        batches = self.part(self.order())
+        for position in positions:
             self.position = position + 1
-            yield self.make([self.examples[i] for i in batch])
+            yield self.make([self.examples[i] for i in batches[position]])

@@ -11,6 +11,7 @@ import numpy as np
 from data.audio import synthesis
 from data.audio.fbank import write
 from data.audio.feature_table import Utterance
+from data.base import require_whole
 from data.download import fetch, require_writable, unpack_archive
 from data.speech import Recordings
 
@@ -44,27 +45,17 @@ class SpokenDigits(Recordings):
         super().__init__(**options)
         self.folder = Path(root).expanduser() / "fsdd"
         self.url, self.archive = url, archive
-        both = speakers if isinstance(speakers, Mapping) else {}
-        named: list[list[Any]] = [
-            [*both[split]] if isinstance(both.get(split), Sequence) else [None] for split in ("val", "test")
-        ]
-        if speakers is not None and (
-            {*both} != {"val", "test"}
-            or not all(isinstance(name, str) and len(name) > 1 for names in named for name in names)
-            or {*named[0]} & {*named[1]}
-        ):
+        if speakers is not None and not are_speakers(speakers):
             raise ValueError(
                 f"data.speakers={speakers} must name different speakers for val and test, or be null: type "
                 "'data.speakers={val: [theo], test: [yweweler]}'"
             )
-        self.speakers = None if speakers is None else dict(zip(("val", "test"), map(set, named), strict=True))
+        self.speakers = None if speakers is None else {split: {*names} for split, names in speakers.items()}
         lengths = list(digits) if isinstance(digits, Sequence) else []
         whole = len(lengths) == 2 and all(type(n) is int for n in lengths) and 1 <= lengths[0] <= lengths[1]
-        if (digits is not None and not whole) or type(repeats) is not int or repeats < 1:
-            raise ValueError(
-                f"data.digits={digits} must be two whole numbers, such as [3,7], or null, and data.repeats={repeats} 1 "
-                "or more"
-            )
+        if digits is not None and not whole:
+            raise ValueError(f"data.digits={digits} must be two whole numbers, such as [3,7], or null")
+        require_whole(repeats=repeats)
         self.digits, self.repeats = lengths or None, repeats
 
     def utterances(self) -> dict[str, list[Utterance]]:
@@ -73,7 +64,7 @@ class SpokenDigits(Recordings):
             archive = fetch(folder / self.archive, self.url)
             folder = unpack_archive(archive, self.cache / "fsdd" / str(archive.stat().st_size), (".wav",))
         names = re.compile(r"(\d)_(\w+)_(\d+)\.wav")
-        found: dict[str, list[Utterance]] = {"train": [], "val": [], "test": []}
+        splits: dict[str, list[Utterance]] = {"train": [], "val": [], "test": []}
         speakers = set()
         for path in sorted(folder.rglob("recordings/*.wav")):
             if match := names.fullmatch(path.name):
@@ -84,20 +75,30 @@ class SpokenDigits(Recordings):
                 else:
                     other = "val" if number < 5 and not self.speakers["val"] else "train"
                     split = next((split for split, known in self.speakers.items() if speaker in known), other)
-                found[split].append(Utterance(path.stem, (path,), DIGITS[digit], speaker))
+                splits[split].append(Utterance(path.stem, (path,), DIGITS[digit], speaker))
         if not speakers:
             raise ValueError(f"{folder} has no recordings/DIGIT_SPEAKER_NUMBER.wav: put the corpus there again")
         for split, known in (self.speakers or {}).items():
             if unknown := sorted(known - speakers):
                 raise ValueError(f"data.speakers.{split}: {unknown[0]!r} is none of {', '.join(sorted(speakers))}")
-        if empty := [split for split, own in found.items() if not own]:
+        if empty := [split for split, own in splits.items() if not own]:
             raise ValueError(f"data.speakers leaves nobody for {empty[0]}: there are {', '.join(sorted(speakers))}")
         if self.digits is None:
-            return found
+            return splits
         return {
             split: strings(recordings, self.digits, self.repeats if split == "train" else 1)
-            for split, recordings in found.items()
+            for split, recordings in splits.items()
         }
+
+
+def are_speakers(speakers: Any) -> bool:
+    """Whether it has lists of names for `val` and `test` without a common name."""
+    if not isinstance(speakers, Mapping) or {*speakers} != {"val", "test"}:
+        return False
+    names = [*speakers.values()]
+    if not all(isinstance(each, Sequence) and not isinstance(each, str) for each in names):
+        return False
+    return all(isinstance(name, str) for each in names for name in each) and not {*names[0]} & {*names[1]}
 
 
 def strings(recordings: Iterable[Utterance], digits: Sequence[int], repeats: int) -> list[Utterance]:

@@ -95,8 +95,7 @@ class Segments(StatefulLoader):
         return -(-self.steps // self.unroll)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        begin, self.start = self.start, 0
-        for position in range(begin, len(self)):
+        for position in self.start_epoch():
             self.position = position + 1
             span = slice(position * self.unroll, (position + 1) * self.unroll)
             x, y = (
@@ -194,8 +193,7 @@ class Text(DataModule[Segments]):
     def load(self) -> None:
         if self.checkpoint_vocabulary is not None and self.checkpoint_vocabulary.unit != self.unit:
             raise ValueError(
-                f"data.unit={self.unit}, but the checkpoint reads {self.checkpoint_vocabulary.unit}: name data with "
-                f"data.unit={self.checkpoint_vocabulary.unit}"
+                f"data.unit={self.unit}: the checkpoint reads {self.checkpoint_vocabulary.unit}; name data with them"
             )
         tokens, arrays = self.read()
         if "all" in arrays:

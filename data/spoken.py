@@ -33,10 +33,11 @@ class Manifest(Recordings):
                 raise ValueError(f"data.{split}={name} must be a file of JSON lines: type data.{split}=FILE.jsonl")
 
     def utterances(self) -> dict[str, list[Utterance]]:
-        found = {split: read_manifest(self.locate(split, name)) for split, name in self.names.items()}
-        if empty := next((split for split, own in found.items() if not own), None):
-            raise ValueError(f"data.{empty}={self.names[empty]} lists no recording: a line is {EXAMPLE}")
-        return found
+        splits = {split: read_manifest(self.locate(split, name)) for split, name in self.names.items()}
+        for split, own in splits.items():
+            if not own:
+                raise ValueError(f"data.{split}={self.names[split]} lists no recording: a line is {EXAMPLE}")
+        return splits
 
     def locate(self, split: str, name: str) -> Path:
         for path in (self.root / name, Path(name).expanduser()):
@@ -95,14 +96,12 @@ def part_of(row: Mapping[str, Any], where: str) -> Part:
 
 def is_part(words: Sequence[str], value: Any) -> bool:
     """Whether a key with these words may change the sound of a recording."""
-    found = {*words}
+    own = {*words}
     if "".join(words) in COUNTS:
         return False
-    if found & BOUNDS or words[0] in CHANGES or found <= ALONE:
+    if own & BOUNDS or words[0] in CHANGES or own <= ALONE:
         return True
-    if not has_number(value):
-        return False
-    return not found & (WHOLES if found & LENGTHS else HARMLESS)
+    return has_number(value) and not own & (WHOLES if own & LENGTHS else HARMLESS)
 
 
 def has_number(value: Any, depth: int = 3) -> bool:

@@ -120,7 +120,7 @@ class ParallelText(DataModule[Batches]):
         for split, own in splits.items():
             log.info("%s", self.report(split, own))
         if self.checkpoint_vocabulary is None and not len(self.training_rows(splits["train"])):
-            raise ValueError(f"there is no pair to train on: {self.report('train', splits['train'])}")
+            raise ValueError(f"no pair can be trained on: {self.report('train', splits['train'])}")
         self.splits = splits
 
     def report(self, split: str, pairs: Pairs) -> str:

@@ -58,8 +58,8 @@ def read_table(path: Path, copy: str) -> tuple[dict[str, Place], dict[str, int]]
             raise ValueError(f"{where}: parts of a matrix, such as {name!r}, are not read. {advice}")
         if key in places:
             raise ValueError(f"{where}: duplicate utterance {key}; remove one")
-        found = re.fullmatch(r"(.+):(\d+)", name)
-        file, offset = (found[1], int(found[2])) if found else (name, 0)
+        match = re.fullmatch(r"(.+):(\d+)", name)
+        file, offset = (match[1], int(match[2])) if match else (name, 0)
         if file not in files:
             tried = [Path(file)] if os.path.isabs(file) else [Path(file), path.parent / file]
             files[file] = next((str(each.absolute()) for each in tried if each.is_file()), None)

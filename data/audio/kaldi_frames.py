@@ -75,15 +75,15 @@ class Frames:
             input_size, first = columns, first or key
             aligned = None
             if scored != "none":
-                found = read_ints(targets[key], key) if key in targets else None
-                if found is not None and len(found) == rows:
+                own = read_ints(targets[key], key) if key in targets else None
+                if own is not None and len(own) == rows:
                     aligned = targets[key]
-                    counts = self.add_counts(found, counts, num_targets, key)
-                elif found is None:
+                    counts = self.add_counts(own, counts, num_targets, key)
+                elif own is None:
                     left_out["without targets"] += 1
                 else:
                     left_out["with another number of targets than of frames"] += 1
-                    ratios.append(rows / max(1, len(found)))
+                    ratios.append(rows / max(1, len(own)))
                 if aligned is None and scored == "all":
                     continue
             self.keys.append(key)

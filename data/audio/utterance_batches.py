@@ -117,13 +117,12 @@ class Streams(StatefulLoader):
         return self.steps
 
     def __iter__(self) -> Iterator[Batch]:
-        begin, self.start = self.start, 0
-        self.epoch += begin == 0
+        positions = self.start_epoch()
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.frames))
         ends = self.pieces[order].cumsum()
         current: dict[int, tuple[int, tuple[np.ndarray, np.ndarray]]] = {}  # by stream: its current utterance
         segment, steps = self.recipe.segment, self.recipe.segment + self.recipe.right
-        for position in range(begin, len(self)):
+        for position in positions:
             self.position = position + 1
             x = np.zeros((steps, len(self.streams), self.recipe.input_size), np.float32)
             targets = np.full((segment, len(self.streams)), -1)

@@ -130,8 +130,7 @@ class View:
         numbers: dict[str, int] = {}
         words = lower if reader.lowercase else reading.forms
         self.unknown = reader.index[UNK]
-        # The last two are what -1 and -2 lead to, which fill up passages and questions: no word of either is the
-        # other's, and both are padding.
+        # -1 pads passages and -2 questions. They index the last two entries, so padding never matches a word.
         self.numbers = np.array([*(reader.index.get(word, self.unknown) for word in words), 0, 0])
         self.lower = np.array([*(numbers.setdefault(word, len(numbers)) for word in lower), -2, -1])
         self.one_hot = {

@@ -231,7 +231,7 @@ def build(
                 )
             places[id_] = question["question"]
             questions.add(words=words_of(question["question"], spans_of(question["question"])))
-            found = None
+            span = None
             for answer in question["answers"]:
                 start, wanted = answer["answer_start"], answer["text"]
                 if start < 0 or text[start : start + len(wanted)] != wanted:
@@ -240,16 +240,16 @@ def build(
                     continue
                 start += len(wanted) - len(wanted.lstrip())
                 end = start + len(wanted.strip())
-                if found is None and start in first_at and end in last_at and start < end:
-                    found = first_at[start], last_at[end]
-            if found is None and question["answers"]:
+                if span is None and start in first_at and end in last_at and start < end:
+                    span = first_at[start], last_at[end]
+            if span is None and question["answers"]:
                 unmatched.append(id_)
             rows["id"].append(id_)
             rows["passage"].append(len(texts))
             rows["text"].append(question["question"])
             rows["answers"].append([answer["text"] for answer in question["answers"]])
-            rows["first"].append(-1 if found is None else found[0])
-            rows["last"].append(-1 if found is None else found[1])
+            rows["first"].append(-1 if span is None else span[0])
+            rows["last"].append(-1 if span is None else span[1])
         texts.append(text)
     columns = passages.tables(), questions.tables()
     if tagger is not None:

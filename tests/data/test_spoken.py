@@ -38,9 +38,9 @@ def test_a_manifest_lists_recordings(tmp_path):
     for content, message in (
         ("{", r"bad.jsonl:1: not JSON"),
         ('{"audio": "a.wav"}', "bad.jsonl:1: 'text' must be a text, not None"),
-        ('{"audio": "a.wav", "text": 5}', "'text' is no text, but 5"),
-        ('{"audio": "a.wav", "text": "\\ud800"}', "'text' is no text"),
-        ("\n[1]", "bad.jsonl:2: 'audio' is no text"),
+        ('{"audio": "a.wav", "text": 5}', "'text' must be a text, not 5"),
+        ('{"audio": "a.wav", "text": "\\ud800"}', "'text' must be a text"),
+        ("\n[1]", "bad.jsonl:2: 'audio' must be a text"),
         ("", r"data\.train=bad.jsonl lists no recording: a line is"),
     ):
         (tmp_path / "bad.jsonl").write_text(content)
@@ -389,9 +389,9 @@ def test_speakers_and_strings_of_digits(fsdd):
     for options, message in (
         ({"digits": [3]}, "must be two whole numbers"),
         ({"digits": [5, 3]}, "must be two whole numbers"),
-        ({"repeats": 0}, "data.repeats=0 1 or more"),
+        ({"repeats": 0}, "data.repeats=0 must be a whole number, 1 or more"),
         ({"speakers": {"test": ["bob"]}}, "must name different speakers for val and test"),
-        ({"speakers": {"val": ["bob"], "test": ["bob"]}}, "nobody for both"),
+        ({"speakers": {"val": ["bob"], "test": ["bob"]}}, "different speakers for val and test"),
         ({"speakers": {"val": "bob", "test": ["cleo"]}}, "must name different speakers for val and test"),
         ({"digits": 3}, "must be two whole numbers"),
     ):

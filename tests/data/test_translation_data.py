@@ -324,7 +324,7 @@ def test_a_damaged_archive_is_named(tmp_path):
         ({"eval_tokens_per_batch": True}, r"data\.eval_tokens_per_batch=True must be a whole number"),
         ({"tokens_per_batch": 100}, r"data\.tokens_per_batch=100 does not hold .*type data\.tokens_per_batch=101"),
         ({"vocab_size": 20000}, r"data\.vocab_size=20000 is too large.* type data\.vocab_size="),
-        ({"max_length": 1}, r"no pair to train on: data\.train=text has 160 pairs; 160 with more subwords"),
+        ({"max_length": 1}, r"no pair can be trained on: data\.train=text has 160 pairs; 160 with more subwords"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused(tmp_path, options, message):
