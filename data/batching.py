@@ -1,4 +1,4 @@
-"""Batches of examples of about the same length, in an order of seed and epoch, from where an epoch was left."""
+"""Batches of examples of similar length, in an order set by seed and epoch, that resume within an epoch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -6,40 +6,46 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch.distributed
 
-POOL = 20  # batches of a fixed number whose examples are sorted by length together
+POOL = 20  # batches whose examples are sorted by length together, if batch_size is fixed
 
 Batch = TypeVar("Batch")
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """The number of this process, and how many there are."""
+    """The number of this process, and the number of processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
 class StatefulLoader:
-    """Batches of epochs, in a loader that goes on within one; Lightning calls `state_dict` and `load_state_dict`."""
+    """A loader that resumes within an epoch; Lightning calls `state_dict` and `load_state_dict`."""
 
     def __init__(self, length: int) -> None:
-        self.length = length  # batches of an epoch, which Lightning may cut short
+        self.length = length  # batches of an epoch; Lightning may stop before len(self)
         self.epoch = -1
         self.position = 0  # batches that the current epoch has yielded
-        self.start = 0  # where the next epoch begins
+        self.start = 0  # the first batch of the next epoch
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def limit(self, limit: int | float) -> None:
-        """Lightning's `limit_train_batches`: an epoch of so many is over after them, also when resumed."""
+        """Sets the length of an epoch to Lightning's `limit_train_batches`."""
         self.length = min(limit, len(self)) if isinstance(limit, int) else int(limit * len(self))
+
+    def start_epoch(self) -> range:
+        """The positions of the batches of the next epoch, or of the rest of a resumed one."""
+        begin, self.start = self.start, 0
+        self.epoch += begin == 0
+        return range(begin, len(self))
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """The next epoch goes on at that position, or is the one after it where that was finished."""
-        self.epoch = state_dict.get("epoch", -1)  # which texts of older versions lack, and need not
+        """The next epoch starts at that position, or at 0 if that epoch was complete."""
+        self.epoch = state_dict.get("epoch", 0)  # older checkpoints of texts lack it and do not need it
         self.position = state_dict["position"]
         self.start = self.position if self.position < self.length else 0
 
@@ -55,25 +61,22 @@ class FixedBatches(StatefulLoader, Generic[Batch]):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        begin, self.start = self.start, 0
-        for position in range(begin, len(self)):
+        for position in self.start_epoch():
             self.position = position + 1
             yield self.batches[position]
 
 
 class Batches(StatefulLoader, Generic[Batch]):
-    """`make` of the examples of each batch, which are of about the same size.
+    """Yields `make(examples)` for each batch; examples of a batch have similar sizes.
 
-    batch_size: so many examples are a batch; or
-    budget: so many that their number times the largest size is at most this. One that is larger comes alone.
-    seed: in training the examples are shuffled, sorted by size, and the batches shuffled again, by seed and epoch
-        alone. With `batch_size` they are sorted in pools of `POOL` batches; with `budget` all together, so that each
-        epoch has as many batches as any other. None, in evaluation: they come by size, and always in the same order.
+    batch_size: examples of a batch; or
+    budget: the largest product of the number of examples and the largest size. A larger example is a batch of its own.
+    seed: for training; seed and epoch determine the order. Examples are shuffled, sorted by size and cut into batches,
+        and the batches are shuffled. With `batch_size` they are sorted in pools of `POOL` batches, with `budget` all
+        together, so that all epochs have the same number of batches. None, for evaluation: the fixed order of size.
 
-    Of several processes each takes its part of the batches, and all take as many: where they do not come out even, the
-    largest are halved. So each example comes once.
-
-    `state_dict` and `load_state_dict` go on within an epoch; Lightning calls them.
+    Each of several processes takes the same number of batches; if the number does not divide, the largest batches are
+    halved. Each example occurs once.
     """
 
     def __init__(
@@ -86,8 +89,6 @@ class Batches(StatefulLoader, Generic[Batch]):
         budget: int | None = None,
         seed: int | None = None,
     ) -> None:
-        if (batch_size is None) == (budget is None):
-            raise TypeError(f"either batch_size={batch_size} or budget={budget} cuts the examples into batches")
         self.make, self.examples, self.sizes = make, examples, np.asarray(sizes, np.int64)
         self.batch_size, self.budget, self.seed = batch_size, budget, seed
         self.rank, self.processes = rank_and_world_size()
@@ -95,8 +96,8 @@ class Batches(StatefulLoader, Generic[Batch]):
         self.count = -(-batches // self.processes)
         if self.count * self.processes > len(self.sizes):
             raise ValueError(
-                f"{len(self.sizes)} examples are too few for {self.processes} processes, each of which needs "
-                f"{self.count}: type fewer trainer.devices"
+                f"{len(self.sizes)} examples are too few for {self.processes} processes, which need "
+                f"{self.count} each: type fewer trainer.devices"
             )
         super().__init__(self.count)
 
@@ -111,19 +112,19 @@ class Batches(StatefulLoader, Generic[Batch]):
         return batches[self.rank :: self.processes]
 
     def cuts(self, sizes: np.ndarray) -> Sequence[int]:
-        """Where sizes in rising order are cut into those of batches."""
+        """The places where examples with these sizes, in rising order, are cut into batches."""
         if self.batch_size is not None:
             return range(self.batch_size, len(sizes), self.batch_size)
         budget, cuts, begin = self.budget or 0, [], 0
         while begin < len(sizes):
-            most = budget // max(int(sizes[begin]), 1)  # if all were as short as the first
+            most = budget // max(int(sizes[begin]), 1)  # as if all were as short as the first
             window = sizes[begin : begin + most]
             begin += max(1, int((window * np.arange(1, len(window) + 1) <= budget).sum()))
             cuts.append(begin)
         return cuts[:-1]
 
     def order(self) -> list[np.ndarray]:
-        """The examples of each batch of the epoch."""
+        """The indices of the examples of each batch of the epoch."""
         if not self.count:
             return []
         if self.seed is None:
@@ -139,8 +140,8 @@ class Batches(StatefulLoader, Generic[Batch]):
         return [batches[i] for i in generator.permutation(len(batches))]
 
     def __iter__(self) -> Iterator[Batch]:
-        begin, self.start = self.start, 0
-        self.epoch += begin == 0
-        for position, batch in enumerate(self.part(self.order())[begin:], start=begin):
+        positions = self.start_epoch()
+        batches = self.part(self.order())
+        for position in positions:
             self.position = position + 1
-            yield self.make([self.examples[i] for i in batch])
+            yield self.make([self.examples[i] for i in batches[position]])

@@ -1,4 +1,4 @@
-"""Spoken digits, recorded, and words that are computed: recordings alone, or put together to strings."""
+"""Recorded digits, single or in strings, and synthetic words."""
 
 import random
 import re
@@ -11,23 +11,24 @@ import numpy as np
 from data.audio import synthesis
 from data.audio.fbank import write
 from data.audio.feature_table import Utterance
+from data.base import require_whole
 from data.download import fetch, require_writable, unpack_archive
 from data.speech import Recordings
 
-SPLIT_SEED = 1234  # a run's own seed never moves a recording to another split
+SPLIT_SEED = 1234  # the seed of a run does not change the splits
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 class SpokenDigits(Recordings):
-    """The Free Spoken Digit Dataset (Jackson et al.): 3,000 digits of six speakers, alone or put together to strings.
+    """The Free Spoken Digit Dataset (Jackson et al.): 3,000 digits of six speakers, single or concatenated.
 
-    root: of fsdd/, which holds recordings/ or the archive; it is downloaded where absent.
-    speakers: who is heard in `val` and `test`, and nobody else is; where that is nobody for val, validation has the
-        recordings 0 to 4 of all others. null for the official split, whose test is the recordings 0 to 4 of all, and
-        validation, ours, 5 to 9.
-    digits: shortest and longest string of one speaker's digits; null for single digits.
-    repeats: in how many strings of training each recording is; in validation and test in one.
+    root: folder with fsdd/, which contains recordings/ or the archive; downloaded if absent.
+    speakers: the speakers of `val` and `test`; the others are for training. If val has none, validation uses the
+        recordings 0 to 4 of the training speakers. null: the official test set, recordings 0 to 4 of all speakers, and
+        recordings 5 to 9 for validation.
+    digits: the least and largest number of digits in a string of one speaker; null for single digits.
+    repeats: the number of training strings with each recording; in validation and test it is 1.
     """
 
     def __init__(
@@ -44,27 +45,17 @@ class SpokenDigits(Recordings):
         super().__init__(**options)
         self.folder = Path(root).expanduser() / "fsdd"
         self.url, self.archive = url, archive
-        both = speakers if isinstance(speakers, Mapping) else {}
-        named: list[list[Any]] = [
-            [*both[split]] if isinstance(both.get(split), Sequence) else [None] for split in ("val", "test")
-        ]
-        if speakers is not None and (
-            {*both} != {"val", "test"}
-            or not all(isinstance(name, str) and len(name) > 1 for names in named for name in names)
-            or {*named[0]} & {*named[1]}
-        ):
+        if speakers is not None and not are_speakers(speakers):
             raise ValueError(
-                f"data.speakers={speakers} must name those of val and of test, and nobody for both, or be null: type "
+                f"data.speakers={speakers} must name different speakers for val and test, or be null: type "
                 "'data.speakers={val: [theo], test: [yweweler]}'"
             )
-        self.speakers = None if speakers is None else dict(zip(("val", "test"), map(set, named), strict=True))
+        self.speakers = None if speakers is None else {split: {*names} for split, names in speakers.items()}
         lengths = list(digits) if isinstance(digits, Sequence) else []
         whole = len(lengths) == 2 and all(type(n) is int for n in lengths) and 1 <= lengths[0] <= lengths[1]
-        if (digits is not None and not whole) or type(repeats) is not int or repeats < 1:
-            raise ValueError(
-                f"data.digits={digits} must be two whole numbers, as [3,7], or null, and data.repeats={repeats} 1 or "
-                "more"
-            )
+        if digits is not None and not whole:
+            raise ValueError(f"data.digits={digits} must be two whole numbers, such as [3,7], or null")
+        require_whole(repeats=repeats)
         self.digits, self.repeats = lengths or None, repeats
 
     def utterances(self) -> dict[str, list[Utterance]]:
@@ -73,48 +64,58 @@ class SpokenDigits(Recordings):
             archive = fetch(folder / self.archive, self.url)
             folder = unpack_archive(archive, self.cache / "fsdd" / str(archive.stat().st_size), (".wav",))
         names = re.compile(r"(\d)_(\w+)_(\d+)\.wav")
-        found: dict[str, list[Utterance]] = {"train": [], "val": [], "test": []}
-        heard = set()
+        splits: dict[str, list[Utterance]] = {"train": [], "val": [], "test": []}
+        speakers = set()
         for path in sorted(folder.rglob("recordings/*.wav")):
             if match := names.fullmatch(path.name):
                 digit, speaker, number = int(match[1]), match[2], int(match[3])
-                heard.add(speaker)
+                speakers.add(speaker)
                 if self.speakers is None:
                     split = "test" if number < 5 else "val" if number < 10 else "train"
                 else:
                     other = "val" if number < 5 and not self.speakers["val"] else "train"
                     split = next((split for split, known in self.speakers.items() if speaker in known), other)
-                found[split].append(Utterance(path.stem, (path,), DIGITS[digit], speaker))
-        if not heard:
+                splits[split].append(Utterance(path.stem, (path,), DIGITS[digit], speaker))
+        if not speakers:
             raise ValueError(f"{folder} has no recordings/DIGIT_SPEAKER_NUMBER.wav: put the corpus there again")
         for split, known in (self.speakers or {}).items():
-            if unknown := sorted(known - heard):
-                raise ValueError(f"data.speakers.{split}: {unknown[0]!r} is none of {', '.join(sorted(heard))}")
-        if empty := [split for split, own in found.items() if not own]:
-            raise ValueError(f"data.speakers leaves nobody for {empty[0]}: there are {', '.join(sorted(heard))}")
+            if unknown := sorted(known - speakers):
+                raise ValueError(f"data.speakers.{split}: {unknown[0]!r} is none of {', '.join(sorted(speakers))}")
+        if empty := [split for split, own in splits.items() if not own]:
+            raise ValueError(f"data.speakers leaves nobody for {empty[0]}: there are {', '.join(sorted(speakers))}")
         if self.digits is None:
-            return found
+            return splits
         return {
             split: strings(recordings, self.digits, self.repeats if split == "train" else 1)
-            for split, recordings in found.items()
+            for split, recordings in splits.items()
         }
 
 
+def are_speakers(speakers: Any) -> bool:
+    """Whether it has lists of names for `val` and `test` without a common name."""
+    if not isinstance(speakers, Mapping) or {*speakers} != {"val", "test"}:
+        return False
+    names = [*speakers.values()]
+    if not all(isinstance(each, Sequence) and not isinstance(each, str) for each in names):
+        return False
+    return all(isinstance(name, str) for each in names for name in each) and not {*names[0]} & {*names[1]}
+
+
 def strings(recordings: Iterable[Utterance], digits: Sequence[int], repeats: int) -> list[Utterance]:
-    """Recordings of one speaker, each in `repeats` strings of a length within `digits`, put together at random."""
+    """Random strings of each speaker's recordings, with lengths in `digits`; each recording occurs `repeats` times."""
     by_speaker: dict[str, list[Utterance]] = {}
     for recording in recordings:
         by_speaker.setdefault(recording.speaker, []).append(recording)
     found: list[Utterance] = []
     for speaker, own in sorted(by_speaker.items()):
-        generator = random.Random(f"{SPLIT_SEED} {speaker}")  # nobody says what another says
+        generator = random.Random(f"{SPLIT_SEED} {speaker}")  # speakers have different strings
         if len(own) < digits[0]:
-            raise ValueError(f"data.digits={list(digits)}: {speaker} has {len(own)} recordings only in a split")
+            raise ValueError(f"data.digits={list(digits)}: {speaker} has only {len(own)} recordings in a split")
         for _ in range(repeats):
             left = generator.sample(own, len(own))
             while left:
                 count = generator.randint(*digits)
-                # What would be too short for a string is taken in with the last one.
+                # A rest that is too short for a string becomes part of this one.
                 count = len(left) if len(left) - count < digits[0] else count
                 taken, left = left[:count], left[count:]
                 files = tuple(path for utterance in taken for path in utterance.files)
@@ -124,10 +125,10 @@ def strings(recordings: Iterable[Utterance], digits: Sequence[int], repeats: int
 
 
 class SpokenWords(Recordings):
-    """Speech that is computed (data/audio/synthesis.py), written to the cache once: no corpus, no download.
+    """Synthetic speech (data/audio/synthesis.py), written to the cache once: no corpus, no download.
 
-    400 recordings of two to five words by eight speakers, and 40 by two others each for validation and test; with
-    unit=label a word each.
+    Training has 400 recordings of two to five words by eight speakers, validation and test 40 each by two others. With
+    unit=label a recording is one word.
     """
 
     COUNTS = (("train", 400, range(8)), ("val", 40, range(8, 10)), ("test", 40, range(10, 12)))

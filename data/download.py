@@ -6,9 +6,7 @@ import hashlib
 import lzma
 import os
 import re
-import shutil
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,12 +15,13 @@ from typing import IO, Any
 
 import pooch
 import requests
-from filelock import FileLock
 from tqdm import tqdm
+
+from data.cache import lock, open_or_build, require_writable
 
 
 def open_member(path: Path, mode: str) -> IO[bytes]:
-    """The file in a .zip that holds one, or that of the archive's name."""
+    """Opens the only file of a .zip, or the one with the archive's name."""
     with zipfile.ZipFile(path) as archive:
         own = path.name.partition(".zip")[0]
         files = [name for name in archive.namelist() if not name.endswith("/")]
@@ -41,33 +40,35 @@ OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".zip": open_member}
 
 
 def find(path: Path) -> Path | None:
-    """`path`, `path`.gz, `path`.xz or `path`.zip, whichever is there; None if none is."""
+    """The first of `path`, `path`.gz, `path`.xz and `path`.zip that exists, or None."""
     return next((p for p in (path.with_name(path.name + suffix) for suffix in OPENERS) if p.is_file()), None)
 
 
 def own_file(option: str, name: Any) -> Path:
-    """The path of a person's own file, plain or packed, that data.OPTION names; FileNotFoundError if there is none."""
+    """The path of the user's file that data.OPTION names; FileNotFoundError if it exists neither plain nor packed."""
     path = Path(str(name)).expanduser().absolute()
     if not path.name or find(path) is None:
-        raise FileNotFoundError(f"data.{option}={name} is no file: type data.{option}=FILE, plain or .gz, .xz or .zip")
+        raise FileNotFoundError(
+            f"data.{option}={name} is not a file: type data.{option}=FILE, plain or .gz, .xz or .zip"
+        )
     return path
 
 
 def open_unpacked(path: Path) -> IO[bytes]:
-    """The unpacked bytes of a plain, .gz, .xz or .zip file; ValueError if the packed file is damaged."""
+    """Opens a plain, .gz, .xz or .zip file; ValueError if the packed file is damaged."""
     with unpacking(path):
         return OPENERS.get(path.suffix, open)(path, "rb")  # type: ignore[operator]
 
 
 def read_bytes(path: Path) -> bytes:
-    """All unpacked bytes of a file; ValueError if the packed file is damaged."""
+    """The unpacked content of a file; ValueError if the packed file is damaged."""
     with open_unpacked(path) as file, unpacking(path):
         return file.read()
 
 
 @contextlib.contextmanager
 def unpacking(path: Path):
-    """Turns the many errors of a damaged archive into one ValueError that names the file."""
+    """Turns the errors that a damaged archive can raise into a ValueError that names the file."""
     try:
         yield
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
@@ -79,20 +80,20 @@ def unpacking(path: Path):
 def fetch(path: Path, url: str | None = None, checksum: str | None = None) -> Path:
     """The file at `path` (or packed: `path`.gz, .xz or .zip), downloaded from `url` if absent, its checksum verified.
 
-    checksum: sha256 or md5 of the unpacked bytes, told by its length. If None, the sha256 of the first download is
-    written to `path`.sha256 and holds from then on. A file that was there before is never deleted; a download takes
-    its name, to which the packing of `url` is appended, only after the check.
+    checksum: sha256 or md5 of the unpacked bytes, distinguished by length. If None, the sha256 of the first download is
+    written to `path`.sha256 and later calls verify it. Existing files are never deleted. A download gets its name, with
+    the suffix of `url` if it is packed, after its checksum is verified.
 
-    FileNotFoundError: absent and no url. ValueError: wrong checksum. ConnectionError: no network, or the
-    server refuses. PermissionError: the folder cannot be written.
+    FileNotFoundError: absent and no url. ValueError: wrong checksum. ConnectionError: no network, or refused by the
+    server. PermissionError: the folder is not writable.
     """
     present = find(path)
     if present is None:
         if url is None:
             raise FileNotFoundError(f"{path} is missing and has no address to download it from: put it there")
         require_writable(path.parent)
-        with lock(path, path.with_name(f".{path.name}.lock")):  # a second process waits here, and then finds the file
-            present = find(path)
+        with lock(path, path.with_name(f".{path.name}.lock")):
+            present = find(path)  # another process may have downloaded it meanwhile
             if present is None:
                 packing = next((suffix for suffix in OPENERS if suffix and url.endswith(suffix)), "")
                 packing = "" if path.name.endswith(packing) else packing
@@ -114,77 +115,47 @@ def kind_of(checksum: str) -> str:
 
 
 def digest(file: Path, packing: str, kind: str) -> str:
-    """The checksum of a file's content, of which `packing` is .gz, .xz, .zip or nothing."""
+    """The checksum of a file's unpacked content; `packing` is .gz, .xz, .zip or empty."""
     with unpacking(file), OPENERS[packing](file, "rb") as content:  # type: ignore[operator]
         return hashlib.file_digest(content, kind).hexdigest()
 
 
 def recorded_checksum(path: Path) -> str | None:
-    """The checksum that the first download left beside the file, if any."""
+    """The checksum that the first download wrote beside the file, if any."""
     record = path.with_name(path.name + ".sha256")
     if not record.is_file():
         return None
     digest = record.read_bytes().decode("ascii", errors="replace").strip()
     if not re.fullmatch("[0-9a-f]{64}", digest):
-        raise ValueError(
-            f"{record} holds no checksum, as a download wrote: type another data.root=DIR to download the file to"
-        )
+        raise ValueError(f"{record} is damaged: it holds no sha256; type another data.root=DIR to download the file to")
     return digest
 
 
-@contextlib.contextmanager
-def lock(place: Path, lock: Path | None = None) -> Iterator[None]:
-    """One process at a time makes a file or folder, which an error of the system names: a full disk's does not.
-
-    The lock is `place`.lock, or `lock`; that of a process that was killed is free.
-    """
-    with FileLock(lock or f"{place}.lock"):
-        try:
-            yield
-        except OSError as error:
-            if error.errno is not None and error.filename is None:
-                error.filename = str(place)
-            raise
-
-
-def require_writable(folder: Path) -> None:
-    """Creates the folder; PermissionError with what to type if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise PermissionError(
-            f"cannot write to {folder} ({error.strerror or error}): choose another place with "
-            "data.root=DIR (corpora) or data.cache=DIR (prepared files), or set SRU_DATA and SRU_CACHE"
-        ) from error
-
-
 def download(path: Path, packing: str, url: str, checksum: str | None) -> Path:
-    """Downloads `url` to `path` + `packing`; what a broken transfer leaves in .part is where the next call goes on."""
+    """Downloads `url` to `path` + `packing`. A broken transfer stays in .part, and the next call continues it."""
     target = path.with_name(path.name + packing)
     part = target.with_name(target.name + ".part")
 
     def downloader(url: str, output_file: str, _pooch: object) -> None:
         transfer(url, part)
         found = None
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # a damaged archive
             found = digest(part, packing, kind_of(checksum or ""))
         if found is None or found != (checksum or found):
             part.unlink()
             raise ValueError(
-                f"{path} was not the right file: expected {checksum or 'one that is whole'}, "
-                f"got {found or 'a damaged archive'}; it is deleted."
+                f"the download of {path} was not the right file and is deleted: expected "
+                f"{checksum or 'a complete archive'}, got {found or 'a damaged archive'}."
             )
         if checksum is None:
             path.with_name(path.name + ".sha256").write_text(found + "\n")
         os.replace(part, output_file)
 
-    pooch.get_logger().setLevel("WARNING")  # at INFO it prints checksums to be pasted into code
+    pooch.get_logger().setLevel("WARNING")  # at INFO it prints advice for programmers
     try:
         pooch.retrieve(url, None, fname=target.name, path=path.parent, downloader=downloader)
     except requests.RequestException as error:
-        # The innermost reason: requests wraps it in four layers of class names.
+        # The innermost reason; requests wraps it in four layers of class names.
         reason = re.split(r": |\] |, '", str(error))[-1].strip("()'\" ")
         if isinstance(error, requests.exceptions.ChunkedEncodingError):
             reason = "the connection broke off"
@@ -196,31 +167,28 @@ def download(path: Path, packing: str, url: str, checksum: str | None) -> Path:
         ) from error
     except ValueError as error:
         raise ValueError(
-            f"{error} It came from {url}. Run the same command again; if that does not help, the file has changed at "
-            f"its source: put the right one at {path}."
+            f"{error} It came from {url}. Run the same command again; if that fails too, the file at this address has "
+            f"changed: put the right one at {path}."
         ) from error
     return target
 
 
 def transfer(url: str, part: Path) -> None:
-    """Appends to `part` what is missing of `url`. A break is retried for as long as each attempt brings new bytes."""
+    """Downloads the rest of `url` into `part`; retries while each attempt adds bytes."""
     while True:
         start = before = part.stat().st_size if part.is_file() else 0
-        # Identity: a range of a compressed transfer would not be a range of the file.
+        # A range of a compressed transfer would not be a range of the file.
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
         try:
             with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-                if (
-                    start and response.status_code == 416
-                ):  # the part is longer than the file: it belongs to another version
+                if start and response.status_code == 416:  # .part is longer than the file: from another version
                     part.unlink()
                     continue
                 response.raise_for_status()
-                if response.status_code != 206:  # the server sends the whole file, asked for a range or not
+                if response.status_code != 206:  # the server ignored the range and sends the whole file
                     start = 0
-                total = (
-                    int(response.headers["Content-Length"]) + start if "Content-Length" in response.headers else None
-                )
+                size = response.headers.get("Content-Length")
+                total = None if size is None else int(size) + start
                 with (
                     open(part, "ab" if start else "wb") as file,
                     tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem, delay=1) as bar,
@@ -234,31 +202,36 @@ def transfer(url: str, part: Path) -> None:
                 raise
 
 
-def lines_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
-    """As WikiText lies on the hub: a row is a line with its mark, but a line of one space is a row without text."""
+def wikitext_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
+    """The lines of WikiText from its rows on the hub; a row without text is the line " "."""
     return ((row["text"] or " \n").encode() for row in rows)
+
+
+def load_from_hub(rows: Mapping[str, Any], advice: str = "") -> Any:
+    """datasets.load_dataset(**rows); ConnectionError with `advice` if it fails."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(**rows)
+    except Exception as error:  # the hub's client passes on the errors of all its layers
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(
+            f"cannot get {' '.join(map(str, rows.values()))} from the hub: {reason}. "
+            f"Run the same command again{advice}. {NO_NETWORK}"
+        ) from error
 
 
 def fetch_from_hub(
     path: Path,
     rows: Mapping[str, Any],
-    content: Callable[[Iterable[Mapping[str, Any]]], Iterator[bytes]] = lines_of,
+    content: Callable[[Iterable[Mapping[str, Any]]], Iterator[bytes]] = wikitext_lines,
 ) -> Path:
-    """Writes to `path` what `content` makes of a dataset's rows; `rows` are keywords of `datasets.load_dataset`."""
+    """Writes `content(rows)` of a dataset on the hub to `path`, if absent; `rows` are keywords of load_dataset."""
     require_writable(path.parent)
     with lock(path, path.with_name(f".{path.name}.lock")):
         if find(path) is not None:
             return path
-        from datasets import load_dataset
-
-        try:
-            dataset = load_dataset(**rows)
-        except Exception as error:  # the hub's client raises what its layers raise
-            reason = str(error).partition("\n")[0]
-            raise ConnectionError(
-                f"cannot get {' '.join(map(str, rows.values()))} from the hub for {path}: {reason}. "
-                f"Run the same command again, or put the file there by hand. {NO_NETWORK}"
-            ) from error
+        dataset = load_from_hub(rows, f", or put the file at {path} by hand")
         part = path.with_name(path.name + ".part")
         try:
             with open(part, "wb") as file:
@@ -271,18 +244,13 @@ def fetch_from_hub(
 
 
 def unpack_archive(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> Path:
-    """The folder with those files of a tar archive whose names end so, unpacked once; ValueError if it is damaged."""
-    if folder.is_dir():
-        return folder
-    require_writable(folder.parent)
-    with lock(folder):  # a second process waits here, and then finds what the first has unpacked
-        if not folder.is_dir():
-            scratch = folder.with_name(folder.name + ".part")
-            shutil.rmtree(scratch, ignore_errors=True)
-            with open_unpacked(archive) as file, unpacking(archive), tarfile.open(fileobj=file, mode="r|") as content:
-                for member in content:
-                    if member.isfile() and member.name.endswith(suffixes):
-                        content.extract(member, scratch, filter="data")
-            scratch.mkdir(exist_ok=True)
-            os.rename(scratch, folder)
-    return folder
+    """The folder with those files of a tar archive that end in `suffixes`, unpacked once; ValueError if damaged."""
+
+    def build(scratch: Path) -> None:
+        scratch.mkdir()
+        with open_unpacked(archive) as file, unpacking(archive), tarfile.open(fileobj=file, mode="r|") as content:
+            for member in content:
+                if member.isfile() and member.name.endswith(suffixes):
+                    content.extract(member, scratch, filter="data")
+
+    return open_or_build(folder, lambda folder: folder if folder.is_dir() else None, build)

@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from data.base import DataModule, require_whole
 from data.batching import Batches
 from data.download import fetch, read_bytes
 
 ORDERS = ("rows", "pixels", "permuted")
-PERMUTATION_SEED = 1234  # a run's own seed never moves a pixel, or an image to another split
+PERMUTATION_SEED = 1234  # the seed of a run changes neither the order of the pixels nor the splits
 
 
 class Form(NamedTuple):
-    """What the sequences are that a network knows; needs no corpus.
+    """The format of the sequences.
 
-    shape (T, n): of each. white: the number of what is white; None in older checkpoints, which do not tell.
+    shape (T, n): of each sequence. white: the byte value of white; None in older checkpoints, which lack it.
     """
 
     order: str
@@ -30,23 +30,22 @@ class Form(NamedTuple):
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        """What a network must know."""
         return {"input_size": self.shape[1], "num_classes": self.num_classes}
 
 
-class ImageSequences(pl.LightningDataModule):
-    """Grey images of one size, each read as a sequence; a batch is (x (T, B, n) float32 in 0 to 1, labels (B,) int64).
+class ImageSequences(DataModule[Batches]):
+    """Grey images of one size, each a sequence; a batch is (x (T, B, n) float32 in 0 to 1, labels (B,) int64).
 
-    root: folder of the corpora, which may be read-only; files lie in root/folder and are downloaded when absent.
+    root: folder of the corpora, may be read-only; files lie in root/folder and are downloaded if absent.
     folder: the corpus's folder.
     files: {images, labels, url, sha256 of both} for `train` and `test`, in the idx format of MNIST.
-    order: rows: a step is a row; pixels: a pixel, row by row; permuted: the same in one random order for all images.
-    num_val: images at the end of the shuffled training set that are validation.
-    num_train: of the others, so many are trained on; None for all.
+    order: rows: a step is a row; pixels: a pixel, row by row; permuted: pixels in one random order for all images.
+    num_val: size of the validation set, the end of the shuffled training set.
+    num_train: number of the remaining images to train on; None for all.
     """
 
-    MODEL_KWARGS = ("input_size", "num_classes")  # the names in `model_kwargs`
-    FIXED_BY_CHECKPOINT = ()  # by a checkpoint
+    MODEL_KWARGS = ("input_size", "num_classes")
+    SPLIT_OPTIONS = ("order", "num_train", "num_val")
 
     def __init__(
         self,
@@ -63,80 +62,70 @@ class ImageSequences(pl.LightningDataModule):
         super().__init__()
         if order not in ORDERS:
             raise ValueError(f"data.order={order} must be one of {', '.join(ORDERS)}")
-        sizes = [num_val, batch_size] if num_train is None else [num_val, batch_size, num_train]
-        if any(type(size) is not int or size < 1 for size in sizes):
-            raise ValueError(
-                f"data.num_val={num_val}, data.num_train={num_train} and data.batch_size={batch_size} must be whole "
-                "numbers, 1 or more; data.num_train=null is all"
-            )
+        require_whole(num_val=num_val, batch_size=batch_size)
+        if num_train is not None:
+            require_whole(num_train=num_train)
         self.folder = Path(root).expanduser() / folder
         self.files = files
         self.order = order
         self.num_val, self.num_train = num_val, num_train
         self.batch_size = batch_size
         self.seed = seed
-        self.checkpoint_vocabulary: Form | None = None  # a checkpoint's, to read with; none is made of the corpus then
-        self.splits: dict[str, tuple[np.ndarray, Tensor]] = {}  # sequences (N, T, n) of bytes, and labels
 
-    def prepare_data(self) -> None:
-        for file in self.files.values():
-            for kind in ("images", "labels"):
-                fetch(self.folder / file[kind], f"{file['url']}{file[kind]}.gz", file[f"sha256_{kind}"])
+    def load(self) -> None:
+        """Reads the images; `splits` are arrays of sequences (N, T, n) in bytes, and labels."""
+        images = self.read()
+        splits = {
+            split: (self.sequences(pixels), torch.from_numpy(labels.astype(np.int64)))
+            for split, (pixels, labels) in (self.split(*images["train"]) | {"test": images["test"]}).items()
+        }
+        shape = splits["test"][0].shape[1:]
+        form = Form(self.order, shape, int(images["train"][1].max()) + 1, int(images["train"][0].max()))
+        if (known := self.checkpoint_vocabulary) is not None:
+            if form[:3] != known[:3]:
+                raise ValueError(
+                    "order, (steps, features per step) and number of classes of the data are {}, {}, {}, those of the "
+                    "checkpoint {}, {}, {}: name data with the same".format(*form[:3], *known[:3])
+                )
+            form = form._replace(white=known.white or form.white)
+        self.vocabulary, self.splits = form, splits
 
     def read(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Images (N, height, width) and labels (N,) of `train` and `test`, bytes; the largest byte is white."""
-        found = {}
+        """Images (N, height, width) and labels (N,) of `train` and `test` in bytes; downloads absent files."""
+        images = {}
         for split, file in self.files.items():
-            images, labels = (
-                read_idx(fetch(self.folder / file[kind], None, file[f"sha256_{kind}"]), dims)
+            pixels, labels = (
+                read_idx(fetch(self.folder / file[kind], f"{file['url']}{file[kind]}.gz", file[f"sha256_{kind}"]), dims)
                 for kind, dims in (("images", 3), ("labels", 1))
             )
-            if len(images) != len(labels):
+            if len(pixels) != len(labels):
                 raise ValueError(
-                    f"{self.folder} has {len(images)} images in {file['images']} and {len(labels)} labels in "
+                    f"{self.folder} has {len(pixels)} images in {file['images']} and {len(labels)} labels in "
                     f"{file['labels']}: these files do not belong together"
                 )
-            found[split] = images, labels
-        check(found, self.folder)
-        return found
+            images[split] = pixels, labels
+        check(images, self.folder)
+        return images
 
-    def setup(self, stage: str | None = None) -> None:
-        """Reads the images and parts them; a second call does nothing."""
-        if self.splits:
-            return
-        read = self.read()
-        count = len(read["train"][0])
+    def split(self, images: np.ndarray, labels: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Divides the training images into training and validation."""
+        count = len(images)
         if self.num_val >= count:
             raise ValueError(
                 f"data.num_val={self.num_val} leaves none of {count} images to train on: "
-                + (f"type data.num_val={count - 1} or less" if count > 1 else "2 or more are needed")
+                + (f"type data.num_val={count - 1} or less" if count > 1 else "at least 2 images are needed")
             )
         if self.num_train is not None and self.num_train > count - self.num_val:
             raise ValueError(
-                f"data.num_train={self.num_train} is more than there are: {count} images, data.num_val={self.num_val}; "
+                f"data.num_train={self.num_train} is too large: there are {count} images, data.num_val={self.num_val}; "
                 f"type data.num_train={count - self.num_val} or less"
             )
         shuffled = np.random.default_rng(PERMUTATION_SEED).permutation(count)
         rows = {"train": shuffled[: count - self.num_val][: self.num_train], "val": shuffled[count - self.num_val :]}
-        parts = {split: tuple(a[chosen] for a in read["train"]) for split, chosen in rows.items()}
-        self.num_classes = int(read["train"][1].max()) + 1
-        self.white = int(read["train"][0].max())
-        splits = {
-            split: (self.sequences(images), torch.from_numpy(labels.astype(np.int64)))
-            for split, (images, labels) in (parts | {"test": read["test"]}).items()
-        }
-        if self.checkpoint_vocabulary is not None:
-            now = self.order, tuple(splits["test"][0].shape[1:]), self.num_classes
-            if now != self.checkpoint_vocabulary[:3]:
-                raise ValueError(
-                    "order, steps and features of a step, and classes of the data are {}, {}, {}, those of the "
-                    "checkpoint {}, {}, {}: name data with the same".format(*now, *self.checkpoint_vocabulary)
-                )
-            self.white = self.checkpoint_vocabulary.white or self.white
-        self.splits = splits
+        return {split: (images[chosen], labels[chosen]) for split, chosen in rows.items()}
 
     def sequences(self, images: np.ndarray) -> np.ndarray:
-        """(N, T, n) of images (N, height, width)."""
+        """Images (N, height, width) as sequences (N, T, n)."""
         if self.order == "rows":
             return images
         pixels = images.reshape(len(images), -1, 1)
@@ -144,79 +133,55 @@ class ImageSequences(pl.LightningDataModule):
             return pixels
         return pixels[:, np.random.default_rng(PERMUTATION_SEED).permutation(pixels.shape[1])]
 
-    @property
-    def model_kwargs(self) -> dict[str, Any]:
-        """What a network must know: input_size and num_classes. Prepares the data first."""
-        if not self.splits:
-            self.prepare_data()
-            self.setup()
-        return {"input_size": self.splits["train"][0].shape[2], "num_classes": self.num_classes}
-
-    def loader(self, split: str, seed: int | None = None) -> Batches[tuple[Tensor, Tensor]]:
+    def batches(self, split: str, seed: int | None = None) -> Batches[tuple[Tensor, Tensor]]:
         images, labels = self.splits[split]
 
-        def make(chosen: list[int]) -> tuple[Tensor, Tensor]:
-            x = torch.from_numpy(images[chosen]).float() / self.white
-            return x.transpose(0, 1).contiguous(), labels[chosen]
+        def make(rows: list[int]) -> tuple[Tensor, Tensor]:
+            x = torch.from_numpy(images[rows]).float() / self.vocabulary.white
+            return x.transpose(0, 1).contiguous(), labels[rows]
 
-        every = range(len(labels))
-        batches = Batches(make, every, np.ones(len(labels)), batch_size=self.batch_size, seed=seed)
-        if seed is not None and self.trainer is not None:
-            batches.limit(self.trainer.limit_train_batches)
-        return batches
+        return Batches(make, range(len(labels)), np.ones(len(labels)), batch_size=self.batch_size, seed=seed)
 
-    def train_dataloader(self) -> Batches[tuple[Tensor, Tensor]]:
-        return self.loader("train", self.seed)
-
-    def val_dataloader(self) -> Batches[tuple[Tensor, Tensor]]:
-        return self.evaluation("val")
-
-    def test_dataloader(self) -> Batches[tuple[Tensor, Tensor]]:
-        return self.evaluation("test")
+    def train_loader(self) -> Batches[tuple[Tensor, Tensor]]:
+        return self.batches("train", self.seed)
 
     def evaluation(self, split: str) -> Batches[tuple[Tensor, Tensor]]:
-        return self.loader(split)
+        return self.batches(split)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint was trained on."""
-        self.model_kwargs  # noqa: B018  prepares
+        self.setup()
+        order, _, num_classes, white = self.vocabulary
         sizes = {split: list(images.shape) for split, (images, _) in self.splits.items()}
-        return {"order": self.order, "num_classes": self.num_classes, "sizes": sizes, "white": self.white}
+        return {"order": order, "num_classes": num_classes, "sizes": sizes, "white": white}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """ValueError if the checkpoint was trained on other images, or in another order."""
-        for name, now in self.state_dict().items():
-            if now != state_dict.get(name, now if name == "white" else None):
-                raise ValueError(
-                    f"the checkpoint was trained with {name} {state_dict[name]}, the data has {now}. Use the options "
-                    "of the checkpoint's run (data=, data.order, data.num_train, data.num_val), or train again."
-                )
+        """As in DataModule; older checkpoints lack `white`."""
+        super().load_state_dict({"white": self.state_dict()["white"]} | state_dict)
 
     @staticmethod
     def vocabulary_of(state_dict: dict[str, Any]) -> Form:
-        """What a network knows, of a `state_dict`."""
         steps, size = state_dict["sizes"]["test"][1:]
         return Form(state_dict["order"], (steps, size), state_dict["num_classes"], state_dict.get("white"))
 
 
-def check(found: Mapping[str, tuple[np.ndarray, np.ndarray]], folder: Path) -> None:
-    """Refuse images that are none, black, or of another size or class in the test than in training."""
-    (images, labels), (tested, answers) = found["train"], found["test"]
-    if not images.size or not tested.size or not images.any():
+def check(images: Mapping[str, tuple[np.ndarray, np.ndarray]], folder: Path) -> None:
+    """ValueError unless images exist, are not all black, and have the same size and classes in `train` and `test`."""
+    (train, labels), (test, test_labels) = images["train"], images["test"]
+    if not train.size or not test.size or not train.any():
         raise ValueError(
-            f"{folder} has {len(images)} images to train on and {len(tested)} of the test: it needs some, not all black"
+            f"{folder} has {len(train)} training and {len(test)} test images: some of each are needed, not all black"
         )
-    if images.shape[1:] != tested.shape[1:]:
-        sizes = " and ".join(" x ".join(map(str, a.shape[1:])) for a in (images, tested))
-        raise ValueError(f"{folder}: images to train on and of the test have other sizes, {sizes}")
-    if unknown := sorted({*answers.tolist()} - {*labels.tolist()}):
-        raise ValueError(f"{folder}: labels {unknown[:5]} of the test are none of those to train on")
+    if train.shape[1:] != test.shape[1:]:
+        sizes = " and ".join(" x ".join(map(str, a.shape[1:])) for a in (train, test))
+        raise ValueError(f"{folder}: training and test images have different sizes, {sizes}")
+    if unknown := sorted({*test_labels.tolist()} - {*labels.tolist()}):
+        raise ValueError(f"{folder}: the training set has no images with the test labels {unknown[:5]}")
     if missing := sorted({*range(int(labels.max()))} - {*labels.tolist()}):
-        raise ValueError(f"{folder}: labels count the classes from 0 on, but none to train on is {missing[0]}")
+        raise ValueError(f"{folder}: labels must be 0, 1, 2, ..., but no training image has the label {missing[0]}")
 
 
 class Digits(ImageSequences):
-    """The 1,797 digits of 8 x 8 pixels that scikit-learn carries: no file, no download. Every fifth is a test's."""
+    """The 1,797 digits of 8 x 8 pixels bundled with scikit-learn; no file, no download. Every fifth is a test image."""
 
     def __init__(self, *, root: str = "", **options: Any) -> None:
         super().__init__(root=root, folder="", files={}, **options)
@@ -231,12 +196,12 @@ class Digits(ImageSequences):
 
 
 def read_idx(path: Path, dims: int) -> np.ndarray:
-    """The bytes of an idx file, plain or packed, of so many dimensions."""
+    """The bytes of an idx file, plain or packed, with `dims` dimensions."""
     content = read_bytes(path)
     head = 4 + 4 * dims
     if len(content) < head or content[:4] != bytes([0, 0, 8, dims]):
-        raise ValueError(f"{path} is no idx file of bytes in {dims} dimensions: it begins with {content[:4].hex()}")
+        raise ValueError(f"{path} is not an idx file of bytes in {dims} dimensions: it begins with {content[:4].hex()}")
     shape = struct.unpack(f">{dims}I", content[4:head])
     if len(content) - head != np.prod(shape, dtype=np.int64):
-        raise ValueError(f"{path} holds {len(content) - head} bytes, and says {' x '.join(map(str, shape))}")
+        raise ValueError(f"{path} is damaged: {len(content) - head} bytes instead of {' x '.join(map(str, shape))}")
     return np.frombuffer(content, np.uint8, offset=head).reshape(shape)

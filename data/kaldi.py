@@ -1,51 +1,43 @@
-"""Kaldi folders for the hybrid of a network and HMMs: frames with targets (SRU 2017, section 4.5)."""
+"""Kaldi folders for hybrid DNN-HMM recognisers: frames with targets (SRU 2017, section 4.5)."""
 
 import logging
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from torch import Tensor
 
 from data.audio import synthesis
 from data.audio.fbank import Frontend
 from data.audio.kaldi_ark import Archive
 from data.audio.kaldi_frames import NORMALISATIONS, Frames
 from data.audio.utterance_batches import Batch, FrameConfig, Streams
+from data.base import DataModule, require_whole
 from data.batching import Batches, rank_and_world_size
-from data.download import lock, require_writable
+from data.cache import lock, require_writable
 
 log = logging.getLogger(__name__)
 
 
-class Kaldi(pl.LightningDataModule):
-    """Folders of Kaldi: feats.scp, and ali.scp or ali.ark with a target (pdf) for each frame; docs/kaldi.md makes them.
+class Kaldi(DataModule):
+    """Kaldi folders with feats.scp, and ali.scp or ali.ark with a target (pdf) for each frame; see docs/kaldi.md.
 
-    Nothing of a corpus is held in memory but what is known of each utterance. An utterance without targets, or with
-    another number of them than of frames, is neither trained nor validated on; a test writes its likelihoods.
+    Features are read from disk when they are needed. Utterances without targets, or with another number of targets than
+    of frames, are left out of training and validation; the test writes their likelihoods.
 
-    root: folder of the corpora, which may be read-only. cache: folder for what is computed from them.
+    root: folder of the corpora, may be read-only. cache: folder for global statistics.
     train, val, test: folders, below root or paths.
-    cmvn: null, or what mean and variance are normalised over: utterance, speaker (of cmvn.scp and utt2spk), global.
-    delay: at step t the network says the target of frame t - delay; the last frame is repeated so many times.
-    batch_size, segment: streams of a process, and steps that are back-propagated through, in training.
-    right: steps that a bidirectional network sees after each segment, in training and in evaluation.
+    cmvn: extent of mean and variance normalisation: utterance, speaker (from cmvn.scp and utt2spk), global, or null.
+    delay: step t predicts the target of frame t - delay; the last frame is repeated `delay` times.
+    batch_size, segment: streams of a process, and steps of truncated back-propagation, in training.
+    right: steps of right context after each segment for a bidirectional network, in training and evaluation.
     num_targets: of the HMM; null: one more than the largest in training.
-    eval_frames_per_batch: frames of a batch of whole utterances, padding included, in validation and test.
+    eval_frames_per_batch: the largest size of a batch of whole utterances in frames, including padding.
     """
 
-    MODEL_KWARGS = (
-        "input_size",
-        "num_targets",
-        "log_priors",
-        "delay",
-        "segment",
-        "right",
-        "archive",
-    )  # the names in `model_kwargs`
-    FIXED_BY_CHECKPOINT = ("cmvn", "delay", "segment", "right", "num_targets")  # by a checkpoint
+    MODEL_KWARGS = ("input_size", "num_targets", "log_priors", "delay", "segment", "right", "archive")
+    FIXED_BY_CHECKPOINT = ("cmvn", "delay", "segment", "right", "num_targets")
+    SPLIT_OPTIONS = ("train", "val", "test")
 
     def __init__(
         self,
@@ -65,16 +57,10 @@ class Kaldi(pl.LightningDataModule):
         seed: int = 1234,
     ) -> None:
         super().__init__()
-        for name, value, low in (
-            ("delay", delay, 0),
-            ("batch_size", batch_size, 1),
-            ("segment", segment, 1),
-            ("right", right, 0),
-            ("num_targets", 1 if num_targets is None else num_targets, 1),
-            ("eval_frames_per_batch", eval_frames_per_batch, 1),
-        ):
-            if type(value) is not int or value < low:
-                raise ValueError(f"data.{name}={value} must be a whole number, {low} or more")
+        require_whole(0, delay=delay, right=right)
+        require_whole(batch_size=batch_size, segment=segment, eval_frames_per_batch=eval_frames_per_batch)
+        if num_targets is not None:
+            require_whole(num_targets=num_targets)
         if cmvn not in NORMALISATIONS:
             raise ValueError(f"data.cmvn={cmvn} must be one of null, utterance, speaker, global")
         self.root, self.cache = Path(root).expanduser(), Path(cache).expanduser()
@@ -82,30 +68,17 @@ class Kaldi(pl.LightningDataModule):
         self.cmvn, self.delay, self.segment, self.right = cmvn, delay, segment, right
         self.batch_size, self.num_targets, self.seed = batch_size, num_targets, seed
         self.eval_frames_per_batch = eval_frames_per_batch
-        self.checkpoint_vocabulary: FrameConfig | None = (
-            None  # a checkpoint's, to read with; none is made of the corpus then
-        )
-        self.splits: dict[str, Frames] = {}
 
-    def prepare_data(self) -> None:
-        """Looks all through once."""
-        self.setup()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Reads the tables, the heads of the features and the targets; a second call does nothing."""
-        if self.splits:
-            return
+    def load(self) -> None:
+        """Reads tables, headers and targets; `splits` are `Frames`."""
         if self.checkpoint_vocabulary is not None:
-            self.recipe = self.checkpoint_vocabulary
-            self.splits = {
-                split: self.recipe.frames(self.locate(split), f"data.{split}={name}", "some")
-                for split, name in self.names.items()
-            }
+            self.vocabulary = self.recipe = self.checkpoint_vocabulary
+            self.splits = {split: self.frames(split, "some") for split in self.names}
             return
         options: dict[str, Any] = {"cmvn": self.cmvn, "num_targets": self.num_targets}
         train = Frames(self.locate("train"), name=f"data.train={self.names['train']}", scored="all", **options)
         stats = train.stats = train.global_stats(self.cache) if self.cmvn == "global" else None
-        self.recipe = FrameConfig(
+        self.vocabulary = self.recipe = FrameConfig(
             cmvn=self.cmvn,
             delay=self.delay,
             segment=self.segment,
@@ -114,34 +87,27 @@ class Kaldi(pl.LightningDataModule):
             counts=torch.from_numpy(train.counts),
             stats=None if stats is None else torch.from_numpy(stats),
         )
-        others = {
-            split: self.recipe.frames(self.locate(split), f"data.{split}={self.names[split]}", scored)
-            for split, scored in (("val", "all"), ("test", "some"))
-        }
-        for frames in (train, *others.values()):
+        self.splits = {"train": train, "val": self.frames("val", "all"), "test": self.frames("test", "some")}
+        for frames in self.splits.values():
             log.info("%s", frames.report)
-        self.splits = {"train": train, **others}
-        self.train_dataloader()  # what is too short for its streams is told now
+        self.train_loader()  # fails now if there are too few segments
+
+    def frames(self, split: str, scored: str) -> Frames:
+        """The frames of a split, normalised as in training."""
+        return self.recipe.frames(self.locate(split), f"data.{split}={self.names[split]}", scored)
 
     def locate(self, split: str) -> Path:
         """The folder of a split."""
-        name = self.names[split]
-        places = [self.root / str(name), Path(str(name)).expanduser()]
-        found = next((path for path in places if path.is_dir()), None)
-        if found is None:
-            raise FileNotFoundError(
-                f"data.{split}={name} is no folder, neither below {self.root} nor here; type the path of a Kaldi "
-                "folder with feats.scp and ali.scp (docs/kaldi.md), or data=frames_sample to try it without one"
-            )
-        return found
+        name = str(self.names[split])
+        for path in (self.root / name, Path(name).expanduser()):
+            if path.is_dir():
+                return path
+        raise FileNotFoundError(
+            f"data.{split}={name} is not a folder, neither below {self.root} nor here; type the path of a Kaldi "
+            "folder with feats.scp and ali.scp (docs/kaldi.md), or data=frames_sample to try it without one"
+        )
 
-    @property
-    def model_kwargs(self) -> dict[str, Any]:
-        """What a network must know, and what writes its archives. Prepares the data first."""
-        self.setup()
-        return self.recipe.model_kwargs
-
-    def train_dataloader(self) -> Streams:
+    def train_loader(self) -> Streams:
         rank, world_size = rank_and_world_size()
         train = self.splits["train"]
         streams = Streams(self.recipe, train, self.batch_size, self.seed, rank=rank, world_size=world_size)
@@ -150,54 +116,25 @@ class Kaldi(pl.LightningDataModule):
                 f"{train.report}: {total} segments of data.segment={self.segment} are too few for "
                 f"{self.batch_size * world_size} streams; type data.batch_size={max(1, total // world_size)} or less"
             )
-        if self.trainer is not None:
-            streams.limit(self.trainer.limit_train_batches)
         return streams
-
-    def val_dataloader(self) -> Batches[Batch]:
-        return self.evaluation("val")
-
-    def test_dataloader(self) -> Batches[Batch]:
-        return self.evaluation("test")
 
     def evaluation(self, split: str) -> Batches[Batch]:
         return self.recipe.batches(self.splits[split], self.eval_frames_per_batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to read frames, and to know the corpus that it was trained on."""
         self.setup()
-        checks = {split: self.splits[split].check for split in ("train", "val")}  # another test may be made
+        checks = {split: self.splits[split].check for split in ("train", "val")}  # the test folder may change
         return vars(self.recipe) | {"files": checks}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """ValueError if the checkpoint was trained on another corpus, or read it in another way."""
-
-        def same(one: Any, two: Any) -> bool:
-            both = isinstance(one, Tensor) and isinstance(two, Tensor)
-            return one.shape == two.shape and bool((one == two).all()) if both else bool(one is two or one == two)
-
-        now = self.state_dict()
-        if changed := [name for name in now if name not in state_dict or not same(now[name], state_dict[name])]:
-            told = "; ".join(
-                f"{name} was {state_dict.get(name)}, is {now[name]}" if isinstance(now[name], str | int) else name
-                for name in changed
-            )
-            raise ValueError(
-                f"the checkpoint was trained on other frames: {told}. Use the folders and options of the checkpoint's "
-                "run (data.train, data.val, data.test, data.cmvn, data.delay, data.segment, data.right, "
-                "data.num_targets), or train again."
-            )
 
     @staticmethod
     def vocabulary_of(state_dict: dict[str, Any]) -> FrameConfig:
-        """How frames are read, in a `state_dict`."""
         return FrameConfig(**{name: value for name, value in state_dict.items() if name != "files"})
 
 
 class SpokenWords(Kaldi):
-    """Words that are computed, by voices that training, validation and test do not share: no file, no download.
+    """Synthetic words, by other voices in training, validation and test: no file, no download.
 
-    There are 31 targets: 0 is a pause, and each of ten words has three of a third of its length.
+    There are 31 targets: 0 is a pause, and each of ten words has one for each third of its length.
     """
 
     SPEAKERS: ClassVar = {"train": range(8), "val": range(8, 10), "test": range(10, 12)}
@@ -208,23 +145,23 @@ class SpokenWords(Kaldi):
         folders: dict[str, Any] = {split: str(folder / split) for split in self.UTTERANCES}
         super().__init__(root=root, cache=cache, **folders, **options)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Writes the folders where they are not there."""
+    def load(self) -> None:
+        """Writes absent folders first."""
         for split in self.UTTERANCES:
             folder = Path(self.names[split])
             if (folder / "feats.scp").exists():
                 continue
             require_writable(folder)
-            with lock(folder):  # a second process waits here, and then finds what the first has written
-                if not (folder / "feats.scp").exists():
+            with lock(folder):
+                if not (folder / "feats.scp").exists():  # another process may have written it meanwhile
                     self.write(split, folder)
-        super().setup(stage)
+        super().load()
 
     def write(self, split: str, folder: Path) -> None:
-        """The archives of a split; that of the features comes last."""
-        frontend = Frontend(rate=synthesis.RATE, num_mels=40)  # of 25 ms, each 10 ms
-        place = f"../../{folder.parent.name}/{split}"  # as seen from the table, so that the cache may be moved
-        with (  # the last is the first that is closed
+        """Writes the archives of a split; the features are complete last."""
+        frontend = Frontend(rate=synthesis.RATE, num_mels=40)  # frames of 25 ms every 10 ms
+        place = f"../../{folder.parent.name}/{split}"  # relative to the table, so the cache can be moved
+        with (  # the last one is closed first
             Archive(folder / "feats.ark", f"{place}/feats.ark") as features,
             Archive(folder / "ali.ark", f"{place}/ali.ark") as alignments,
         ):
@@ -234,7 +171,7 @@ class SpokenWords(Kaldi):
                 words = chosen.integers(len(synthesis.WORDS), size=chosen.integers(2, 6))
                 wave, spans = synthesis.synthesise([synthesis.WORDS[word] for word in words], speaker, number)
                 frames = frontend.frames(wave)
-                middle = 80 * np.arange(len(frames)) + 100  # of each frame, in samples
+                middle = 80 * np.arange(len(frames)) + 100  # the middle of each frame, in samples
                 targets = np.zeros(len(frames), np.int32)
                 for word, (begin, end) in zip(words, spans, strict=True):
                     inside = (begin <= middle) & (middle < end)

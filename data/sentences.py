@@ -1,4 +1,4 @@
-"""Sentences of a person's own for classification: lines of `label text`, in one file or in one for each split."""
+"""The user's own sentences for classification: lines of `label text`, in one file or in one for each split."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,16 +8,16 @@ from data.classification import Example, SentenceClassification
 from data.download import own_file
 from data.text import lines
 
-MANY = 20  # labels; more of them, in every second line, are no labels
-DOS_END = "\x1a"  # Ctrl-Z, which some programs of Windows write at the end of a text
+MAX_LABELS = 20  # with more labels, each on fewer than two lines on average, the first words are not labels
+DOS_END = "\x1a"  # Ctrl-Z, which some Windows programs write at the end of a text
 
 
 class OwnSentences(SentenceClassification):
-    """Files of `label text` lines in UTF-8; a label is any word. Blank lines are passed over. Nothing is downloaded.
+    """Files of `label text` lines in UTF-8; a label is any word. Blank lines are skipped. Nothing is downloaded.
 
-    path: one file, of which `fold` chooses the tenth that tests, and a tenth of the rest validates.
-    train, val, test: instead, a file each; without val, `fold` chooses the tenth of train that validates.
-    labels: in the order of their numbers; None for all of the training file, sorted.
+    path: one file; `fold` selects a tenth for the test, and a tenth of the rest is validation.
+    train, val, test: instead, a file each; without val, `fold` selects a tenth of train for validation.
+    labels: in the order of their indices; None for all in the training file, sorted.
     """
 
     def __init__(
@@ -30,22 +30,17 @@ class OwnSentences(SentenceClassification):
         labels: Sequence[str] | None = None,
         **options: Any,
     ) -> None:
-        given = {name: file for name, file in (("path", path), ("train", train), ("val", val), ("test", test)) if file}
-        if {*given} not in ({"path"}, {"train", "test"}, {"train", "val", "test"}):
+        named = {key: name for key, name in {"path": path, "train": train, "val": val, "test": test}.items() if name}
+        if {*named} not in ({"path"}, {"train", "test"}, {"train", "val", "test"}):
             raise ValueError(
-                f"the sentences are files of yours, lines of `label text`, and {' and '.join(given) or 'none'} of them "
-                "is given: type data.path=FILE, or data.train=FILE data.test=FILE, and data.val=FILE where there is one"
+                f"your sentences are lines of `label text` in files; given: {' and '.join(named) or 'none'}. Type "
+                "data.path=FILE, or data.train=FILE data.test=FILE, and data.val=FILE if there is one"
             )
         if labels is not None and (isinstance(labels, str) or len(labels) != len({*map(str, labels)}) or not labels):
             raise ValueError(f"data.labels={labels} must be different words: type 'data.labels=[no,yes]', or null")
+        unchecked = {"url": None, "sha256": None, "examples": None}
         files = {
-            name.replace("path", "all"): {
-                "name": str(own_file(name, file)),
-                "url": None,
-                "sha256": None,
-                "examples": None,
-            }
-            for name, file in given.items()
+            key.replace("path", "all"): {"name": str(own_file(key, name)), **unchecked} for key, name in named.items()
         }
         super().__init__(labels=[str(label) for label in labels or ()], files=files, **options)
 
@@ -53,18 +48,18 @@ class OwnSentences(SentenceClassification):
         if not self.labels and self.checkpoint_vocabulary is not None:
             self.labels = list(self.checkpoint_vocabulary.labels)
         if not self.labels:
-            key = "all" if "all" in self.files else "train"
-            found = [label for _, label, _ in self.lines_of(self.folder / self.files[key]["name"])]
-            self.labels = sorted({*found})
-            if len(self.labels) > MANY and 2 * len(self.labels) > len(found):
+            path = self.locate("all" if "all" in self.files else "train")
+            labels = [label for _, label, _ in self.lines_of(path)]
+            self.labels = sorted({*labels})
+            if len(self.labels) > MAX_LABELS and 2 * len(self.labels) > len(labels):
                 raise ValueError(
-                    f"{self.files[key]['name']} has {len(self.labels)} different labels in {len(found)} lines, such as "
+                    f"{path} has {len(self.labels)} different labels in {len(labels)} lines, such as "
                     f"{', '.join(self.labels[:3])}: a line is `label text`, with a space or a tab between"
                 )
         return super().read()
 
     def lines_of(self, path: Path) -> Iterator[tuple[str, str, str]]:
-        return (found for found in super().lines_of(path) if found[1])
+        return (line for line in super().lines_of(path) if line[1])
 
     def decode(self, content: bytes, name: Path) -> str:
         return lines.decode(content, name).replace(DOS_END, "")

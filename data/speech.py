@@ -1,4 +1,4 @@
-"""Recordings with transcripts, or with one label each, as log-mel features (SRU 2017, section 4.5, of open corpora)."""
+"""Recordings with transcripts or labels as log-mel features (SRU 2017, section 4.5, on open corpora)."""
 
 import logging
 from collections.abc import Sequence
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from data.audio.fbank import Frontend, Part, StepStream, check_frontend, read
 from data.audio.feature_table import Recorded, Utterance, perturb, prepare
 from data.audio.labels import BLANK, UNITS, Symbols, frames_needed
+from data.base import DataModule, require_whole
 from data.batching import Batches
 
 log = logging.getLogger(__name__)
@@ -21,17 +21,17 @@ LABEL = "label"
 
 
 class Item(NamedTuple):
-    """What evaluation needs to know of a recording: its name, and its transcript."""
+    """A recording for evaluation: its name, and its transcript."""
 
     id: str
     text: str
 
 
 class Batch(NamedTuple):
-    """Recordings and what is said in them.
+    """Recordings and their transcripts.
 
-    x (T, B, n): steps, 0 at the end of those that are shorter; pad (T, B): True there. targets (B, L): symbols, padded
-    with 0; lengths (B,): how many they are.
+    x (T, B, n): steps, padded at the end with 0; pad (T, B): True in the padding. targets (B, L): symbols, padded with
+    0; lengths (B,): their numbers.
     """
 
     x: Tensor
@@ -42,63 +42,53 @@ class Batch(NamedTuple):
 
 
 class Vocabulary:
-    """What a recogniser hears and writes, without a corpus: its frontend, and its symbols or labels."""
+    """The input and output of a recogniser: its frontend, and its symbols or labels."""
 
     def __init__(self, frontend: Frontend, symbols: Symbols | None, labels: Sequence[str] | None) -> None:
         self.frontend, self.symbols, self.labels = frontend, symbols, labels
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        """What a network must know: input_size; and num_mels, vocab_size and how to `decode`, or num_classes."""
+        """input_size; and num_classes, or num_mels, vocab_size and the function to decode."""
         if self.symbols is None:
             return {"input_size": self.frontend.size, "num_classes": len(self.labels or ())}
         sizes = {"input_size": self.frontend.size, "num_mels": self.frontend.num_mels, "vocab_size": len(self.symbols)}
         return sizes | {"decode": self.symbols.decode}
 
     def read(self, path: str | Path, offset: float = 0.0, duration: float = 0.0) -> tuple[np.ndarray, int]:
-        """The sound of a file, or of a part of it (in seconds; duration 0: up to the end), float32 of one channel, and
-        its samples a second; ValueError where there is none."""
+        """Mono float32 samples of a file, or of a part of it in seconds (duration 0: to the end), and their rate."""
         wave, rate, _ = read(Path(path).expanduser(), Part(offset, duration))
         return wave, rate
 
     def stream(self, rate: int) -> StepStream:
-        """Makes steps of sound that comes in pieces."""
+        """Computes the network's steps from sound that arrives in pieces."""
         return StepStream(self.frontend, rate)
 
 
-class Recordings(pl.LightningDataModule):
-    """Recordings that a subclass lists by `utterances`, in batches of about the same length.
+class Recordings(DataModule[Batches]):
+    """Recordings that a subclass lists in `utterances`, in batches of similar length.
 
-    A batch is a `Batch`; with unit=label it is (x (T, B, n), labels (B,), pad (T, B)), and a recording's text, whole,
-    is its class. Features are computed once for all runs (data/audio/feature_table.py).
+    A batch is a `Batch`; with unit=label it is (x (T, B, n), labels (B,), pad (T, B)), and a recording's text is its
+    class. Features are computed once for all runs (data/audio/feature_table.py).
 
-    cache: folder for what is computed.
-    rate, num_mels, stack, level: see data.audio.fbank.Frontend; stack frames of 10 ms are a step of the network.
-    unit: characters, words, bpe or unigram (subwords, vocab_size of them), or label.
-    lowercase: of the transcripts.
-    speeds: in training, each recording is heard at each of these speeds (Ko et al., 2015); 1.0 is as it is.
-    volume: and louder or softer by up to so many dB.
-    noise: and with white noise, at least and at most so many dB below it; null for none. Both are drawn once for all
-        runs.
-    frames_per_batch: a batch of training has at most so many frames of 10 ms, with the padding.
+    cache: folder for the features.
+    rate, num_mels, stack, level: see data.audio.fbank.Frontend; a step of the network is `stack` frames of 10 ms.
+    unit: characters, words, bpe or unigram (`vocab_size` subwords), or label.
+    lowercase: convert transcripts to lower case.
+    speeds: in training, each recording is used at each of these speeds (Ko et al., 2015); 1.0 is unchanged.
+    volume: in training, the largest random gain, + or -, in dB.
+    noise: in training, the lowest and highest signal-to-noise ratio of added white noise in dB; null for none. Gain and
+        noise are drawn once for all runs.
+    frames_per_batch: the largest size of a training batch in frames of 10 ms, including padding.
     eval_frames_per_batch: the same in validation and test.
 
-    A recording with too few steps for its symbols is left out of training. Characters or words that no training
-    transcript has cannot be written, but count in the error rates. Both are counted in the log.
+    Recordings with too few steps for their symbols are left out of training. Characters or words that no training
+    transcript contains cannot be recognised, but count in the error rates. Both are counted in the log.
     """
 
-    # By a checkpoint.
     FIXED_BY_CHECKPOINT = (
-        "rate",
-        "num_mels",
-        "stack",
-        "level",
-        "unit",
-        "vocab_size",
-        "lowercase",
-        "speeds",
-        "volume",
-        "noise",
+        *("rate", "num_mels", "stack", "level", "unit", "vocab_size", "lowercase"),
+        *("speeds", "volume", "noise"),
     )
 
     def __init__(
@@ -123,228 +113,161 @@ class Recordings(pl.LightningDataModule):
         if unit not in (*UNITS, LABEL):
             raise ValueError(f"data.unit={unit} must be one of {', '.join((*UNITS, LABEL))}")
         check_frontend(rate, num_mels, stack, level)
-        sizes = {"vocab_size": vocab_size, "frames_per_batch": frames_per_batch}
-        for name, value in (sizes | {"eval_frames_per_batch": eval_frames_per_batch}).items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"data.{name}={value} must be a whole number, 1 or more")
+        require_whole(vocab_size=vocab_size, frames_per_batch=frames_per_batch)
+        require_whole(eval_frames_per_batch=eval_frames_per_batch)
         if type(lowercase) is not bool:
             raise ValueError(f"data.lowercase={lowercase} must be true or false")
-        speeds = speeds if isinstance(speeds, Sequence) else []
-        if not speeds or any(type(speed) not in (int, float) or not 0.5 <= speed <= 2 for speed in speeds):
-            raise ValueError(
-                f"data.speeds={list(speeds)} must be a list of numbers, 0.5 to 2: type 'data.speeds=[1.0]'"
-            )
-        if type(volume) not in (int, float) or not 0 <= volume <= 60:
+        if not are_numbers(speeds, 0.5, 2) or not speeds:
+            raise ValueError(f"data.speeds={speeds} must be a list of numbers, 0.5 to 2: type 'data.speeds=[1.0]'")
+        if not are_numbers([volume], 0, 60):
             raise ValueError(f"data.volume={volume} must be dB, 0 to 60")
+        if noise is not None and not (are_numbers(noise, -20, 100) and len(noise) == 2 and noise[0] <= noise[1]):
+            raise ValueError(f"data.noise={noise} must be two numbers in dB, such as [5,40], or null")
         self.cache = Path(cache).expanduser()
         self.options: dict[str, Any] = {"rate": rate, "num_mels": num_mels, "stack": stack, "level": level}
         self.unit, self.vocab_size, self.lowercase = unit, vocab_size, lowercase
-        numbers = noise is None or (
-            isinstance(noise, Sequence) and len(noise) == 2 and all(type(level) in (int, float) for level in noise)
-        )
-        if not numbers or (noise is not None and not -20 <= noise[0] <= noise[1] <= 100):
-            raise ValueError(f"data.noise={noise} must be two numbers of dB, as [5,40], or null")
         self.noise = None if noise is None else (float(noise[0]), float(noise[1]))
         self.speeds, self.volume = sorted({float(speed) for speed in speeds}), volume
         self.frames_per_batch, self.eval_frames_per_batch, self.seed = frames_per_batch, eval_frames_per_batch, seed
-        self.checkpoint_vocabulary: Vocabulary | None = (
-            None  # a checkpoint's, to read with; none is made of the corpus then
-        )
-        self.recorded: dict[str, Recorded] = {}
 
     @property
     def MODEL_KWARGS(self) -> tuple[str, ...]:
-        """The names in `model_kwargs`."""
-        written = ("num_classes",) if self.unit == LABEL else ("num_mels", "vocab_size", "decode")
-        return ("input_size", *written)
+        return ("input_size", *(("num_classes",) if self.unit == LABEL else ("num_mels", "vocab_size", "decode")))
 
     def utterances(self) -> dict[str, list[Utterance]]:
-        """What is in `train`, `val` and `test`; downloads what is absent."""
+        """The recordings of `train`, `val` and `test`; downloads absent files."""
         raise NotImplementedError
 
-    def prepare_data(self) -> None:
-        """Downloads what is absent and computes features, once for all runs."""
-        self.setup()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Opens what is prepared, and prepares it where it is not; a second call does nothing."""
-        if self.recorded:
-            return
-        frontend = Frontend(**self.options)
+    def load(self) -> None:
+        """Computes absent features; `splits` are `Recorded`."""
         listed = self.utterances()
         for split, own in listed.items():
             if not own:
                 raise ValueError(f"data.{split} has no recording: 1 or more are needed")
-        heard = {split: [self.clean_text(utterance) for utterance in own] for split, own in listed.items()}
+        utterances = {split: [self.clean_text(utterance) for utterance in own] for split, own in listed.items()}
         if self.checkpoint_vocabulary is None:
-            heard["train"] = perturb(heard["train"], self.speeds, self.volume, self.noise)
-        texts = {split: [utterance.text for utterance in own] for split, own in heard.items()}
-        symbols, labels = self.collect_labels(texts)
-        found = {split: prepare(own, frontend, self.cache, split) for split, own in heard.items()}
-        train = found["train"]
+            utterances["train"] = perturb(utterances["train"], self.speeds, self.volume, self.noise)
+        symbols, labels = self.collect_labels(
+            {split: [utterance.text for utterance in own] for split, own in utterances.items()}
+        )
+        frontend = Frontend(**self.options)
+        splits = {split: prepare(own, frontend, self.cache, split) for split, own in utterances.items()}
+        train = splits["train"]
         frontend = Frontend(**self.options, mean=train.mean, deviation=train.deviation)
         self.vocabulary = self.checkpoint_vocabulary or Vocabulary(frontend, symbols, labels)
-        self.rows = self.fitting("train", train)
+        self.rows = self.rows_with_enough_steps("train", train)
         if not len(self.rows) and self.checkpoint_vocabulary is None:
             raise ValueError(
                 f"all {len(train)} recordings of data.train are too short for their transcripts: type a smaller "
                 f"data.stack than {self.options['stack']}, or data.unit=bpe"
             )
         for split in ("val", "test"):
-            self.fitting(split, found[split])
-            if not (frontend.steps(found[split].sizes) > 0).any():
-                raise ValueError(f"all {len(found[split])} recordings of data.{split} are shorter than a step")
-        for split, recorded in found.items():
-            hours = recorded.sizes.sum() / 360_000
+            self.rows_with_enough_steps(split, splits[split])
+            if not (frontend.steps(splits[split].sizes) > 0).any():
+                raise ValueError(f"all {len(splits[split])} recordings of data.{split} are shorter than a step")
+        self.splits = splits
+        speakers = {split: {utterance.speaker for utterance in own} - {""} for split, own in listed.items()}
+        for split, recorded in splits.items():
             unknown = sorted({c for text in recorded.texts for c in symbols.unknown(text)}) if symbols else []
-            rare = f"; no training transcript has {' '.join(map(repr, unknown[:9]))}, which cannot be written"
+            rare = f"; no training transcript has {' '.join(map(repr, unknown[:9]))}, which cannot be recognised"
+            hours = recorded.sizes.sum() / 360_000
             log.info("%s: %d recordings, %.2f hours%s", split, len(recorded), hours, rare if unknown else "")
-        self.recorded = found
-        voices = {split: {u.speaker for u in own} - {""} for split, own in listed.items()}
-        for split in ("val", "test"):
-            both = voices[split] & voices["train"]
-            if voices[split]:
-                log.info("%s: %d speakers, %d of them heard in training", split, len(voices[split]), len(both))
+            if split != "train" and speakers[split]:
+                both = len(speakers[split] & speakers["train"])
+                log.info("%s: %d speakers, %d of them also in training", split, len(speakers[split]), both)
 
     def clean_text(self, utterance: Utterance) -> Utterance:
-        """The utterance, its text without spaces that nobody says."""
+        """The utterance with single spaces in its text."""
         text = " ".join(utterance.text.split())
         return utterance._replace(text=text.lower() if self.lowercase else text)
 
     def collect_labels(self, texts: dict[str, list[str]]) -> tuple[Symbols | None, list[str] | None]:
-        """The symbols or the labels of the transcripts of each split, before any feature is computed."""
-        if self.checkpoint_vocabulary is not None and self.unit != LABEL:
-            return self.checkpoint_vocabulary.symbols, None
+        """The symbols or the labels of the transcripts; refuses unusable ones before features are computed."""
+        known = self.checkpoint_vocabulary
         if self.unit != LABEL:
+            if known is not None:
+                return known.symbols, None
             if not any(texts["val"]):
-                raise ValueError(
-                    "the transcripts of data.val are all empty: there is no error rate to choose a network by"
-                )
+                raise ValueError("the transcripts of data.val are all empty: they give no error rate to select by")
             return Symbols.learn(dict.fromkeys(texts["train"]), self.unit, self.vocab_size), None
-        labels = (
-            sorted({*texts["train"]})
-            if self.checkpoint_vocabulary is None
-            else [*(self.checkpoint_vocabulary.labels or ())]
-        )
+        labels = sorted({*texts["train"]}) if known is None else [*known.labels]
         if len(labels) < 2:
-            raise ValueError(
-                f"data.train has one label, {labels[0]!r}: there is nothing to tell apart; add recordings of another"
-            )
+            raise ValueError(f"data.train has one label, {labels[0]!r}: add recordings with another")
         for split, own in texts.items():
             if unknown := sorted({*own} - {*labels}):
-                raise ValueError(
-                    f"labels {', '.join(map(repr, unknown[:5]))} of data.{split} are none "
-                    + (
-                        "to train on"
-                        if self.checkpoint_vocabulary is None
-                        else f"of the checkpoint's, {', '.join(labels)}"
-                    )
-                )
+                where = "to train on" if known is None else f"of the checkpoint's, {', '.join(labels)}"
+                raise ValueError(f"labels {', '.join(map(repr, unknown[:5]))} of data.{split} are none {where}")
         return None, labels
 
-    def fitting(self, split: str, recorded: Recorded) -> np.ndarray:
-        """The recordings that have a step for each of their symbols."""
+    def rows_with_enough_steps(self, split: str, recorded: Recorded) -> np.ndarray:
+        """The numbers of the recordings with enough steps for their symbols."""
         symbols = self.vocabulary.symbols
         steps = self.vocabulary.frontend.steps(recorded.sizes)
         needed = [1 if symbols is None else frames_needed(symbols.encode(text)) for text in recorded.texts]
         fits = steps >= np.maximum(needed, 1)
         if short := len(fits) - int(fits.sum()):
-            what = "left out" if split == "train" else "that add nothing to the loss"
-            log.warning(
-                "%s: %d %s, too short for their transcripts with data.stack=%d",
-                split,
-                short,
-                what,
-                self.options["stack"],
-            )
+            effect = "left out" if split == "train" else "not part of the loss"
+            stack = self.options["stack"]
+            log.warning("%s: %d %s, too short for their transcripts with data.stack=%d", split, short, effect, stack)
         return np.flatnonzero(fits)
 
-    @property
-    def model_kwargs(self) -> dict[str, Any]:
-        """What a network must know, see `Vocabulary`. Prepares the data first."""
-        self.setup()
-        return self.vocabulary.model_kwargs
-
     def batch(self, recorded: Recorded, rows: list[int]) -> Batch | tuple[Tensor, Tensor, Tensor]:
-        """Recordings by their numbers."""
         frontend, symbols = self.vocabulary.frontend, self.vocabulary.symbols
-        found = [recorded[row] for row in rows]
-        steps = [frontend.normalise(frames) for _, _, frames in found]
+        names, texts, frames = zip(*(recorded[row] for row in rows), strict=True)
+        sequences = [frontend.normalise(own) for own in frames]
         # A recording that is shorter than a step is a step of padding.
-        x = torch.zeros(max(1, *map(len, steps)), len(rows), frontend.size)
+        x = torch.zeros(max(1, *map(len, sequences)), len(rows), frontend.size)
         pad = torch.ones(x.shape[:2], dtype=torch.bool)
-        for column, frames in enumerate(steps):
-            x[: len(frames), column] = torch.from_numpy(frames)
-            pad[: len(frames), column] = False
+        for column, steps in enumerate(sequences):
+            x[: len(steps), column] = torch.from_numpy(steps)
+            pad[: len(steps), column] = False
         if symbols is None:
-            classes = {label: number for number, label in enumerate(self.vocabulary.labels or ())}
-            return x, torch.tensor([classes[text] for _, text, _ in found]), pad
-        encoded = [symbols.encode(text) for _, text, _ in found]
+            classes = {label: number for number, label in enumerate(self.vocabulary.labels)}
+            return x, torch.tensor([classes[text] for text in texts]), pad
+        encoded = [symbols.encode(text) for text in texts]
         lengths = torch.tensor([len(numbers) for numbers in encoded])
         targets = torch.full((len(rows), max(1, int(lengths.max()))), BLANK)
         for target, numbers in zip(targets, encoded, strict=True):
             target[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
-        return Batch(x, pad, targets, lengths, [Item(name, text) for name, text, _ in found])
+        return Batch(x, pad, targets, lengths, [*map(Item, names, texts)])
 
-    def loader(self, split: str, rows: np.ndarray, budget: int, seed: int | None = None) -> Batches[Any]:
-        recorded = self.recorded[split]
-        return Batches(
-            lambda chosen: self.batch(recorded, chosen), rows, recorded.sizes[rows], budget=budget, seed=seed
-        )
+    def batches(self, split: str, rows: np.ndarray, budget: int, seed: int | None = None) -> Batches[Any]:
+        recorded = self.splits[split]
+        return Batches(lambda own: self.batch(recorded, own), rows, recorded.sizes[rows], budget=budget, seed=seed)
 
-    def train_dataloader(self) -> Batches[Any]:
-        batches = self.loader("train", self.rows, self.frames_per_batch, self.seed)
-        if self.trainer is not None:
-            batches.limit(self.trainer.limit_train_batches)
-        return batches
-
-    def val_dataloader(self) -> Batches[Any]:
-        return self.evaluation("val")
-
-    def test_dataloader(self) -> Batches[Any]:
-        return self.evaluation("test")
+    def train_loader(self) -> Batches[Any]:
+        return self.batches("train", self.rows, self.frames_per_batch, self.seed)
 
     def evaluation(self, split: str) -> Batches[Any]:
-        return self.loader(split, np.arange(len(self.recorded[split])), self.eval_frames_per_batch)
+        return self.batches(split, np.arange(len(self.splits[split])), self.eval_frames_per_batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to hear and write, and to know the recordings that it was trained on."""
         self.setup()
         frontend, symbols = self.vocabulary.frontend, self.vocabulary.symbols
-        assert frontend.mean is not None
-        assert frontend.deviation is not None
         return {
             **self.options,
             "mean": frontend.mean.tolist(),
             "deviation": frontend.deviation.tolist(),
             "symbols": symbols and symbols.options,
             "labels": self.vocabulary.labels,
-            "recordings": {split: recorded.checksum for split, recorded in self.recorded.items()},
+            "recordings": {split: recorded.checksum for split, recorded in self.splits.items()},
         }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """ValueError if the checkpoint was trained on other recordings, or hears or writes others."""
-        now = self.state_dict()
-        if changed := [name for name in now if now[name] != state_dict.get(name)]:
-            raise ValueError(
-                f"the checkpoint was trained on other data: {', '.join(changed)} differ. Use the files and options of "
-                "the checkpoint's run (data=, data.rate, data.num_mels, data.stack, data.level, data.unit, "
-                "data.speeds, data.volume, data.noise), or train again."
-            )
 
     @staticmethod
     def vocabulary_of(state_dict: dict[str, Any]) -> Vocabulary:
-        """What is heard and written, of a `state_dict`."""
-        frontend = Frontend(
-            rate=state_dict["rate"],
-            num_mels=state_dict["num_mels"],
-            stack=state_dict["stack"],
-            level=state_dict["level"],
-            mean=np.array(state_dict["mean"], np.float32),
-            deviation=np.array(state_dict["deviation"], np.float32),
-        )
-        check_frontend(frontend.rate, frontend.num_mels, frontend.stack, frontend.level)
-        if {len(state_dict["mean"]), len(state_dict["deviation"])} != {frontend.num_mels}:
-            raise ValueError(f"the checkpoint has no mean and deviation of {frontend.num_mels} energies: it is damaged")
+        options = {name: state_dict[name] for name in ("rate", "num_mels", "stack", "level")}
+        check_frontend(**options)
+        mean, deviation = (np.array(state_dict[name], np.float32) for name in ("mean", "deviation"))
+        if {len(mean), len(deviation)} != {options["num_mels"]}:
+            raise ValueError(
+                f"the checkpoint is damaged: it has no mean and deviation of {options['num_mels']} energies"
+            )
         symbols = state_dict["symbols"] and Symbols(**state_dict["symbols"])
-        return Vocabulary(frontend, symbols, state_dict["labels"])
+        return Vocabulary(Frontend(**options, mean=mean, deviation=deviation), symbols, state_dict["labels"])
+
+
+def are_numbers(values: Any, low: float, high: float) -> bool:
+    """Whether `values` is a list of numbers within these bounds."""
+    return isinstance(values, Sequence) and all(
+        type(value) in (int, float) and low <= value <= high for value in values
+    )

@@ -1,4 +1,4 @@
-"""Recordings of others: listed in manifests, LibriSpeech, Speech Commands, and what lies on the hub."""
+"""Speech corpora: JSON manifests, LibriSpeech, Speech Commands, and datasets on the Hugging Face hub."""
 
 import json
 import os
@@ -9,19 +9,19 @@ from typing import Any
 
 from data.audio.fbank import Part
 from data.audio.feature_table import Utterance
-from data.download import NO_NETWORK, fetch, lock, require_writable, unpack_archive
+from data.cache import lock, require_writable
+from data.download import fetch, load_from_hub, unpack_archive
 from data.speech import Recordings
 from data.text.lines import decode, lines_of
 
 
 class Manifest(Recordings):
-    """Recordings listed in files of JSON, a line each: {"audio": PATH, "text": TEXT, "speaker": NAME}.
+    """Recordings listed in files of JSON lines: {"audio": PATH, "text": TEXT, "speaker": NAME}.
 
-    train, val, test: these files, below root or paths; PATH is relative to the file that names it. speaker may be left
-    out. "offset" and "duration", in seconds, name a part of the file, as in NeMo's manifests: without offset from the
-    start, without duration (or with null or 0) to the end. "audio_filepath" is "audio", as there. A key that would mean
-    another sound, such as "channel", is refused, and one with a number that is not known to be harmless; any other is
-    ignored.
+    train, val, test: these files, below root or paths. PATH is relative to the file that names it; speaker is optional.
+    As in NeMo's manifests, "offset" and "duration" in seconds select a part of the file (defaults, also for null or 0:
+    the start, and up to the end), and "audio_filepath" is the same as "audio". Keys that may change the sound, such as
+    "channel", and unknown keys with numbers are refused; others are ignored.
     """
 
     def __init__(self, *, root: str, train: str, val: str, test: str, **options: Any) -> None:
@@ -33,10 +33,11 @@ class Manifest(Recordings):
                 raise ValueError(f"data.{split}={name} must be a file of JSON lines: type data.{split}=FILE.jsonl")
 
     def utterances(self) -> dict[str, list[Utterance]]:
-        found = {split: read_manifest(self.locate(split, name)) for split, name in self.names.items()}
-        if empty := next((split for split, own in found.items() if not own), None):
-            raise ValueError(f"data.{empty}={self.names[empty]} lists no recording: a line is {EXAMPLE}")
-        return found
+        splits = {split: read_manifest(self.locate(split, name)) for split, name in self.names.items()}
+        for split, own in splits.items():
+            if not own:
+                raise ValueError(f"data.{split}={self.names[split]} lists no recording: a line is {EXAMPLE}")
+        return splits
 
     def locate(self, split: str, name: str) -> Path:
         for path in (self.root / name, Path(name).expanduser()):
@@ -46,7 +47,7 @@ class Manifest(Recordings):
 
 
 def read_manifest(path: Path) -> list[Utterance]:
-    """What a manifest lists; ValueError with the line of the first thing that is not so."""
+    """The recordings of a manifest; ValueError with the first wrong line."""
     found = []
     for number, line in enumerate(lines_of(decode(path.read_bytes(), path)), start=1):
         if not line.strip():
@@ -54,16 +55,16 @@ def read_manifest(path: Path) -> list[Utterance]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: no JSON ({error}): a line is {EXAMPLE}") from error
+            raise ValueError(f"{path}:{number}: not JSON ({error}): a line is {EXAMPLE}") from error
         where = f"{path}:{number}"
         if isinstance(row, dict) and row.get("audio_filepath") is not None:
             if row.get("audio") not in (None, row["audio_filepath"]):
-                raise ValueError(f"{where}: 'audio' and 'audio_filepath' are two files: leave one of them out")
+                raise ValueError(f"{where}: 'audio' and 'audio_filepath' name two files: leave one out")
             row["audio"] = row["audio_filepath"]
         for key in ("audio", "text"):
             value = row.get(key) if isinstance(row, dict) else None
             if not isinstance(value, str) or re.search("[\ud800-\udfff\0]", value):
-                raise ValueError(f"{where}: {key!r} is no text, but {value!r:.60}: a line is {EXAMPLE}")
+                raise ValueError(f"{where}: {key!r} must be a text, not {value!r:.60}: a line is {EXAMPLE}")
         if not row["audio"].strip():
             raise ValueError(f"{where}: 'audio' is empty: name the file of the recording; a line is {EXAMPLE}")
         name = Path(row["audio"]).expanduser() if row["audio"].startswith("~/") else row["audio"]
@@ -73,7 +74,7 @@ def read_manifest(path: Path) -> list[Utterance]:
 
 
 def part_of(row: Mapping[str, Any], where: str) -> Part:
-    """The part of its file that a line of a manifest names; ValueError for a key that may mean another sound."""
+    """The part of a file that a manifest's line selects; ValueError for other keys that may change the sound."""
     values = {"offset": 0.0, "duration": 0.0, "rate": 0}
     for key, value in row.items():
         words = re.sub("(?<=[a-z])(?=[A-Z])", "_", key).lower().replace("-", "_").split("_")
@@ -94,27 +95,25 @@ def part_of(row: Mapping[str, Any], where: str) -> Part:
 
 
 def is_part(words: Sequence[str], value: Any) -> bool:
-    """Whether a key of these words may say what is heard of a file, or how."""
-    found = {*words}
+    """Whether a key with these words may change the sound of a recording."""
+    own = {*words}
     if "".join(words) in COUNTS:
         return False
-    if found & BOUNDS or words[0] in CHANGES or found <= ALONE:
+    if own & BOUNDS or words[0] in CHANGES or own <= ALONE:
         return True
-    if not has_number(value):
-        return False
-    return not found & (WHOLES if found & LENGTHS else HARMLESS)
+    return has_number(value) and not own & (WHOLES if own & LENGTHS else HARMLESS)
 
 
 def has_number(value: Any, depth: int = 3) -> bool:
-    """Whether it is a number, or a list with one, or with lists of them."""
+    """Whether it is a number, or contains one in nested lists."""
     if isinstance(value, list):
         return depth > 0 and any(has_number(item, depth - 1) for item in value)
     return type(value) in (int, float)
 
 
 EXAMPLE = '{"audio": "a/1.wav", "text": "what is said", "speaker": "anna"}'
-# Keys of manifests that say what is heard of a file: one of these words among those of a key, before all others, or no
-# other word.
+# Words in keys that may change the sound: anywhere in the key (BOUNDS), as its first word (CHANGES), or if the key has
+# no other words (ALONE).
 BOUNDS = {
     *("offset", "offsets", "ofs", "start", "starttime", "begin", "end", "endtime", "stop", "onset", "trim", "crop"),
     *("timestamp", "timestamps", "interval", "intervals", "span", "spans", "seek", "chan", "channel", "channels"),
@@ -125,7 +124,7 @@ ALONE = {
     *("cut", "length", "len", "num", "samples", "frames", "ms", "sec", "secs", "seconds", "s"),
 }
 COUNTS = {"numchannels", "nchannels", "channelcount"}
-# Keys with a number that changes no sound: one of these words among those of a key; for a length, what it is that of.
+# A number does not change the sound if its key contains one of HARMLESS or, for a length, one of WHOLES.
 LENGTHS = {"duration", "durations", "dur", "length", "len", "samples", "frames", "ms", "sec", "secs", "seconds"}
 WHOLES = {"total", "whole", "full", "original", "orig", "file", "recording", "audio", "wav", "text"}
 HARMLESS = {
@@ -141,9 +140,9 @@ MOST = 1e7  # seconds, or samples a second
 
 
 class LibriSpeech(Recordings):
-    """LibriSpeech (Panayotov et al., 2015): root/LibriSpeech/PART/SPEAKER/CHAPTER/*.flac, downloaded where absent.
+    """LibriSpeech (Panayotov et al., 2015): root/LibriSpeech/PART/SPEAKER/CHAPTER/*.flac, downloaded if absent.
 
-    train, val, test: parts, as train-clean-100; several are joined by a plus.
+    train, val, test: parts, such as train-clean-100, or several with + between.
     parts: {url, md5, utterances} of each part.
     """
 
@@ -187,15 +186,15 @@ class LibriSpeech(Recordings):
         if len(found) != self.parts[name]["utterances"]:
             expected = self.parts[name]["utterances"]
             raise ValueError(
-                f"{folder} has {len(found):,} recordings with transcripts, {name} has {expected:,}: it is not whole"
+                f"{folder} has {len(found):,} recordings with transcripts, {name} has {expected:,}: it is not complete"
             )
         return found
 
 
 class HubSpeech(Recordings):
-    """A set on the hub that is plain Parquet, with a column of sound and one of text.
+    """A Parquet dataset on the hub with columns of sound and text.
 
-    rows: by split, keywords of datasets.load_dataset. audio, text, speaker: the columns; speaker may be null.
+    rows: for each split, keywords of datasets.load_dataset. audio, text, speaker: the columns; speaker may be null.
     """
 
     def __init__(
@@ -218,24 +217,18 @@ class HubSpeech(Recordings):
         return {split: self.split(rows) for split, rows in self.sets.items()}
 
     def split(self, rows: Mapping[str, Any]) -> list[Utterance]:
-        """Each recording's bytes, as they are, in a file of the cache."""
-        from datasets import Audio, load_dataset
+        """Writes each recording's bytes to a file of the cache."""
+        from datasets import Audio
 
         name = " ".join(map(str, rows.values()))
-        try:
-            dataset = load_dataset(**rows)
-        except Exception as error:  # the hub's client raises what its layers raise
-            reason = str(error).partition("\n")[0]
-            raise ConnectionError(
-                f"cannot get {name} from the hub: {reason}. Run the same command again. {NO_NETWORK}"
-            ) from error
+        dataset = load_from_hub(rows)
         for key, column in self.columns.items():
             if column is not None and column not in dataset.column_names:
                 raise ValueError(f"data.{key}={column}: {name} on the hub has {', '.join(dataset.column_names)}")
         folder = self.cache / "hub" / dataset._fingerprint
         require_writable(folder)
         found = []
-        with lock(folder):  # a second process waits here, and then finds what the first has written
+        with lock(folder):
             for number, row in enumerate(dataset.cast_column(self.columns["audio"], Audio(decode=False))):
                 sound, text = row[self.columns["audio"]], row[self.columns["text"]]
                 if not isinstance(text, str) or sound is None or sound["bytes"] is None:
@@ -251,10 +244,10 @@ class HubSpeech(Recordings):
 
 
 class SpeechCommands(Recordings):
-    """Speech Commands (Warden, 2018): a second of one word each; the official lists say what validation and test are.
+    """Speech Commands (Warden, 2018): recordings of one word and one second, with the official splits.
 
-    root: of speech_commands/, which holds the words' folders or the archive; it is downloaded where absent.
-    words: those that are told apart; null for all.
+    root: folder with speech_commands/, which contains the words' folders or the archive; downloaded if absent.
+    words: the classes; null for all.
     """
 
     def __init__(

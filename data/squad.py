@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 from torch import Tensor
 
 from data import download
+from data.base import DataModule, require_whole
 from data.batching import Batches
 from data.text import squad_tables, word_vectors
 from data.text.spacy_tagger import Tagger
@@ -23,23 +23,24 @@ log = logging.getLogger(__name__)
 SAMPLES = Path(__file__).parent.parent / "tests/samples"
 
 
-class QuestionAnswering(pl.LightningDataModule):
+class QuestionAnswering(DataModule[Batches]):
     """Files in SQuAD's format as `Batch`es.
 
-    root: folder of the corpora, which may be read-only; the files lie in root/squad.
-    cache: folder for what is prepared from them, once for all runs.
+    root: folder of the corpora, may be read-only; the files lie in root/squad.
+    cache: folder for prepared data, shared by all runs.
     train, val, test: names of files in root/squad, or paths; plain, .gz, .xz or .zip.
-    files: {url, sha256 or md5} or {hub, questions: the published count} of the names that are downloaded when absent.
-    tagger: spacy, or none, which leaves out the features that it would give: lemmas, parts of speech, kinds of names.
-    spacy_model: the pipeline's name, or its folder.
-    vectors: None (words are learnt), or word vectors: see `text.load_vectors`. Their length is left as it is.
-    lowercase: the vocabulary has one word for Word and word.
-    min_count: without vectors, training words seen less often become <unk>, which so gets trained.
-    window: see Reader. SQuAD 1.1 has no passage of 1000 tokens.
+    files: {url, sha256 or md5} or {hub, questions: the published number} of files that are downloaded if absent.
+    tagger: spacy, or none, without the features lemma, part of speech and named entity.
+    spacy_model: the name of a pipeline, or its folder.
+    vectors: None (trained), or fixed word vectors: see `word_vectors.load_vectors`. They are not normalised.
+    lowercase: the vocabulary ignores case.
+    min_count: without vectors, training words with fewer occurrences become <unk>, which is thereby trained.
+    window: see Reader. All passages of SQuAD 1.1 are shorter than 1000 tokens.
     """
 
-    MODEL_KWARGS = ("vocab_size", "num_features", "vectors")  # the names in `model_kwargs`
-    FIXED_BY_CHECKPOINT = ("tagger", "spacy_model", "vectors", "lowercase", "min_count", "window")  # by a checkpoint
+    MODEL_KWARGS = ("vocab_size", "num_features", "vectors")
+    FIXED_BY_CHECKPOINT = ("tagger", "spacy_model", "vectors", "lowercase", "min_count", "window")
+    SPLIT_OPTIONS = ("train", "val", "test")
 
     def __init__(
         self,
@@ -75,41 +76,25 @@ class QuestionAnswering(pl.LightningDataModule):
             raise ValueError(
                 f"data.spacy_model={spacy_model} must name a pipeline, such as en_core_web_sm, or its folder"
             )
-        for name, value in {"window": window, "batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"data.{name}={value} must be a whole number, 1 or more")
+        require_whole(window=window, batch_size=batch_size, eval_batch_size=eval_batch_size)
         self.spacy_model = spacy_model if tagger == "spacy" else None
         self.vectors, self.lowercase, self.min_count, self.window = vectors, lowercase, min_count, window
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
-        self.checkpoint_vocabulary: Reader | None = (
-            None  # a checkpoint's, to read with; none is made of the corpus then
-        )
-        self.views: dict[str, View] = {}
-        self.keys: dict[str, str] = {}
         self.embedding: Tensor | None = None
 
-    def prepare_data(self) -> None:
-        """Downloads and checks what is absent, and prepares it in the cache; done once for all runs."""
-        self.setup()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Opens what is prepared, and prepares it where it is not; a second call does nothing."""
-        if self.views:
-            return
+    def load(self) -> None:
+        """Prepares each file once; `splits` are `View`s."""
         tagger = None if self.spacy_model is None else Tagger(self.spacy_model)
         if self.checkpoint_vocabulary is not None:
             self.checkpoint_vocabulary.check(tagger)
         paths = {split: self.locate(split) for split in self.names}
         readings = {path: squad_tables.prepare(path, self.cache, tagger) for path in dict.fromkeys(paths.values())}
-        for path, found in readings.items():
-            for line in complaints(path, found.report):
+        for path, reading in readings.items():
+            for line in report_lines(path, reading.report):
                 log.info(line)
-        self.reader = self.checkpoint_vocabulary or self.build_reader(
+        self.vocabulary = self.checkpoint_vocabulary or self.build_reader(
             readings[paths["train"]], [*readings.values()], tagger
         )
-        views = {path: View(self.reader, found) for path, found in readings.items()}
-        self.keys = {split: readings[path].key for split, path in paths.items()}
-        self.views = {split: views[path] for split, path in paths.items()}
         for split, path in paths.items():
             expected = self.files.get(self.names[split], {}).get("questions")
             count = len(readings[path])
@@ -118,14 +103,17 @@ class QuestionAnswering(pl.LightningDataModule):
                     f"data.{split}={self.names[split]} ({path}) has {count:,} questions, expected "
                     f"{f'{expected:,}' if expected else '1 or more'}: type data.{split}=FILE for another file"
                 )
-        if self.checkpoint_vocabulary is None and not self.training_windows():
+        views = {path: View(self.vocabulary, reading) for path, reading in readings.items()}
+        if self.checkpoint_vocabulary is None and not training_windows(views[paths["train"]]):
             raise ValueError(f"data.train={self.names['train']} has no question with an answer to learn from")
+        self.splits = {split: views[path] for split, path in paths.items()}
 
-    def build_reader(self, train: Reading, all_splits: list[Reading], tagger: Tagger | None) -> Reader:
-        """The reader of the words and tags of these texts; sets `embedding` where they have vectors."""
-        known = [train] if self.vectors is None else all_splits
-        words = vocabulary(train, known, self.lowercase, self.min_count if self.vectors is None else 1)
-        if self.vectors is not None:
+    def build_reader(self, train: Reading, readings: list[Reading], tagger: Tagger | None) -> Reader:
+        """The reader for the words and tags of these texts; sets `embedding` to their vectors."""
+        if self.vectors is None:
+            words = vocabulary(train, [train], self.lowercase, self.min_count)
+        else:
+            words = vocabulary(train, readings, self.lowercase, 1)
             folder = self.root / "vectors"
             self.embedding = word_vectors.load_vectors(words, self.vectors, folder, self.cache, unit_length=False)
         return Reader(
@@ -140,7 +128,7 @@ class QuestionAnswering(pl.LightningDataModule):
         )
 
     def locate(self, split: str) -> Path:
-        """The file of a split; downloaded if absent and known where from."""
+        """The file of a split; downloaded if it is absent and in `files`."""
         name = self.names[split]
         path = self.root / "squad" / Path(name).expanduser()
         if name in self.files:
@@ -149,37 +137,23 @@ class QuestionAnswering(pl.LightningDataModule):
                 return download.find(path) or download.fetch_from_hub(path, source["hub"], squad_of)
             return download.fetch(path, source["url"], source.get("sha256") or source.get("md5"))
         for candidate in (path, Path(name).expanduser()):
-            if (found := download.find(candidate)) is not None:
-                return found
+            if (present := download.find(candidate)) is not None:
+                return present
         raise FileNotFoundError(
-            f"data.{split}={name} is no file, neither in {self.root / 'squad'} nor here; type the path of a file in "
+            f"data.{split}={name} is not a file, neither in {self.root / 'squad'} nor here; type the path of a file in "
             f"SQuAD's format{', or one of ' + ', '.join(self.files) + ', which are downloaded' if self.files else ''}"
         )
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        """What a network must know: vocab_size, num_features, vectors (V, n) or None. Prepares the data first."""
-        self.setup()
-        return self.reader.model_kwargs | {"vectors": self.embedding}
+        return super().model_kwargs | {"vectors": self.embedding}
 
-    def training_windows(self) -> list[Window]:
-        view = self.views["train"]
-        return [window for i in range(len(view.reading)) if (window := view.training_window(i)) is not None]
-
-    def train_dataloader(self) -> Batches[Batch]:
-        batches = self.batches(self.views["train"], self.training_windows(), self.batch_size, self.seed)
-        if self.trainer is not None:
-            batches.limit(self.trainer.limit_train_batches)
-        return batches
-
-    def val_dataloader(self) -> Batches[Batch]:
-        return self.evaluation("val")
-
-    def test_dataloader(self) -> Batches[Batch]:
-        return self.evaluation("test")
+    def train_loader(self) -> Batches[Batch]:
+        view = self.splits["train"]
+        return self.batches(view, training_windows(view), self.batch_size, self.seed)
 
     def evaluation(self, split: str) -> Batches[Batch]:
-        view = self.views[split]
+        view = self.splits[split]
         windows = [window for i in range(len(view.reading)) for window in view.windows(i)]
         return self.batches(view, windows, self.eval_batch_size)
 
@@ -188,46 +162,33 @@ class QuestionAnswering(pl.LightningDataModule):
         return Batches(view.batch, windows, sizes, batch_size=batch_size, seed=seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to read texts, and to know the files that it was trained on."""
         self.setup()
-        return self.reader.options | {"files": self.keys}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """ValueError if the checkpoint was trained on other files, or read them otherwise."""
-        now = self.state_dict()
-        if changed := [name for name in now if now[name] != state_dict.get(name)]:
-            raise ValueError(
-                f"the checkpoint was trained on other data: {', '.join(changed)} differ"
-                f" ({len(state_dict.get('words', []))} words then, {len(now['words'])} now). Use the files and options "
-                "of the checkpoint's run (data.train, .val, .test, .tagger, .spacy_model, .vectors, .lowercase, "
-                ".min_count, .window), or train again."
-            )
+        return self.vocabulary.options | {"files": {split: view.reading.key for split, view in self.splits.items()}}
 
     @staticmethod
     def vocabulary_of(state_dict: dict[str, Any]) -> Reader:
-        """The reader in a `state_dict`."""
         return Reader(**{name: value for name, value in state_dict.items() if name != "files"})
 
 
 class Sample(QuestionAnswering):
-    """The texts in tests/samples, written for this project: no download."""
+    """The bundled texts in tests/samples, written for this project: no download."""
 
     def __init__(self, *, root: str = "", **options: Any) -> None:
         train, dev = (str(SAMPLES / f"squad-sample-{part}.json") for part in ("train", "dev"))
         super().__init__(root=root, train=train, val=dev, test=dev, **options)
 
 
-def vocabulary(train: Reading, known: Sequence[Reading], lowercase: bool, min_count: int) -> list[str]:
-    """<pad>, <unk>, then words by how often training's questions have them, and then by how often any text does."""
+def vocabulary(train: Reading, readings: Sequence[Reading], lowercase: bool, min_count: int) -> list[str]:
+    """<pad>, <unk>, then the words, by their number in training questions, then by their number in all texts."""
     in_questions: Counter[str] = Counter()
     everywhere: Counter[str] = Counter()
-    for found in dict.fromkeys([train, *known]):
-        for table in (found.passages, found.questions):
-            counts = np.bincount(table["words"].values, minlength=len(found.forms))
+    for reading in readings:
+        for table in (reading.passages, reading.questions):
+            counts = np.bincount(table["words"].values, minlength=len(reading.forms))
             for number in np.flatnonzero(counts):
-                word = found.forms[number].lower() if lowercase else found.forms[number]
+                word = reading.forms[number].lower() if lowercase else reading.forms[number]
                 everywhere[word] += int(counts[number])
-                if found is train and table is found.questions:
+                if reading is train and table is reading.questions:
                     in_questions[word] += int(counts[number])
     words = [word for word, count in everywhere.items() if count >= min_count]
     return [
@@ -237,10 +198,14 @@ def vocabulary(train: Reading, known: Sequence[Reading], lowercase: bool, min_co
     ]
 
 
-def complaints(path: Path, report: Mapping[str, Any]) -> Iterator[str]:
-    """What to tell of a file."""
+def training_windows(view: View) -> list[Window]:
+    return [window for i in range(len(view.reading)) if (window := view.training_window(i)) is not None]
+
+
+def report_lines(path: Path, report: Mapping[str, Any]) -> Iterator[str]:
+    """The size and the faults of a file, for the log."""
     counts = {
-        "unmatched": "whose answer is no run of whole tokens: not trained on, but tested",
+        "unmatched": "with an answer that does not consist of whole tokens: tested, but not trained on",
         "unanswered": "without an answer: not trained on, and wrong in a test",
         "empty_questions": "without a word",
         "empty_passages": "passages without a word",
@@ -250,12 +215,12 @@ def complaints(path: Path, report: Mapping[str, Any]) -> Iterator[str]:
         f" ({'; '.join(faults)})" if faults else ""
     )
     if report["misplaced"]:
-        yield f"{path.name}: {report['misplaced']:,} answers do not stand where answer_start says, for example:"
+        yield f"{path.name}: {report['misplaced']:,} answers are not at their answer_start, for example:"
         yield from (f"    {example}" for example in report["misplaced_examples"])
 
 
 def squad_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
-    """The rows of rajpurkar/squad on the hub as the official file has them."""
+    """The rows of rajpurkar/squad on the hub in the format of the official file."""
     articles: dict[str, dict[str, list[Any]]] = {}
     for row in rows:
         answers = row["answers"]

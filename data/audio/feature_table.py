@@ -1,17 +1,15 @@
-"""The features of utterances as an Arrow table in a memory map, computed once, on all cores."""
+"""The features of utterances as Arrow tables in memory maps, computed once, on all cores."""
 
 import hashlib
 import json
 import logging
 import math
-import os
-import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,35 +18,35 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from data.audio.fbank import WHOLE, Damaged, Frontend, Part, read, resample
-from data.download import lock, require_writable
+from data.cache import available_cores, open_or_build
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of what is kept in the cache; a change of what is written counts it up
-SHOWN = 3  # files of each fault that are named
+FORMAT = 2  # version of the prepared folders; increase it when their content changes
+EXAMPLES = 3  # files of each fault in the log
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string()), ("features", pa.large_binary())])
 GROUP = 64  # utterances of a record batch
-PERTURBATION_SEED = 1234  # a run's own seed never changes a recording
-PART = 4096  # utterances of a folder of the cache
+PERTURBATION_SEED = 1234  # the seed of a run does not change the recordings
+PART = 4096  # utterances in one folder of the cache
 
 
 class Utterance(NamedTuple):
-    """What is said in a file or in a part of it, or in several files, one behind the other."""
+    """A transcript, and its sound: a file, a part of it, or several files concatenated."""
 
     id: str
     files: tuple[Path, ...]
     text: str
     speaker: str
-    speed: float = 1.0  # 1.1 is heard faster, and higher
+    speed: float = 1.0  # 1.1 is faster, and higher
     gain: float = 0.0  # in dB
-    noise: float | None = None  # white, in dB below the sound; None: without
+    noise: float | None = None  # white noise, in dB below the sound
     part: Part = WHOLE  # of each file
 
 
 def perturb(
     utterances: Sequence[Utterance], speeds: Sequence[float], volume: float, noise: tuple[float, float] | None
 ) -> list[Utterance]:
-    """Each utterance at each of these speeds, louder or softer by up to `volume` dB, and with noise."""
+    """Each utterance at each of these speeds, with a random gain of up to +-`volume` dB, and random noise in dB."""
     generator = np.random.default_rng(PERTURBATION_SEED)
     return [
         utterance._replace(
@@ -62,9 +60,9 @@ def perturb(
 
 
 class Recorded:
-    """Utterances with their features, read-only: id, text, and frames (T, num_mels) float16; `sizes` are their T.
+    """Utterances, read-only: id, text, and frames (T, num_mels) float16; `sizes` are their T.
 
-    report: of damaged files, those resampled, and others, for the log. mean, deviation: (num_mels,), of all frames.
+    report: damaged, short and resampled files, for the log. mean, deviation (num_mels,): of all frames.
     """
 
     def __init__(self, places: Sequence[Path], tables: Sequence[pa.Table], metas: Sequence[dict[str, Any]]) -> None:
@@ -97,7 +95,7 @@ class Recorded:
 
     @property
     def checksum(self) -> str:
-        """Of the recordings' names, texts and lengths."""
+        """The checksum of names, texts and lengths."""
         digest = hashlib.sha256(self.sizes.tobytes())
         for i in (0, 1):
             digest.update(json.dumps([one for batch in self.batches for one in batch.column(i).to_pylist()]).encode())
@@ -105,7 +103,7 @@ class Recorded:
 
 
 def identity_of(utterances: Sequence[Utterance], frontend: Frontend) -> str:
-    """What the features depend on: a file counts as another one when its size or its time of change is."""
+    """A checksum of everything that the features depend on; of files, the size and the time of modification."""
     versions = [version(package) for package in ("kaldi-native-fbank", "soxr")]
     digest = hashlib.sha256(json.dumps([FORMAT, versions, frontend.rate, frontend.num_mels]).encode())
     seen: dict[Path, tuple[int, int]] = {}
@@ -116,54 +114,34 @@ def identity_of(utterances: Sequence[Utterance], frontend: Frontend) -> str:
                 seen[path] = (found.st_size, found.st_mtime_ns) if found else (-1, -1)
         files = [(str(path), *seen[path]) for path in utterance.files]
         identity = [utterance.id, utterance.text, utterance.speed, utterance.gain, utterance.noise, files]
-        if utterance.part != WHOLE:  # of whole files, what earlier versions computed holds
+        if utterance.part != WHOLE:  # keeps the caches of earlier versions valid
             identity.append(utterance.part)
         digest.update(json.dumps(identity).encode())
     return digest.hexdigest()[:24]
 
 
 def prepare(utterances: Sequence[Utterance], frontend: Frontend, cache: Path, name: str) -> Recorded:
-    """The utterances with their features, from the cache or computed; those with a damaged file are left out.
+    """The utterances with their features, from the cache or computed, without those with damaged files.
 
-    They are computed and kept a part at a time: who breaks off loses the part that was begun. ValueError where no
-    utterance is left.
+    They are computed and stored in parts, so an interruption loses one part. ValueError if no utterance is left.
     """
     parts = [utterances[i : i + PART] for i in range(0, len(utterances), PART)]
     with tqdm(total=len(utterances), desc=f"features of {name}", unit=" utterances", delay=2, disable=None) as bar:
-        kept = [part_of(part, frontend, cache / "speech" / identity_of(part, frontend), bar) for part in parts]
-    if not kept:
-        raise ValueError(f"data.{name} has no recording")
-    found = Recorded(*zip(*kept, strict=True))
-    for line in found.report:
+        prepared = []
+        for part in parts:
+            place = cache / "speech" / identity_of(part, frontend)
+            build = partial(write, part, frontend, bar)
+            prepared.append((place, *open_or_build(place, partial(open_prepared, frontend), build)))
+    recorded = Recorded(*zip(*prepared, strict=True))
+    for line in recorded.report:
         log.warning("%s: %s", name, line)
-    if not len(found):
-        raise ValueError(f"data.{name}: none of {len(utterances)} recordings can be used: {'; '.join(found.report)}")
-    return found
+    if not len(recorded):
+        raise ValueError(f"data.{name}: none of {len(utterances)} recordings can be used: {'; '.join(recorded.report)}")
+    return recorded
 
 
-def part_of(
-    utterances: Sequence[Utterance], frontend: Frontend, place: Path, bar: tqdm
-) -> tuple[Path, pa.Table, dict[str, Any]]:
-    """A part of a split in its folder of the cache."""
-    found = open_prepared(place, frontend)
-    if found is None:
-        require_writable(place.parent)
-        with lock(place):  # a second process waits here, and then finds what the first has built
-            found = open_prepared(place, frontend)
-            if found is None:
-                scratch = place.with_name(place.name + ".part")
-                for leftover in (scratch, place):  # of a process that was killed
-                    shutil.rmtree(leftover, ignore_errors=True)
-                scratch.mkdir()
-                write(utterances, frontend, scratch, bar)
-                os.rename(scratch, place)
-                found = open_prepared(place, frontend)
-    assert found is not None
-    return place, *found
-
-
-def open_prepared(place: Path, frontend: Frontend) -> tuple[pa.Table, dict[str, Any]] | None:
-    """What a prepared folder holds; None if there is none, or it is not whole."""
+def open_prepared(frontend: Frontend, place: Path) -> tuple[pa.Table, dict[str, Any]] | None:
+    """The content of a prepared folder; None if it is absent or damaged."""
     try:
         meta = json.loads((place / "meta.json").read_bytes())
         shapes = meta["num_mels"], len(meta["sums"]), len(meta["squares"])
@@ -175,34 +153,33 @@ def open_prepared(place: Path, frontend: Frontend) -> tuple[pa.Table, dict[str, 
         return None
 
 
-def write(utterances: Sequence[Utterance], frontend: Frontend, folder: Path, bar: tqdm) -> None:
-    """Compute and write the features of utterances, and what was found of them."""
+def write(utterances: Sequence[Utterance], frontend: Frontend, bar: tqdm, folder: Path) -> None:
+    """Computes and writes the features of utterances, and the numbers of `report`."""
+    folder.mkdir()
     damaged: list[str] = []
     short: list[str] = []
     rates: dict[str, int] = {}
     stereo = frames = 0
     sums, squares = np.zeros(frontend.num_mels), np.zeros(frontend.num_mels)
     with (
-        ThreadPoolExecutor(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ) as pool,
+        ThreadPoolExecutor(available_cores()) as pool,
         pa.OSFile(str(folder / "features.arrow"), "wb") as file,
         pa.ipc.new_stream(file, SCHEMA) as writer,
     ):
-        for group in in_groups(utterances, GROUP):
+        for start in range(0, len(utterances), GROUP):
+            group = utterances[start : start + GROUP]
             rows: list[tuple[str, str, bytes]] = []
-            for utterance, (features, found) in zip(
-                group, pool.map(lambda utterance: features_of(utterance, frontend), group), strict=True
-            ):
-                for rate, channels in found:
+            computed = pool.map(lambda utterance: features_of(utterance, frontend), group)
+            for utterance, (features, formats) in zip(group, computed, strict=True):
+                for rate, channels in formats:
                     stereo += channels > 1
                     if rate != frontend.rate:
                         rates[str(rate)] = rates.get(str(rate), 0) + 1
                 if isinstance(features, Damaged):
                     damaged.append(str(features))
                 elif not len(features):
-                    start = f" from {utterance.part.offset:g} s on" if utterance.part != WHOLE else ""
-                    short.append(f"{utterance.files[0]}{start}")
+                    part = f" from {utterance.part.offset:g} s on" if utterance.part != WHOLE else ""
+                    short.append(f"{utterance.files[0]}{part}")
                 else:
                     sums += features.sum(0, dtype=np.float64)
                     squares += np.square(features, dtype=np.float64).sum(0)
@@ -219,8 +196,8 @@ def write(utterances: Sequence[Utterance], frontend: Frontend, folder: Path, bar
         "frames": frames,
         "sums": sums.tolist(),
         "squares": squares.tolist(),
-        "damaged": [len(damaged), damaged[:SHOWN]],
-        "short": [len(short), short[:SHOWN]],
+        "damaged": [len(damaged), damaged[:EXAMPLES]],
+        "short": [len(short), short[:EXAMPLES]],
         "rates": rates,
         "stereo": stereo,
         "bytes": (folder / "features.arrow").stat().st_size,
@@ -229,9 +206,9 @@ def write(utterances: Sequence[Utterance], frontend: Frontend, folder: Path, bar
 
 
 def report(metas: Sequence[dict[str, Any]]) -> list[str]:
-    """What was found of all parts, in words."""
+    """The faults of all parts, for the log."""
     damaged, short = (sum(meta[name][0] for meta in metas) for name in ("damaged", "short"))
-    named = {name: [one for meta in metas for one in meta[name][1]][:SHOWN] for name in ("damaged", "short")}
+    named = {name: [one for meta in metas for one in meta[name][1]][:EXAMPLES] for name in ("damaged", "short")}
     rates: Counter[str] = sum((Counter(meta["rates"]) for meta in metas), Counter())
     stereo = sum(meta["stereo"] for meta in metas)
     resampled_files = ", ".join(f"{count} of {rate} Hz" for rate, count in rates.items())
@@ -241,31 +218,25 @@ def report(metas: Sequence[dict[str, Any]]) -> list[str]:
             (damaged, f"{damaged} left out, damaged: {'; '.join(named['damaged'])}"),
             (short, f"{short} left out, shorter than a frame of 25 ms: {', '.join(named['short'])}"),
             (len(rates), f"resampled to {metas[0]['rate']} Hz: {resampled_files}"),
-            (stereo, f"{stereo} of several channels, of which the mean is taken"),
+            (stereo, f"{stereo} with several channels, which are averaged"),
         )
         if count
     ]
 
 
-def in_groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while group := list(islice(iterator, size)):
-        yield group
-
-
 def features_of(utterance: Utterance, frontend: Frontend) -> tuple[np.ndarray | Damaged, list[tuple[int, int]]]:
-    """Frames (T, num_mels) float16, or what is wrong with a file; and rate and channels of each file."""
-    waves, found = [], []
+    """Frames (T, num_mels) float16, or the error of a damaged file; and rate and channels of each file."""
+    waves, formats = [], []
     try:
         for path in utterance.files:
             wave, rate, channels = read(path, utterance.part)
-            found.append((rate, channels))
+            formats.append((rate, channels))
             waves.append(resample(wave, round(rate * utterance.speed), frontend.rate))
     except Damaged as error:
-        return error, found
+        return error, formats
     wave = np.concatenate(waves)
     if utterance.noise is not None:
         generator = np.random.default_rng(zlib.crc32(f"{utterance.id} {utterance.speed}".encode()))
         loudness = np.sqrt(np.square(wave).mean()) * 10 ** (-utterance.noise / 20)
         wave = wave + (loudness * generator.normal(size=len(wave))).astype(np.float32)
-    return frontend.frames(wave * np.float32(10 ** (utterance.gain / 20))).astype(np.float16), found
+    return frontend.frames(wave * np.float32(10 ** (utterance.gain / 20))).astype(np.float16), formats

@@ -1,6 +1,6 @@
-"""Kaldi's archives: matrices and vectors by utterance, found through a table (scp) or one behind the other (ark).
+"""Read and write Kaldi's archives (ark) and tables (scp) of matrices and vectors by utterance.
 
-What a table or an archive asks to have run is refused: a table's commands, and the pickles that kaldiio would load.
+Nothing in these files is executed: commands in tables and pickles, which kaldiio would load, are refused.
 """
 
 import os
@@ -19,14 +19,14 @@ VALUE_BYTES = {"FM": 4, "DM": 8, "CM": 1, "CM2": 2, "CM3": 1}  # of a matrix, co
 
 
 class Place(NamedTuple):
-    """Where an object lies: a file, and the byte behind its key."""
+    """The place of an object: a file, and the byte after its key."""
 
     path: str
     offset: int
 
 
 class Head(NamedTuple):
-    """What is known of an object before it is read. kind: a key of VALUE_BYTES, `ints` or `text`."""
+    """The header of an object. kind: a key of VALUE_BYTES, `ints` or `text`."""
 
     kind: str
     rows: int
@@ -35,10 +35,10 @@ class Head(NamedTuple):
 
 
 def read_table(path: Path, copy: str) -> tuple[dict[str, Place], dict[str, int]]:
-    """Where a table's objects lie, and of files that are not there how many they would hold.
+    """The places of a table's objects, and the number of objects in each missing file.
 
-    A relative file is one below the working directory, as for Kaldi, else one below the table's folder.
-    copy: the command of Kaldi that would write them into a plain archive.
+    A relative path is below the working directory, as in Kaldi, or else below the table's folder.
+    copy: Kaldi's command to write the objects to a plain archive, for error messages.
     """
     places: dict[str, Place] = {}
     absent: dict[str, int] = {}
@@ -48,18 +48,18 @@ def read_table(path: Path, copy: str) -> tuple[dict[str, Place], dict[str, int]]
         where = f"{path}, line {number}"
         key, *rest = line.split(maxsplit=1)
         if not rest:
-            raise ValueError(f"{where}: {line.strip()!r} is no utterance and a file behind it")
+            raise ValueError(f"{where}: {line.strip()!r} must be an utterance and a file")
         name = rest[0].strip()
         if "|" in name:
             raise ValueError(f"{where}: {name!r} is a command, and none is run. {advice}")
         if name == "-":
             raise ValueError(f"{where}: standard input is not read. {advice}")
         if name.endswith("]"):
-            raise ValueError(f"{where}: parts of a matrix, as {name!r}, are not read. {advice}")
+            raise ValueError(f"{where}: parts of a matrix, such as {name!r}, are not read. {advice}")
         if key in places:
-            raise ValueError(f"{where}: the utterance {key} is there twice; take one of them out")
-        found = re.fullmatch(r"(.+):(\d+)", name)
-        file, offset = (found[1], int(found[2])) if found else (name, 0)
+            raise ValueError(f"{where}: duplicate utterance {key}; remove one")
+        match = re.fullmatch(r"(.+):(\d+)", name)
+        file, offset = (match[1], int(match[2])) if match else (name, 0)
         if file not in files:
             tried = [Path(file)] if os.path.isabs(file) else [Path(file), path.parent / file]
             files[file] = next((str(each.absolute()) for each in tried if each.is_file()), None)
@@ -69,12 +69,12 @@ def read_table(path: Path, copy: str) -> tuple[dict[str, Place], dict[str, int]]
         else:
             places[key] = Place(known, offset)
     if not places and not absent:
-        raise ValueError(f"{path} is empty: there is no utterance in it")
+        raise ValueError(f"{path} is empty: it has no utterance")
     return places, absent
 
 
 def lines_of(path: Path) -> list[str]:
-    """The lines of a text of Kaldi's that are not empty."""
+    """The lines of one of Kaldi's text files, without empty ones."""
     try:
         return [line for line in lines.lines_of(lines.decode(path.read_bytes(), path)) if line.strip()]
     except OSError as error:
@@ -82,7 +82,7 @@ def lines_of(path: Path) -> list[str]:
 
 
 def scan_archive(path: Path) -> dict[str, Place]:
-    """Where the objects of an archive lie, which is read from one head to the next."""
+    """The places of an archive's objects, found by their headers."""
     places: dict[str, Place] = {}
     with path.open("rb") as file:
         end, position = os.fstat(file.fileno()).st_size, 0
@@ -94,18 +94,18 @@ def scan_archive(path: Path) -> dict[str, Place]:
             except UnicodeDecodeError:
                 name = ""
             if not name or not name.isprintable():
-                raise ValueError(f"{path} is damaged, or no archive: no key stands at byte {position:,}")
+                raise ValueError(f"{path} is damaged, or not an archive: it has no key at byte {position:,}")
             if name in places:
-                raise ValueError(f"{path}: the utterance {name} is there twice; take one of them out")
+                raise ValueError(f"{path}: duplicate utterance {name}; remove one")
             places[name] = Place(str(path), position + len(key) + 1)
             position = places[name].offset + read_head(places[name], name, file).size
     if not places:
-        raise ValueError(f"{path} is empty: there is no utterance in it")
+        raise ValueError(f"{path} is empty: it has no utterance")
     return places
 
 
 def read_head(place: Place, key: str, file: BinaryIO | None = None) -> Head:
-    """What lies there; ValueError where that is neither a matrix nor whole numbers, or not all of it."""
+    """The header at a place; ValueError unless it is a complete matrix or vector of whole numbers."""
     if file is None:
         with open(place.path, "rb") as opened:
             return read_head(place, key, opened)
@@ -125,13 +125,13 @@ def read_head(place: Place, key: str, file: BinaryIO | None = None) -> Head:
         rows, columns = struct.unpack("<8xii", rest[:16])
         size = VALUE_BYTES[kind] * rows * columns + (8 * columns if kind == "CM" else 0)
         head = Head(kind, rows, columns, 19 + len(name) + size)
-    elif re.match(rb" *[\[\d\n-]", start):  # and nothing else: kaldiio's own kinds begin with a word, as PKL
+    elif re.match(rb" *[\[\d\n-]", start):  # text; kaldiio's own formats, such as PKL, begin with a word
         text, values, is_matrix = read_numbers(place, key, file)
         return Head("text", len(values), len(values[0]) if is_matrix and values else 0, len(text))
     if head is None:
         raise ValueError(
-            f"{place.path} is damaged at byte {place.offset:,}, utterance {key}, or no archive of matrices and whole "
-            f"numbers: there stands {start[:12]!r}"
+            f"{place.path} is damaged at byte {place.offset:,}, utterance {key}, or not an archive of matrices and "
+            f"whole numbers: found {start[:12]!r}"
         )
     if min(head.rows, head.columns) < 0 or place.offset + head.size > end:
         raise ValueError(
@@ -142,14 +142,14 @@ def read_head(place: Place, key: str, file: BinaryIO | None = None) -> Head:
 
 
 def read_numbers(place: Place, key: str, file: BinaryIO) -> tuple[bytes, list, bool]:
-    """An object in text: its bytes, its rows of words or, of a vector, its words, and whether it is a matrix."""
+    """An object in text format: its bytes, its words (of a matrix: rows of words), and whether it is a matrix."""
     file.seek(place.offset)
     pieces = [file.readline()]
     is_open = b"[" in pieces[0]
     while is_open and b"]" not in pieces[-1]:
         pieces.append(file.readline())
         if not pieces[-1]:
-            raise ValueError(f"{place.path} is damaged: no ] ends the utterance {key} at byte {place.offset:,}")
+            raise ValueError(f"{place.path} is damaged: utterance {key} at byte {place.offset:,} has no closing ]")
     text = b"".join(pieces)
     inner = text.partition(b"[")[2].partition(b"]")[0] if is_open else text
     is_matrix = is_open and b"\n" in inner
@@ -157,29 +157,29 @@ def read_numbers(place: Place, key: str, file: BinaryIO) -> tuple[bytes, list, b
 
 
 def read_matrix(place: Place, key: str, dtype: type = np.float32) -> np.ndarray:
-    """The matrix (T, n) there; ValueError where there is none."""
+    """The matrix (T, n) at a place; ValueError if it is something else."""
     from kaldiio.matio import read_matrix_or_vector
 
     with open(place.path, "rb") as file:
         head = read_head(place, key, file)
         if not head.columns:
-            raise ValueError(f"{place.path}: utterance {key} at byte {place.offset:,} is no matrix with columns")
+            raise ValueError(f"{place.path}: utterance {key} at byte {place.offset:,} is not a matrix with columns")
         if head.kind == "text":
             try:
                 return np.array(read_numbers(place, key, file)[1], dtype)
             except ValueError as error:
-                raise ValueError(f"{place.path} is damaged: utterance {key} is no matrix ({error})") from error
+                raise ValueError(f"{place.path} is damaged: utterance {key} is not a matrix ({error})") from error
         file.seek(place.offset)
         return np.asarray(read_matrix_or_vector(file), dtype)
 
 
 def read_ints(place: Place, key: str) -> np.ndarray:
-    """The whole numbers (T,) there, int32; ValueError where there are none."""
+    """The whole numbers (T,) at a place, int32; ValueError if it is something else."""
     with open(place.path, "rb") as file:
         head = read_head(place, key, file)
         if head.kind == "ints":
             file.seek(place.offset + 7)
-            # Before each number stands how many bytes it has.
+            # Each number is preceded by its size in bytes.
             content = np.frombuffer(file.read(5 * head.rows), np.dtype([("bytes", "i1"), ("value", "<i4")]))
             if (content["bytes"] == 4).all():
                 return np.ascontiguousarray(content["value"])
@@ -188,20 +188,20 @@ def read_ints(place: Place, key: str) -> np.ndarray:
             if all(re.fullmatch(rb"-?\d{1,9}", word) for word in words):
                 return np.array(words, np.int32)
     raise ValueError(
-        f"{place.path}: utterance {key} at byte {place.offset:,} is no vector of whole numbers, one a frame, as "
-        "ali-to-pdf writes them"
+        f"{place.path}: utterance {key} at byte {place.offset:,} is not a vector of whole numbers, one for each frame, "
+        "as written by ali-to-pdf"
     )
 
 
 class Archive:
-    """Writes PATH.ark and PATH.scp, which Kaldi reads; neither is there before both are whole, at the end of `with`.
+    """Writes PATH.ark and PATH.scp for Kaldi; both appear, complete, at the end of `with`.
 
-    name: what the table calls the archive; None: by its path.
+    name: of the archive in the table; None: its path.
     """
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         if path.suffix != ".ark":
-            raise ValueError(f"{path} must end in .ark; its table is named as it is, and ends in .scp")
+            raise ValueError(f"{path} must end in .ark; its table has the same name with .scp")
         self.path, self.name = path, name or str(path.absolute())
         self.table = path.with_suffix(".scp")
         self.places: dict[str, int] = {}
@@ -226,10 +226,10 @@ class Archive:
         written, table = Path(self.file.name), self.table.with_name(f".{self.table.name}.tmp")
         try:
             if kind is None:
-                # Kaldi looks sorted tables through, as LC_ALL=C sorts them.
+                # Kaldi expects the order of LC_ALL=C.
                 lines: Iterator[str] = (f"{key} {self.name}:{self.places[key]}\n" for key in sorted(self.places))
                 table.write_text("".join(lines), encoding="utf-8")
-                self.table.unlink(missing_ok=True)  # never a table beside the archive of another
+                self.table.unlink(missing_ok=True)  # a table never refers to another archive
                 os.replace(written, self.path)
                 os.replace(table, self.table)
         finally:

@@ -1,12 +1,12 @@
-"""Speech that is computed: ten words of seven sounds by voices that differ; for tests, and where there is no corpus."""
+"""Synthetic speech for tests and samples: ten words of seven sounds in different voices."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-VERSION = 1  # of the sound; a change of it counts it up
+VERSION = 1  # increase it when the sound changes
 RATE = 8000  # samples a second
-# Frequencies (Hz) of the two formants of each sound, and how much of it is noise.
+# The frequencies (Hz) of two formants, and the share of noise.
 SOUNDS = {
     "a": (750, 1250, 0.0),
     "e": (480, 1900, 0.0),
@@ -21,9 +21,9 @@ SPEAKERS = 12
 
 
 def synthesise(words: Sequence[str], speaker: int, seed: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The words one behind the other, float32 in -1 to 1 at RATE, and where each begins and ends, in samples.
+    """The concatenated words, float32 in -1 to 1 at RATE, and the begin and end of each word in samples.
 
-    A speaker has a pitch and a length of the vocal tract; the seed draws how long a sound and a pause last, and noise.
+    The speaker determines the pitch and the formants, the seed the length of sounds and pauses, and the noise.
     """
     generator = np.random.default_rng([seed, speaker])
     pitch, tract = 95 + 12 * speaker, 0.88 + 0.02 * ((5 * speaker) % SPEAKERS)
@@ -46,7 +46,7 @@ def synthesise(words: Sequence[str], speaker: int, seed: int) -> tuple[np.ndarra
         spans.append((begin, position))
         pause()
     track = np.concatenate(pieces)
-    # The mouth moves from sound to sound within 20 ms.
+    # Transitions between sounds take 20 ms.
     window = np.hanning(RATE // 50 + 2)[1:-1]
     low, high, gain = (np.convolve(column, window / window.sum(), "same") for column in track.T)
     sounding, noise = np.minimum(gain, 1), np.maximum(gain - 1, 0)

@@ -1,4 +1,4 @@
-"""Utterances as a network reads them: whole, or cut in time in parallel streams."""
+"""Batches of utterances with frame targets: whole, or cut into segments in parallel streams."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +15,11 @@ from data.batching import Batches, StatefulLoader
 
 
 class Batch(NamedTuple):
-    """Frames x (T, B, n) and the targets (S, B) of the first S of them, -1 for none; pad (T, B) is True where a
-    sequence is over, begins (B,) where one begins at step 0; keys are the utterances, where a batch has whole ones."""
+    """Frames and targets of utterances or segments.
+
+    x (T, B, n): frames; targets (S, B): of the first S frames, -1 for none; pad (T, B): True after the end of a
+    sequence; begins (B,): True if an utterance begins at step 0; keys: the names of whole utterances.
+    """
 
     x: Tensor
     targets: Tensor
@@ -27,10 +30,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class FrameConfig:
-    """How frames are read, which a network must be given as it was in training; needs no corpus.
+    """How frames are read, the same in training and evaluation.
 
-    counts (num_targets,): how often each target occurs in training. stats (2, input_size): mean and scale of cmvn
-    `global`. The others are as in Kaldi, the class.
+    counts (num_targets,): occurrences of each target in training. stats (2, input_size): mean and scale of cmvn=global.
+    The others: see data.kaldi.Kaldi.
     """
 
     cmvn: str | None
@@ -43,7 +46,7 @@ class FrameConfig:
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        """What a network must know. log_priors: a target that never occurs is taken to occur once."""
+        """log_priors: targets that never occur count as one occurrence. archive: the class that writes Kaldi files."""
         counts = self.counts.clamp(min=1).double()
         return {
             "input_size": self.input_size,
@@ -57,19 +60,19 @@ class FrameConfig:
 
     def frames(self, path: Path, name: str, scored: str) -> Frames:
         """The utterances of a folder, normalised as in training."""
-        options: dict[str, Any] = {"input_size": self.input_size, "num_targets": len(self.counts)}
-        frames = Frames(path, name=name, scored=scored, cmvn=self.cmvn, **options)
+        sizes = {"input_size": self.input_size, "num_targets": len(self.counts)}
+        frames = Frames(path, name=name, scored=scored, cmvn=self.cmvn, **sizes)
         frames.stats = None if self.stats is None else self.stats.numpy()
         return frames
 
     def sequence(self, frames: Frames, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the network reads of utterance i, its last frame `delay` times more, and what it is to say then."""
+        """Features of utterance i, with its last frame repeated `delay` times, and targets, delayed by `delay`."""
         x, targets = frames.features(i), frames.align(i)
         late = np.full(self.delay, -1, np.int64)
         return np.concatenate([x, x[-1:].repeat(self.delay, 0)]), np.concatenate([late, targets])
 
     def batch(self, frames: Frames, rows: list[int]) -> Batch:
-        """Whole utterances."""
+        """A batch of whole utterances."""
         sequences = [self.sequence(frames, i) for i in rows]
         lengths = torch.tensor([len(x) for x, _ in sequences])
         x = torch.zeros(int(lengths.max()), len(rows), self.input_size)
@@ -81,25 +84,24 @@ class FrameConfig:
         return Batch(x, targets, pad, torch.ones(len(rows), dtype=torch.bool), tuple(frames.keys[i] for i in rows))
 
     def batches(self, frames: Frames, budget: int) -> Batches[Batch]:
-        """All utterances, of about one length in a batch of at most `budget` frames with the padding."""
+        """All utterances in batches of similar length, of at most `budget` frames including padding."""
         return Batches(
             lambda rows: self.batch(frames, rows), range(len(frames)), frames.lengths + self.delay, budget=budget
         )
 
     def read(self, path: str, frames_per_batch: int) -> tuple[Frames, Batches[Batch]]:
-        """The utterances of a folder or its feats.scp without targets, and their batches."""
+        """The utterances of a folder or its feats.scp, without targets, and their batches."""
         frames = self.frames(Path(path).expanduser(), f"input={path}", "none")
         return frames, self.batches(frames, frames_per_batch)
 
 
 class Streams(StatefulLoader):
-    """Utterances in parallel streams, cut in time: batches of `segment` steps, and `right` steps that follow them.
+    """Segments of utterances in parallel streams: batches of `segment` steps, and `right` steps of context after them.
 
-    The utterances of an epoch, in an order of seed and epoch, are cut into segments, the last of each padded, and these
-    lie one behind the other in W * B streams of as many segments for W processes; process r has streams r * B to
-    r * B + B - 1. So each frame is read once, and an utterance begins where a segment does. One that reaches over the
-    end of a stream is parted there: its rest begins the next stream as if it were an utterance.
-    `state_dict` and `load_state_dict` go on within an epoch; Lightning calls them.
+    The utterances of an epoch, in an order set by seed and epoch, are cut into segments, with padding after the last of
+    each. All segments in a row are divided into W * B streams of equal length for W processes; process r has streams
+    r * B to r * B + B - 1. So each frame occurs once, and an utterance begins at a segment. An utterance at the end of
+    a stream is cut: its rest begins the next stream like an utterance.
     """
 
     def __init__(
@@ -115,27 +117,26 @@ class Streams(StatefulLoader):
         return self.steps
 
     def __iter__(self) -> Iterator[Batch]:
-        begin, self.start = self.start, 0
-        self.epoch += begin == 0
+        positions = self.start_epoch()
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.frames))
         ends = self.pieces[order].cumsum()
-        held: dict[int, tuple[int, tuple[np.ndarray, np.ndarray]]] = {}  # by stream: the utterance that it reads
+        current: dict[int, tuple[int, tuple[np.ndarray, np.ndarray]]] = {}  # by stream: its current utterance
         segment, steps = self.recipe.segment, self.recipe.segment + self.recipe.right
-        for position in range(begin, len(self)):
+        for position in positions:
             self.position = position + 1
             x = np.zeros((steps, len(self.streams), self.recipe.input_size), np.float32)
             targets = np.full((segment, len(self.streams)), -1)
             lengths = np.zeros(len(self.streams), np.int64)
             begins = np.ones(len(self.streams), bool)
             for column, stream in enumerate(self.streams):
-                number = stream * self.steps + position  # of the segment, among all of the epoch
+                number = stream * self.steps + position  # of the segment in the epoch
                 place = int(ends.searchsorted(number, "right"))
-                if place == len(order):  # the last streams may be shorter
+                if place == len(order):  # the last streams may have fewer segments
                     continue
-                if held.get(stream, (-1,))[0] != place:
-                    held[stream] = place, self.recipe.sequence(self.frames, order[place])
+                if current.get(stream, (-1,))[0] != place:
+                    current[stream] = place, self.recipe.sequence(self.frames, order[place])
                 part = number - int(ends[place] - self.pieces[order[place]])
-                features, wanted = (a[part * segment :] for a in held[stream][1])
+                features, wanted = (a[part * segment :] for a in current[stream][1])
                 lengths[column] = min(len(features), steps)
                 x[: lengths[column], column] = features[:steps]
                 targets[: len(wanted[:segment]), column] = wanted[:segment]

@@ -1,45 +1,41 @@
-"""Two texts of which line n of one translates line n of the other, as memory-mapped numbers of subwords, made once."""
+"""Parallel texts, line by line, as memory-mapped subword numbers, prepared once."""
 
 import codecs
 import hashlib
 import json
-import os
-import shutil
-import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from data.download import lock, open_unpacked, require_writable, unpacking
+from data.cache import checksum, open_or_build
+from data.download import open_unpacked, unpacking
 from data.text import lines
 from data.text.subwords import VERSION, Batch, Item, Subwords, batch_of, learn
 
-FORMAT = 1  # of what is kept in the cache; a change of what is written counts it up
+FORMAT = 1  # version of the prepared folders; increase it when their content changes
 BLOCK = 1 << 20  # bytes read at once
 COLUMNS = ("source", "target", "source_text", "target_text")
-LEARNT = 4_000_000  # lines at most, evenly spread, that subwords are learnt from: more cost memory and change little
-
-Found = TypeVar("Found")
+LEARNT = 4_000_000  # subwords are learnt from at most so many lines: more need memory and change little
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, plain or packed, without their ends; ValueError with the place."""
+    """The lines of a UTF-8 file, plain or packed, without their ends; ValueError with the place of other bytes."""
     with open_unpacked(path) as file, unpacking(path):
         for number, line in enumerate(file, start=1):
             if number == 1:
-                yield from lines.lines_of(lines.decode(line, path))  # several, where no LF ends one
+                yield from lines.lines_of(lines.decode(line, path))  # several if the file has no LF
             else:
                 yield lines.decode(line, path, number).removesuffix("\n").removesuffix("\r")
 
 
 class Text(NamedTuple):
-    """A file that has been looked through: the checksum of its content, plain, and the number of its lines."""
+    """A checked file, the checksum of its unpacked content, and the number of its lines."""
 
     path: Path
     sha256: str
@@ -47,7 +43,7 @@ class Text(NamedTuple):
 
 
 def check_text(path: Path) -> Text:
-    """ValueError with the place of what is no UTF-8."""
+    """Reads a file once; ValueError with the place of bytes that are not UTF-8."""
     digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8-sig")()
     counts, last, is_text = {b"\n": 0, b"\r": 0}, b"", True
     try:
@@ -61,60 +57,38 @@ def check_text(path: Path) -> Text:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         is_text = False
-    for _ in () if is_text else lines_of(path):  # which tells the place
-        pass
+    if not is_text:
+        for _ in lines_of(path):  # raises at the place
+            pass
     end = b"\n" if counts[b"\n"] else b"\r"
     return Text(path, digest.hexdigest(), counts[end] + (last not in (b"", end)))
 
 
 def require_pairs(name: str, source: Text, target: Text) -> None:
-    """ValueError unless the files have as many lines as each other, and some."""
+    """ValueError unless both files have the same number of lines, at least one."""
     if source.lines != target.lines:
         raise ValueError(
             f"{name}: {source.path} has {source.lines:,} lines, {target.path} has {target.lines:,}: line n of one "
-            "translates line n of the other, so give both as many"
+            "must be the translation of line n of the other"
         )
     if not source.lines:
         raise ValueError(f"{name}: {source.path} and {target.path} are empty: give them a sentence a line")
 
 
 def key_of(*identity: Any) -> str:
-    """A name in the cache."""
+    """The name of a folder in the cache."""
     return hashlib.sha256(json.dumps([FORMAT, VERSION, *identity]).encode()).hexdigest()[:24]
 
 
-def once(place: Path, opened: Callable[[Path], Found | None], build: Callable[[Path], None]) -> Found:
-    """What a folder holds, built where it is not yet, or is damaged."""
-    found = opened(place)
-    if found is None:
-        require_writable(place.parent)
-        with lock(place):  # a second process waits here, and then finds what the first has built
-            found = opened(place)
-            if found is None:
-                scratch = place.with_name(place.name + ".part")
-                for leftover in (scratch, place):  # of a process that was killed, or damaged since
-                    shutil.rmtree(leftover, ignore_errors=True)
-                scratch.mkdir()
-                try:
-                    build(scratch)
-                    os.rename(scratch, place)
-                except BaseException:
-                    shutil.rmtree(scratch)
-                    raise
-                found = opened(place)
-    assert found is not None
-    return found
-
-
 def subwords_of(files: Sequence[Text], cache: Path, kind: str, vocab_size: int) -> bytes:
-    """The model of the subwords of texts together; learnt if it is not in the cache yet."""
+    """The sentencepiece model of all these files, from the cache, or learnt from them."""
 
-    def opened(place: Path) -> bytes | None:
+    def open_prepared(place: Path) -> bytes | None:
         try:
-            model, checksum = (place / "model").read_bytes(), (place / "sha256").read_text()
-        except OSError:
+            model, digest = (place / "model").read_bytes(), (place / "sha256").read_text()
+        except (OSError, ValueError):
             return None
-        return model if hashlib.sha256(model).hexdigest() == checksum else None
+        return model if hashlib.sha256(model).hexdigest() == digest else None
 
     def build(folder: Path) -> None:
         for file in files:
@@ -125,14 +99,16 @@ def subwords_of(files: Sequence[Text], cache: Path, kind: str, vocab_size: int) 
         every = -(-sum(file.lines for file in files) // LEARNT)
         texts = (text for file in files for text in islice(lines_of(file.path), 0, None, every) if text.strip())
         model = learn(texts, kind, vocab_size)
+        folder.mkdir()
         (folder / "model").write_bytes(model)
         (folder / "sha256").write_text(hashlib.sha256(model).hexdigest())
 
-    return once(cache / "subwords" / key_of(*(file.sha256 for file in files), kind, vocab_size), opened, build)
+    key = key_of(*(file.sha256 for file in files), kind, vocab_size)
+    return open_or_build(cache / "subwords" / key, open_prepared, build)
 
 
 class Ragged:
-    """Rows of numbers of different lengths: `values` one behind the other, and where each row begins and ends."""
+    """Rows of different lengths: the concatenated `values`, and the `offsets` of the rows."""
 
     def __init__(self, values: np.ndarray, offsets: np.ndarray) -> None:
         self.values, self.offsets = values, offsets
@@ -146,11 +122,11 @@ class Ragged:
 
 
 class Pairs:
-    """Prepared pairs by the number of their line, read-only.
+    """Prepared pairs by line number, read-only.
 
-    sizes: of each, the subwords of its longer side and </s>.
-    empty: the pairs without a word on one side or on both.
-    key: of the files and their subwords.
+    sizes: for each pair, the subwords of its longer side and </s>.
+    empty: the pairs without a word on one or both sides.
+    key: identifies the files and their subwords.
     """
 
     def __init__(self, columns: dict[str, Ragged], empty: np.ndarray, key: str) -> None:
@@ -167,28 +143,29 @@ class Pairs:
 
 
 def prepare(source: Text, target: Text, cache: Path, subwords: Subwords) -> Pairs:
-    """The pairs of two files; read and cut into subwords if that is not in the cache yet."""
+    """The pairs of two files from the cache, or read and cut into subwords."""
     dtype = np.uint16 if len(subwords) <= 1 << 16 else np.int32
     types: dict[str, Any] = {f"{name}.values": np.uint8 if name.endswith("_text") else dtype for name in COLUMNS}
     types |= {f"{name}.offsets": np.int64 for name in COLUMNS} | {"empty": np.int64}
 
-    def opened(place: Path) -> Pairs | None:
+    def open_prepared(place: Path) -> Pairs | None:
         try:
+            checksums = json.loads((place / "checksums.json").read_bytes())
+            if checksums != {name: checksum(place / name) for name in types}:
+                return None
             arrays = {
                 name: np.memmap(place / name, kind, mode="r").view(np.ndarray)
                 if (place / name).stat().st_size
                 else np.empty(0, kind)
                 for name, kind in types.items()
             }
-            checksums = json.loads((place / "checksums.json").read_bytes())
         except (OSError, ValueError):
-            return None
-        if checksums != {name: zlib.crc32(array.data) for name, array in arrays.items()}:
             return None
         columns = {name: Ragged(arrays[f"{name}.values"], arrays[f"{name}.offsets"]) for name in COLUMNS}
         return Pairs(columns, arrays["empty"], place.name)
 
     def build(folder: Path) -> None:
+        folder.mkdir()
         empty = array("q")
         with ExitStack() as stack:
             files = {name: stack.enter_context(open(folder / f"{name}.values", "wb")) for name in COLUMNS}
@@ -205,8 +182,8 @@ def prepare(source: Text, target: Text, cache: Path, subwords: Subwords) -> Pair
         for name in COLUMNS:
             (folder / f"{name}.offsets").write_bytes(offsets[name].tobytes())
         (folder / "empty").write_bytes(empty.tobytes())
-        checksums = {path.name: zlib.crc32(path.read_bytes()) for path in folder.iterdir()}
+        checksums = {name: checksum(folder / name) for name in types}
         (folder / "checksums.json").write_text(json.dumps(checksums))
 
     key = key_of(source.sha256, target.sha256, hashlib.sha256(subwords.options["model"]).hexdigest())
-    return once(cache / "parallel" / key, opened, build)
+    return open_or_build(cache / "parallel" / key, open_prepared, build)

@@ -1,4 +1,4 @@
-"""How passages and questions become batches: words to numbers, features, windows of long passages."""
+"""Batches of passages and questions: word numbers, features, windows of long passages."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,13 +13,13 @@ from data.text.spacy_tagger import Tagger
 from data.text.squad_tables import Reading, check_text
 from data.text.word_vectors import UNK
 
-Window = tuple[int, int, int]  # a question's number, and the tokens of its passage from the first to before the second
+Window = tuple[int, int, int]  # a question's number; begin and end of the passage's tokens
 
 
 class Item(NamedTuple):
-    """What evaluation needs to know of a question: its id, its passage, and the answers to compare with.
+    """A question for evaluation: its id, its passage, and the reference answers.
 
-    starts, ends: characters of the window's tokens in the passage's text.
+    starts, ends: character positions of the window's tokens in the passage.
     """
 
     id: str
@@ -32,8 +32,8 @@ class Item(NamedTuple):
 class Batch(NamedTuple):
     """Windows of passages with a question each, padded at the end with 0.
 
-    passage (T, B), question (Q, B): numbers of words; features (T, B, num_features); first, last (B,): the tokens that
-    answer, or -1 where none do.
+    passage (T, B), question (Q, B): word numbers; features (T, B, num_features); first, last (B,): the answer's first
+    and last token, or -1 if the window does not contain it.
     """
 
     passage: Tensor
@@ -45,13 +45,14 @@ class Batch(NamedTuple):
 
 
 class Reader:
-    """How texts become what the network takes; needs no corpus.
+    """Converts texts to the network's input, without a corpus.
 
-    words: the vocabulary, which begins with <pad> and <unk>; lowercase: they are of lower case.
-    tags, entities: the parts of speech and kinds of names that are features.
-    spacy_model, identity: the pipeline that gives them, and which one it was; None without.
-    window: tokens that the network reads at once; a longer passage is read in windows that overlap by half, so that an
-        answer of up to half a window lies whole in one.
+    words: the vocabulary, which begins with <pad> and <unk>, in lower case if `lowercase`.
+    tags, entities: the parts of speech and kinds of named entities that are features.
+    spacy_model, identity: the tagging pipeline, and its exact version; None without one.
+    window: tokens that the network reads at once. A longer passage is read in windows that overlap by half, so one
+        window contains any answer of up to half a window.
+    vector_size: of fixed word vectors, or None.
     """
 
     def __init__(
@@ -76,15 +77,13 @@ class Reader:
             "window": window,
             "vector_size": vector_size,
         }
-        if type(window) is not int or window < 1:
-            raise ValueError(f"the window of a reader must be a whole number, 1 or more, not {window!r}")
         self.index = {word: i for i, word in enumerate(words)}
         self.lowercase, self.window = lowercase, window
         self.tags, self.entities = list(tags), list(entities)
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        """What a network must know: vocab_size, num_features, and vectors, whose numbers a checkpoint has."""
+        """The sizes; `vectors` are zeros, to be replaced by those of the checkpoint."""
         width = self.options["vector_size"]
         return {
             "vocab_size": len(self.index),
@@ -93,20 +92,20 @@ class Reader:
         }
 
     def check(self, tagger: Tagger | None) -> None:
-        """Refuse other tags than those of training."""
+        """ValueError unless the tagger is the one of training."""
         identity = None if tagger is None else tagger.identity
         if identity != self.options["identity"]:
             raise ValueError(
-                f"the network was trained with the tags of {self.options['identity']}, "
-                f"installed is {identity}: install what it was trained with"
+                f"the network was trained with the tagger {self.options['identity']}, but {identity} is installed: "
+                "install the one of training"
             )
 
     def text(self, content: bytes, name: str) -> str:
-        """The text of a file."""
+        """The text of a file, which must be UTF-8."""
         return decode(content, name)
 
     def batches(self, passage: str, question: str, batch_size: int = 32) -> Iterator[Batch]:
-        """One question on one passage, in windows."""
+        """One question on one passage, in batches of windows."""
         for name, value in {"passage": passage, "question": question}.items():
             check_text(value, name)
             if not value.strip():
@@ -123,7 +122,7 @@ class Reader:
 
 
 class View:
-    """A reading in the numbers of a reader."""
+    """The batches of a Reading, in the word numbers of a Reader."""
 
     def __init__(self, reader: Reader, reading: Reading) -> None:
         self.reading, self.window = reading, reader.window
@@ -131,8 +130,7 @@ class View:
         numbers: dict[str, int] = {}
         words = lower if reader.lowercase else reading.forms
         self.unknown = reader.index[UNK]
-        # The last two are what -1 and -2 lead to, which fill up passages and questions: no word of either is the
-        # other's, and both are padding.
+        # -1 pads passages and -2 questions. They index the last two entries, so padding never matches a word.
         self.numbers = np.array([*(reader.index.get(word, self.unknown) for word in words), 0, 0])
         self.lower = np.array([*(numbers.setdefault(word, len(numbers)) for word in lower), -2, -1])
         self.one_hot = {
@@ -142,7 +140,7 @@ class View:
         }
 
     def windows(self, question: int) -> list[Window]:
-        """The windows that a question's passage is read in, at least one."""
+        """The windows of a question's passage, at least one."""
         size = int(self.reading.passages["words"].sizes[self.reading.questions["passage"][question]])
         if size <= self.window:
             return [(question, 0, size)]
@@ -153,7 +151,7 @@ class View:
         ]
 
     def training_window(self, question: int) -> Window | None:
-        """The window in which the answer is farthest from the ends; None for a question that cannot be learnt from."""
+        """The window with the answer in its middle; None if the question or its answer is empty or too long."""
         first, last = (int(self.reading.questions[name][question]) for name in ("first", "last"))
         if first < 0 or not len(self.reading.questions["words"][question]) or last - first >= self.window:
             return None
@@ -187,12 +185,12 @@ class View:
             features.append(occurs(padded("lemmas", -1), padded_questions("lemmas")))
             features += [vectors[padded(name, -1)] for name, vectors in self.one_hot.items()]
         question = self.numbers[q]
-        question[0, question[0] == 0] = self.unknown  # an empty question is an unknown word
+        question[0, question[0] == 0] = self.unknown  # an empty question becomes one unknown word
         first, last = (
             np.array([relative(int(questions[name][number]), window) for number, *window in windows])
             for name in ("first", "last")
         )
-        missing = (first < 0) | (last < 0)  # or cut off by the window
+        missing = (first < 0) | (last < 0)  # no answer, or only partly in the window
         first[missing] = last[missing] = -1
         items = [
             Item(
@@ -214,7 +212,7 @@ def occurs(passage: np.ndarray, question: np.ndarray) -> np.ndarray:
 
 
 def one_hot(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
-    """A row for each name, with a 1 where `known` has it; the last row, all 0, is that of padding."""
+    """A one-hot row for each name, by its place in `known`; the last row, all 0, is for padding."""
     rows = np.zeros((len(names) + 1, len(known)), np.float32)
     for row, name in enumerate(names):
         if name in known:
@@ -223,6 +221,6 @@ def one_hot(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
 
 
 def relative(token: int, window: Sequence[int]) -> int:
-    """A passage's token in a window of it; -1 if it is none, or elsewhere."""
+    """The position of a passage's token in the window; -1 if it is not in the window."""
     begin, end = window
     return token - begin if begin <= token < end else -1

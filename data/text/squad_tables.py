@@ -1,10 +1,8 @@
-"""The passages and questions of a SQuAD file as Arrow tables in a memory map, prepared once."""
+"""Passages and questions of a SQuAD file as Arrow tables in a memory map, prepared once."""
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,16 +12,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data.download import lock, read_bytes, require_writable
+from data.cache import checksum, open_or_build
+from data.download import read_bytes
 from data.text.spacy_tagger import Tagger
-from data.text.token_array import checksum
 
-FORMAT = 1  # of the prepared folder; a change of what is written in it counts it up
-SHOWN = 5  # examples of each fault
+FORMAT = 1  # version of the prepared folder; increase it when its content changes
+EXAMPLES = 5  # of misplaced answers in the log
 TABLES = ("passages", "questions")
 FILES = (*(f"{name}.arrow" for name in TABLES), "meta.json")
 
-# A Chinese or Japanese text has no spaces: each of its signs is a token.
+# Chinese and Japanese have no spaces: each character is a token.
 SIGNS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 TOKEN = re.compile(
     rf"""[^\W{SIGNS}]+?(?=n't\b) | n't\b | '(?:s|ve|re|d|ll|m)\b  # did n't, it 's
@@ -35,12 +33,12 @@ TOKEN = re.compile(
 
 
 def spans_of(text: str) -> list[tuple[int, int]]:
-    """(start, end) of each token, in characters: words, numbers and marks; a hyphen parts words, for answers do too."""
+    """(start, end) of each token in characters: words, numbers, marks. Hyphens separate words, as in some answers."""
     return [match.span() for match in TOKEN.finditer(text.replace("’", "'"))]
 
 
 class Lists:
-    """A column of lists as one array; no copy is made of either."""
+    """A column of lists; rows are views of one array."""
 
     def __init__(self, column: pa.ListArray) -> None:
         self.offsets = column.offsets.to_numpy()
@@ -58,15 +56,15 @@ class Lists:
 
 
 class Reading:
-    """Passages and questions by number, read-only.
+    """The columns of passages and questions, read-only.
 
-    forms: the words as they are written, and the lemmas; words and lemmas below are numbers in it.
-    passages: text; words, starts, ends and frequencies (share of the passage, upper and lower case together) of its
-        tokens, and with a tagger lemmas, tags and entities, the latter two numbers in `tags` and `entities`.
-    questions: id, passage, text, words, lemmas, answers (texts), first and last (tokens of the first answer that is
-        made of whole tokens; -1: none).
-    report: how many there are, and what is wrong with them.
-    key: of the file and of how it was read.
+    forms: all words and lemmas; `words` and `lemmas` below are indices into it.
+    passages: text; words, starts, ends and frequencies (share of the passage, ignoring case) of its tokens; with a
+        tagger lemmas, tags and entities, the latter two as indices into `tags` and `entities`.
+    questions: id, passage, text, words, lemmas, answers (texts), first and last (tokens of the first answer that
+        consists of whole tokens; -1 if there is none).
+    report: numbers of passages, of questions, and of faults.
+    key: identifies the file's content and how it was read.
     """
 
     def __init__(self, passages: pa.Table, questions: pa.Table, meta: dict[str, Any], key: str = "") -> None:
@@ -84,47 +82,34 @@ class Reading:
 
 
 def as_array(column: pa.ChunkedArray) -> Any:
-    """Numbers as numpy's array, lists of numbers as Lists, texts as Arrow's array."""
-    chunk = column.chunk(0) if column.num_chunks else column.combine_chunks()  # one was written, or none of no rows
+    """Numbers as a numpy array, lists of numbers as Lists, texts as an Arrow array."""
+    chunk = column.chunk(0) if column.num_chunks else column.combine_chunks()  # an empty table has no chunk
     if pa.types.is_list(chunk.type) and not pa.types.is_string(chunk.type.value_type):
         return Lists(chunk)
     return chunk.to_numpy() if pa.types.is_primitive(chunk.type) else chunk
 
 
 def prepare(path: Path, cache: Path, tagger: Tagger | None) -> Reading:
-    """What a file holds, plain or packed; read, tokenised and tagged if that is not in the cache yet."""
+    """The content of a file, plain or packed, from the cache, or read, tokenised and tagged."""
     content = read_bytes(path)
     identity = [FORMAT, TOKEN.pattern, hashlib.sha256(content).hexdigest(), tagger and tagger.identity]
     place = cache / "squad" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    found = open_prepared(place)
-    if found is None:
-        require_writable(place.parent)
-        with lock(place):  # a second process waits here, and then finds what the first has built
-            found = open_prepared(place)
-            if found is None:
-                tables, meta = build(paragraphs_of(content, path.name), tagger, path.name)
-                scratch = place.with_name(place.name + ".part")
-                for leftover in (scratch, place):  # of a process that was killed, or damaged since
-                    shutil.rmtree(leftover, ignore_errors=True)
-                    leftover.unlink(missing_ok=True)
-                scratch.mkdir()
-                for name, table in zip(TABLES, tables, strict=True):
-                    # As datasets keeps its own: datasets.Dataset.from_file opens it too.
-                    with (
-                        pa.OSFile(str(scratch / f"{name}.arrow"), "wb") as file,
-                        pa.ipc.new_stream(file, table.schema) as writer,
-                    ):
-                        writer.write_table(table)
-                (scratch / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
-                (scratch / "checksums.json").write_text(json.dumps({name: checksum(scratch / name) for name in FILES}))
-                os.rename(scratch, place)
-                found = open_prepared(place)
-    assert found is not None
-    return found
+
+    def write(folder: Path) -> None:
+        tables, meta = build(paragraphs_of(content, path.name), tagger, path.name)
+        folder.mkdir()
+        for name, table in zip(TABLES, tables, strict=True):
+            # The format of the datasets library: datasets.Dataset.from_file opens it too.
+            with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+                out.write_table(table)
+        (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+        (folder / "checksums.json").write_text(json.dumps({name: checksum(folder / name) for name in FILES}))
+
+    return open_or_build(place, open_prepared, write)
 
 
 def open_prepared(place: Path) -> Reading | None:
-    """What a prepared folder holds; None if there is none, or it is damaged."""
+    """The content of a prepared folder; None if it is absent or damaged."""
     try:
         if {name: checksum(place / name) for name in FILES} != json.loads((place / "checksums.json").read_bytes()):
             return None
@@ -133,16 +118,16 @@ def open_prepared(place: Path) -> Reading | None:
             pa.ipc.open_stream(pa.memory_map(str(place / f"{name}.arrow"))).read_all() for name in TABLES
         )
         return Reading(passages, questions, meta, place.name)
-    except (OSError, ValueError):  # a file is missing, or no JSON
+    except (OSError, ValueError):
         return None
 
 
 def paragraphs_of(content: bytes, name: str) -> Iterator[dict[str, Any]]:
-    """The paragraphs of a file in SQuAD's format; ValueError with the place of the first thing that is not so."""
+    """The paragraphs of a file in SQuAD's format; ValueError with the place of the first deviation."""
     try:
         node = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is no JSON ({error}); expected a file like SQuAD's train-v1.1.json") from error
+        raise ValueError(f"{name} is not JSON ({error}); expected a file like SQuAD's train-v1.1.json") from error
     for i, article in enumerate(require(node, "data", list, name)):
         for j, paragraph in enumerate(require(article, "paragraphs", list, f"{name}: data[{i}]")):
             place = f"{name}: data[{i}].paragraphs[{j}]"
@@ -158,10 +143,10 @@ def paragraphs_of(content: bytes, name: str) -> Iterator[dict[str, Any]]:
 
 
 def require(node: Any, key: str, kind: type, place: str) -> Any:
-    """node[key], if it is of that kind."""
+    """node[key], if it has this type."""
     if not isinstance(node, dict) or type(node.get(key)) is not kind:
         found = f"{node[key]!r:.60}" if isinstance(node, dict) and key in node else "none"
-        keys = f" among {sorted(node)}" if isinstance(node, dict) else f", and no object but {node!r:.60}"
+        keys = f" among {sorted(node)}" if isinstance(node, dict) else f": not an object, but {node!r:.60}"
         kind_name = {str: "text", int: "whole number", list: "list"}[kind]
         raise ValueError(f"{place}: {key!r} must be a {kind_name}, found {found}{keys}")
     if kind is str:
@@ -170,7 +155,7 @@ def require(node: Any, key: str, kind: type, place: str) -> Any:
 
 
 def check_text(text: str, name: str) -> None:
-    """ValueError for what no file in UTF-8 can hold: JSON and a command line can."""
+    """ValueError for half a surrogate pair, which JSON and a command line can contain, but UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -178,7 +163,7 @@ def check_text(text: str, name: str) -> None:
 
 
 class Columns:
-    """Columns of lists of numbers, growing."""
+    """Columns of lists of numbers, built row by row."""
 
     def __init__(self, **types: str) -> None:
         self.values = {name: array(type_) for name, type_ in types.items()}
@@ -199,7 +184,7 @@ class Columns:
 
 
 class Numbering(dict[str, int]):
-    """Numbers of texts, in the order in which they were asked for."""
+    """Numbers texts in the order of their first look-up."""
 
     def __missing__(self, key: str) -> int:
         self[key] = len(self)
@@ -209,7 +194,7 @@ class Numbering(dict[str, int]):
 def build(
     paragraphs: Iterator[dict[str, Any]] | list[dict[str, Any]], tagger: Tagger | None, name: str = "text"
 ) -> tuple[tuple[pa.Table, pa.Table], dict[str, Any]]:
-    """Tables of passages and of questions, and what `Reading` takes beside them; ValueError for an id that recurs."""
+    """Tables of passages and of questions, and the `meta` of `Reading`; ValueError for a duplicate id."""
     forms, tags, entities = Numbering(), Numbering(), Numbering()
     passages = Columns(words="i", starts="i", ends="i", frequencies="f")
     questions = Columns(words="i")
@@ -242,29 +227,29 @@ def build(
             if id_ in places:
                 raise ValueError(
                     f"{name}: two questions have the id {id_!r}, {places[id_]!r:.60} and {question['question']!r:.60}; "
-                    "predictions are told apart by it: give each its own"
+                    "predictions are matched by id: give each question its own"
                 )
             places[id_] = question["question"]
             questions.add(words=words_of(question["question"], spans_of(question["question"])))
-            found = None
+            span = None
             for answer in question["answers"]:
                 start, wanted = answer["answer_start"], answer["text"]
                 if start < 0 or text[start : start + len(wanted)] != wanted:
-                    there = text[start : start + len(wanted)] if 0 <= start < len(text) else "no passage"
-                    misplaced.append(f"{id_}: {wanted!r:.40} at {start}, where {there!r:.40} stands")
+                    there = text[start : start + len(wanted)] if 0 <= start < len(text) else ""
+                    misplaced.append(f"{id_}: {wanted!r:.40} at {start}, where the passage has {there!r:.40}")
                     continue
                 start += len(wanted) - len(wanted.lstrip())
                 end = start + len(wanted.strip())
-                if found is None and start in first_at and end in last_at and start < end:
-                    found = first_at[start], last_at[end]
-            if found is None and question["answers"]:
+                if span is None and start in first_at and end in last_at and start < end:
+                    span = first_at[start], last_at[end]
+            if span is None and question["answers"]:
                 unmatched.append(id_)
             rows["id"].append(id_)
             rows["passage"].append(len(texts))
             rows["text"].append(question["question"])
             rows["answers"].append([answer["text"] for answer in question["answers"]])
-            rows["first"].append(-1 if found is None else found[0])
-            rows["last"].append(-1 if found is None else found[1])
+            rows["first"].append(-1 if span is None else span[0])
+            rows["last"].append(-1 if span is None else span[1])
         texts.append(text)
     columns = passages.tables(), questions.tables()
     if tagger is not None:
@@ -287,7 +272,7 @@ def build(
             "unanswered": sum(not answers for answers in rows["answers"]),
             "unmatched": len(unmatched),
             "misplaced": len(misplaced),
-            "misplaced_examples": misplaced[:SHOWN],
+            "misplaced_examples": misplaced[:EXAMPLES],
             "empty_passages": sum(not text.strip() for text in texts),
             "empty_questions": sum(not text.strip() for text in rows["text"]),
         },

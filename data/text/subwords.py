@@ -1,4 +1,4 @@
-"""How sentences become subwords, and pairs of sentences batches of them."""
+"""Subwords of sentences, and batches of sentence pairs."""
 
 import io
 import re
@@ -14,24 +14,24 @@ from data.text.lines import decode, lines_of
 
 PAD, UNK, BOS, EOS = range(4)  # <pad>, <unk>, <s>, </s>
 KINDS = ("bpe", "unigram")
-VERSION = sentencepiece.__version__  # another may learn other subwords
-# sentencepiece writes a space as this sign, and so cannot tell the sign in a text from a space.
+VERSION = sentencepiece.__version__  # another version may learn other subwords
+# sentencepiece writes this character for a space, so the character itself needs special treatment.
 SPACE = "▁"
 
 Numbers = Sequence[int] | np.ndarray
 
 
 class Item:
-    """What evaluation needs to know of a pair: its line's number, from 0, and its two texts as they are written."""
+    """A pair for evaluation: the number of its line, from 0, and its two texts."""
 
     def __init__(self, number: int, source: str, reference: str) -> None:
         self.number, self.source, self.reference = number, source, reference
 
 
 class Batch(NamedTuple):
-    """Sentences and their translations in numbers of subwords, int64, padded at the end with 0.
+    """Sentences and their translations as subword numbers, int64, padded at the end with 0.
 
-    source (S, B): subwords, </s>. target (T, B): <s>, subwords, </s>. An empty sentence has these marks alone.
+    source (S, B): subwords, </s>. target (T, B): <s>, subwords, </s>. An empty sentence consists of these marks.
     """
 
     source: Tensor
@@ -40,12 +40,12 @@ class Batch(NamedTuple):
 
 
 class Subwords:
-    """The subwords of two languages, to read and write sentences with; needs no corpus.
+    """The joint subwords of two languages, to encode and decode sentences.
 
-    model: what `learn` gives. source, target: the languages.
+    model: from `learn`. source, target: the languages.
 
-    Every text can be written, characters that no training text has by their bytes, and reads back as it was, spaces
-    and all. The first word of a text is written as if a space stood before it, so that it is the same word elsewhere.
+    Any text can be encoded, and decodes to the same text, including spaces. Characters outside the training text are
+    encoded as bytes. A space is put before the first word, so that it has the same subwords as elsewhere.
     """
 
     def __init__(self, *, model: bytes, source: str, target: str) -> None:
@@ -58,7 +58,7 @@ class Subwords:
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        """What a network must know: vocab_size, the numbers bos of <s> and eos of </s>, and how to `decode`."""
+        """The size, the numbers of <s> and </s>, and the function to decode."""
         return {"vocab_size": len(self), "bos": BOS, "eos": EOS, "decode": self.decode}
 
     def encode(self, text: str) -> list[int]:
@@ -72,15 +72,15 @@ class Subwords:
         return numbers
 
     def decode(self, numbers: Iterable[int]) -> str:
-        """The text of subwords; <pad>, <unk>, <s> and </s> are left out. Bytes that are no UTF-8 become U+FFFD."""
+        """The text of subwords; <pad>, <unk>, <s> and </s> are left out. Bytes that are not UTF-8 become U+FFFD."""
         return self.processor.decode([int(number) for number in numbers if number > EOS]).removeprefix(" ")
 
     def lines(self, content: bytes, name: str) -> list[str]:
-        """The sentences of a file, as a text that is trained on is read."""
+        """The sentences of a file, read as in training."""
         return lines_of(decode(content, name))
 
     def batch(self, sentences: Sequence[str], max_length: int) -> tuple[Batch, list[int]]:
-        """Sentences to translate, those of more than max_length subwords in parts; and whose part each is."""
+        """A batch to translate, with sentences above max_length subwords in parts; and the sentence of each part."""
         parts: list[tuple[Item, list[int], list[int]]] = []
         for i, sentence in enumerate(sentences):
             if re.search("[\ud800-\udfff]", sentence):
@@ -92,7 +92,7 @@ class Subwords:
 
 
 def batch_of(pairs: Sequence[tuple[Item, Numbers, Numbers]]) -> Batch:
-    """Pairs as a batch: each an item, and the subwords of source and target without marks."""
+    """A batch of (item, source subwords, target subwords), the subwords without marks."""
     source = np.full((1 + max(len(numbers) for _, numbers, _ in pairs), len(pairs)), PAD)
     target = np.full((2 + max(len(numbers) for _, _, numbers in pairs), len(pairs)), PAD)
     target[0] = BOS
@@ -103,9 +103,9 @@ def batch_of(pairs: Sequence[tuple[Item, Numbers, Numbers]]) -> Batch:
 
 
 def learn(texts: Iterable[str], kind: str, vocab_size: int, option: str = "data.subword") -> bytes:
-    """A model of so many subwords, <pad>, <unk>, <s>, </s> and 256 bytes among them; the same texts give the same.
+    """A sentencepiece model of `vocab_size` subwords, including <pad>, <unk>, <s>, </s> and 256 bytes; deterministic.
 
-    ValueError if the texts do not have so many, or have more characters than that.
+    ValueError if the texts have fewer subwords or more characters than that.
     """
     model = io.BytesIO()
     try:
@@ -114,13 +114,13 @@ def learn(texts: Iterable[str], kind: str, vocab_size: int, option: str = "data.
             model_writer=model,
             model_type=kind,
             vocab_size=vocab_size,
-            normalization_rule_name="identity",  # any other would change the text: ½ to 1⁄2, or two spaces to one
+            normalization_rule_name="identity",  # other rules change the text: ½ to 1⁄2, or two spaces to one
             remove_extra_whitespaces=False,
-            add_dummy_prefix=False,  # `encode` puts the space there
+            add_dummy_prefix=False,  # `encode` adds the space
             character_coverage=1.0,
             byte_fallback=True,
-            max_sentence_length=1 << 20,  # bytes; a longer one would be left out in silence
-            num_threads=1,  # how sums are rounded depends on it
+            max_sentence_length=1 << 20,  # bytes; longer sentences are skipped without a warning
+            num_threads=1,  # the rounding of sums depends on it
             pad_id=PAD,
             unk_id=UNK,
             bos_id=BOS,
@@ -131,13 +131,13 @@ def learn(texts: Iterable[str], kind: str, vocab_size: int, option: str = "data.
         reason = str(error)
         if found := re.search(r"set it to a value <= (\d+)", reason):
             raise ValueError(
-                f"data.vocab_size={vocab_size} is more than the training text has: with {option}={kind} it has "
-                f"{found[1]} subwords; type data.vocab_size={found[1]} or less, or train on more text"
+                f"data.vocab_size={vocab_size} is too large: with {option}={kind} the training text has {found[1]} "
+                f"subwords; type data.vocab_size={found[1]} or less, or train on more text"
             ) from None
         if found := re.search(rf"{vocab_size} vs (\d+)", reason):
             raise ValueError(
-                f"data.vocab_size={vocab_size} is too small: every character of the training text, the 256 bytes and "
-                f"4 marks are {found[1]} subwords; type data.vocab_size={found[1]} or more"
+                f"data.vocab_size={vocab_size} is too small: the characters of the training text, 256 bytes and 4 "
+                f"marks are {found[1]} subwords; type data.vocab_size={found[1]} or more"
             ) from None
-        raise ValueError(f"no subwords can be learnt from the training text: {reason}") from None
+        raise ValueError(f"sentencepiece cannot learn subwords from the training text: {reason}") from None
     return model.getvalue()

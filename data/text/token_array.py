@@ -1,15 +1,12 @@
-"""A text as memory-mapped arrays of token numbers, prepared once, and in a stream, from files however packed."""
+"""A text as memory-mapped arrays of token numbers, prepared once by streaming over plain or packed files."""
 
 import codecs
 import fnmatch
 import hashlib
 import itertools
 import json
-import os
-import shutil
 import sys
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,28 +15,29 @@ from typing import IO, Any
 
 import numpy as np
 
-from data.download import fetch, fetch_from_hub, find, lock, open_unpacked, require_writable, unpacking
+from data.cache import checksum, open_or_build
+from data.download import fetch, fetch_from_hub, find, open_unpacked, unpacking
 from data.text import lines
 
 UNITS = ("bytes", "characters", "words")
-EOS, UNK = "<eos>", "<unk>"  # a line's end, and a word that the vocabulary lacks
-FORMAT = 1  # of the prepared folder; a change of what is written in it counts it up
+EOS, UNK = "<eos>", "<unk>"  # the end of a line, and words outside the vocabulary
+FORMAT = 1  # version of the prepared folder; increase it when its content changes
 VOCABULARY = "vocabulary.json"
-BLOCK = 1 << 15  # bytes read at once; the heap falls to pieces around larger ones, and grows with the text
+BLOCK = 1 << 15  # bytes read at once; larger blocks fragment the heap, which then grows with the text
 
 Piece = np.ndarray | list[bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A file of text below `root`, or several.
+    """One or several files of text below `root`.
 
-    name: of the file, plain or with .gz, .xz or .zip behind it; with `members`, of a folder or the .tar.gz of one.
-    url, sha256, md5: where it is downloaded from when absent, and the checksum of its content (of a .tar.gz: its own).
-    hub: keywords of datasets.load_dataset, for a text whose rows on the hub are its lines; see `fetch_from_hub`.
-    members: pattern of folder/file below `name`; `shards` is how many there must be. They are read in order of name.
-    first_of: another source, whose first `tokens` bytes are this file where the file itself is absent.
-    tokens: the published count.
+    name: of the file, plain or with .gz, .xz or .zip appended; with `members`, of a folder or its .tar.gz.
+    url, sha256, md5: download address, and the checksum of the unpacked content (of a .tar.gz: of the archive).
+    hub: keywords of datasets.load_dataset for a dataset with a row for each line; see `fetch_from_hub`.
+    members: pattern of folder/file below `name`; there must be `shards` of them. They are read in order of name.
+    first_of: another source; if this file is absent, the first `tokens` bytes of that source are used.
+    tokens: the published size.
     """
 
     root: Path
@@ -54,7 +52,7 @@ class Source:
     tokens: int | None = None
 
     def locate(self, check: bool) -> tuple[Path, int | None]:
-        """Where it lies, and how many bytes of that are it (None: all); downloaded if absent, its checksum compared."""
+        """The path, and the number of bytes to read (None: all); downloads an absent file, verifies if `check`."""
         path = self.root / self.name
         if self.members is not None:
             if path.is_dir():
@@ -70,7 +68,7 @@ class Source:
         return present, None
 
     def identity(self) -> list[Any]:
-        """What changes when the content does."""
+        """Paths, sizes and times, which change with the content."""
         path, limit = self.locate(check=False)
         files = self.find_members(path) if path.is_dir() else [path]
         stats = [(file.resolve(), file.stat()) for file in files]
@@ -81,15 +79,15 @@ class Source:
         return sorted(folder.glob(self.members or "*"), key=lambda file: file.name)
 
     def check(self, sizes: Mapping[str, int], unit: str) -> None:
-        """ValueError unless the sizes of its files, in units, are those that are published."""
+        """ValueError unless the number of files and their total size in units are as published."""
         path, _ = self.locate(check=False)
         if self.members is not None and len(sizes) != (self.shards or len(sizes) or 1):
             raise ValueError(
-                f"{path} holds {len(sizes)} files {self.members}, expected {self.shards or 'some'}: "
-                "unpack it whole, or type another data.root=DIR, where the .tar.gz is read as it is"
+                f"{path} holds {len(sizes)} files {self.members}, expected {self.shards or 'some'}: unpack the whole "
+                "archive, or type another data.root=DIR with the .tar.gz, which is read without unpacking"
             )
         total = sum(sizes.values())
-        if unit != "characters" and total != (self.tokens or total):  # published are counts of bytes and of words
+        if unit != "characters" and total != (self.tokens or total):  # published sizes are in bytes or words
             raise ValueError(
                 f"{path} holds {total} {unit}, expected {self.tokens}: not the published file. Put the right file "
                 "there, or type another data.root=DIR to download it to."
@@ -98,7 +96,7 @@ class Source:
             raise ValueError(f"{path} is empty: name a file with text")
 
     def streams(self) -> Iterator[tuple[str, Iterator[bytes]]]:
-        """Name and blocks of each file, in the order in which they are found."""
+        """Name and blocks of each file, in the order of the folder or archive."""
         path, limit = self.locate(check=False)
         if path.is_dir():
             for file in self.find_members(path):
@@ -115,7 +113,7 @@ class Source:
 
 
 def blocks(stream: IO[bytes], path: Path, limit: int | None = None) -> Iterator[bytes]:
-    """The first `limit` bytes of a stream (None: all), a block at a time; `path` is named if they are damaged."""
+    """The first `limit` bytes of a stream (None: all) in blocks; errors name `path`."""
     left = sys.maxsize if limit is None else limit
     while left:
         with unpacking(path):
@@ -127,9 +125,9 @@ def blocks(stream: IO[bytes], path: Path, limit: int | None = None) -> Iterator[
 
 
 def pieces(source: Iterable[bytes], unit: str, name: str) -> Iterator[Piece]:
-    """The codes of the bytes or characters, or the words, of each block; a line's end is the word <eos>.
+    """For each block, the codes of its bytes or characters, or its words; the end of a line is the word <eos>.
 
-    Bytes are as they are; a text has LF at the end of its lines, see data/text/lines.py.
+    Characters and words have lines that end with LF, see data/text/lines.py; bytes are not changed.
     """
     if unit != "bytes":
         source = lines.with_line_feeds(source, name, "; data.unit=bytes reads any file")
@@ -149,21 +147,21 @@ def pieces(source: Iterable[bytes], unit: str, name: str) -> Iterator[Piece]:
             yield np.frombuffer(text.encode("utf-32-le"), np.uint32)
             continue
         last = block[-1:] or last
-        block = rest + (block or (b"" if last == b"\n" else b"\n"))  # the last line may lack its mark
+        block = rest + (block or (b"" if last == b"\n" else b"\n"))  # the last line may lack its LF
         cut = max(block.rfind(b" "), block.rfind(b"\n")) + 1
         rest = block[cut:]
         yield words_of(block[:cut])
 
 
 def words_of(text: bytes) -> list[bytes]:
-    """What lies between spaces. Other spaces than ASCII's are letters, as for those who count the corpora's words."""
+    """The words between ASCII spaces, as in the published word counts."""
     return text.replace(b"\n", f" {EOS} ".encode()).split()
 
 
 def ends_of(size: int, valid_bytes: int | None, test_bytes: int | None) -> tuple[int, int]:
-    """Where training and validation end in a text of so many units; None is a twentieth."""
+    """The ends of training and validation in a text of `size` units; None is a twentieth."""
     if size < 2:
-        raise ValueError(f"the text has {size} of the 2 tokens that it needs at least: name a longer one")
+        raise ValueError(f"the text has {size} tokens, at least 2 are needed: name a longer one")
     valid, test = (size // 20 if held_out is None else held_out for held_out in (valid_bytes, test_bytes))
     if size - test - valid < 2:
         raise ValueError(
@@ -180,12 +178,12 @@ def prepare(
     known: list[Any] | None = None,
     held_out: tuple[int | None, int | None] = (None, None),
 ) -> tuple[list[Any], dict[str, np.ndarray]]:
-    """The vocabulary's tokens, and the token numbers of each source in a read-only map; built if they are not there.
+    """The vocabulary, and the token numbers of each source in a read-only memory map; built if absent.
 
-    The vocabulary of bytes and characters is all that occur in any source, sorted. That of words is `train`'s words of
-    at least `min_count`, the most frequent first, ties in alphabetical order; <unk> is among them if a source has it or
-    `min_count` is above 1, and stands for all others. Or it is `known`, of another corpus. Of one text for all splits,
-    `train` is what `held_out`, the valid_bytes and test_bytes of `ends_of`, leaves.
+    The vocabulary of bytes and characters contains all that occur in any source, sorted. That of words contains the
+    words of `train` with at least `min_count` occurrences, most frequent first, ties in alphabetical order. All others
+    are <unk>, which exists if a source contains it or `min_count` is above 1. `known` replaces this vocabulary.
+    If the source is `all`, `train` is what `held_out`, the valid_bytes and test_bytes of `ends_of`, leaves.
     """
     identity: list[Any] = [
         FORMAT + (unit != "bytes"),
@@ -195,44 +193,28 @@ def prepare(
     ]
     if unit == "words" and "all" in sources:
         identity.append(held_out)
-    place = folder / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    found = open_prepared(place, sources)
-    if known is not None and (found is None or found[0] != known):
-        identity.append(hashlib.sha256(json.dumps(known).encode()).hexdigest())
-        place = folder / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-        found = open_prepared(place, sources)
-    if found is None:
-        require_writable(folder)
-        with lock(place):  # a second process waits here, and then finds what the first has built
-            found = open_prepared(place, sources)
-            if found is None:
-                for source in sources.values():
-                    source.locate(check=True)
-                scratch = place.with_name(place.name + ".part")
-                for leftover in (scratch, place):  # of a process that was killed, or damaged since
-                    shutil.rmtree(leftover, ignore_errors=True)
-                scratch.mkdir()
-                try:
-                    build(scratch, sources, unit, min_count, known, held_out)
-                    os.rename(scratch, place)
-                except BaseException:
-                    shutil.rmtree(scratch)
-                    raise
-                found = open_prepared(place, sources)
-    assert found is not None
-    return found
 
-
-def open_prepared(place: Path, keys: Iterable[str]) -> tuple[list[Any], dict[str, np.ndarray]] | None:
-    """What a prepared folder holds; None if there is none, or it is not what was written."""
-    try:
-        checksums = json.loads((place / "checksums.json").read_bytes())
-        if {name: checksum(place / name) for name in (*keys, VOCABULARY)} != checksums:
+    def open_prepared(place: Path) -> tuple[list[Any], dict[str, np.ndarray]] | None:
+        try:
+            checksums = json.loads((place / "checksums.json").read_bytes())
+            if {name: checksum(place / name) for name in (*sources, VOCABULARY)} != checksums:
+                return None
+            tokens = json.loads((place / VOCABULARY).read_bytes())
+        except (OSError, ValueError):
             return None
-        tokens = json.loads((place / VOCABULARY).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return tokens, {key: np.memmap(place / key, dtype_of(len(tokens)), "r") for key in keys}
+        return tokens, {key: np.memmap(place / key, dtype_of(len(tokens)), "r") for key in sources}
+
+    def place_of(identity: list[Any]) -> Path:
+        return folder / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+
+    if known is not None:
+        content = open_prepared(place_of(identity))
+        if content is not None and content[0] == known:
+            return content
+        identity.append(hashlib.sha256(json.dumps(known).encode()).hexdigest())
+    return open_or_build(
+        place_of(identity), open_prepared, lambda place: build(place, sources, unit, min_count, known, held_out)
+    )
 
 
 def build(
@@ -243,7 +225,9 @@ def build(
     known: list[Any] | None = None,
     held_out: tuple[int | None, int | None] = (None, None),
 ) -> None:
-    """Writes vocabulary and numbers: one pass counts, a second writes, so that only the vocabulary is in memory."""
+    """Writes vocabulary and numbers. One pass counts and a second writes, so only the vocabulary is in memory."""
+    for source in sources.values():
+        source.locate(check=True)
     counts: Counter[bytes] = Counter()
     seen = np.zeros(sys.maxunicode + 1 if unit == "characters" else 256, bool)
     sizes: dict[str, dict[str, int]] = {}
@@ -262,7 +246,7 @@ def build(
         source.check(sizes[key], unit)
         if not has_words:
             raise ValueError(f"{source.locate(check=False)[0]} has no words, only blank lines: name a file with text")
-    if unit == "words" and "all" in sources:  # how much of it trains is known now
+    if unit == "words" and "all" in sources:  # the size of the training part is known now
         left, _ = ends_of(sum(sizes["all"].values()), *held_out)
         for name, stream in sources["all"].streams():
             for piece in pieces(stream, unit, name):
@@ -272,23 +256,23 @@ def build(
     if unit == "words":
         tokens = rank_words(counts, min_count)
     if known is not None:
-        unknown = [] if unit == "words" else [token for token in tokens if token not in {*known}]
-        if unknown:
+        if unit != "words" and (unknown := [token for token in tokens if token not in {*known}]):
             raise ValueError(
                 f"the text has {unit} that the checkpoint's vocabulary has not, {', '.join(map(repr, unknown[:5]))}: "
-                "name another text, or take them out"
+                "name another text, or remove them"
             )
         tokens = known
         seen[:] = False
         seen[[token if unit == "bytes" else ord(token) for token in tokens if unit != "words"]] = True
     dtype = dtype_of(len(tokens))
+    place.mkdir()
     codes = (np.cumsum(seen) - 1).astype(dtype)
     words = Numbers((word.encode(), i) for i, word in enumerate(tokens) if unit == "words")
     for key, source in sources.items():
         names = sorted(sizes[key])
         starts = dict(zip(names, itertools.accumulate((sizes[key][name] for name in names), initial=0), strict=False))
         with open(place / key, "wb") as file:
-            for name, stream in source.streams():  # an archive has its files in any order
+            for name, stream in source.streams():  # an archive may have its files in any order
                 file.seek(starts[name] * np.dtype(dtype).itemsize)
                 for piece in pieces(stream, unit, name):
                     if isinstance(piece, np.ndarray):
@@ -301,19 +285,19 @@ def build(
 
 
 class Numbers(dict[bytes, int]):
-    """The numbers of words; that of <unk> for one that is not there."""
+    """The numbers of words; unknown words have the number of <unk>."""
 
     def __missing__(self, word: bytes) -> int:
         if UNK.encode() not in self:
             raise ValueError(
-                f"validation or test holds {word.decode()!r}, which training does not, and there is no {UNK}: "
-                "train with data.min_count=2, which makes rare words unknown"
+                f"validation or test contains {word.decode()!r}, training does not, and there is no {UNK}: train with "
+                f"data.min_count=2, which makes rare words {UNK}"
             )
         return self[UNK.encode()]
 
 
 def rank_words(counts: Counter[bytes], min_count: int) -> list[str]:
-    """The words seen often enough, and <unk> for the others, most frequent first, ties in alphabetical order."""
+    """The words with at least `min_count` occurrences, and <unk>, most frequent first, ties in alphabetical order."""
     always = (EOS.encode(), UNK.encode())
     kept = {word: count for word, count in counts.items() if count >= min_count or word in always}
     if min_count > 1:
@@ -322,13 +306,5 @@ def rank_words(counts: Counter[bytes], min_count: int) -> list[str]:
 
 
 def dtype_of(size: int) -> type[np.unsignedinteger] | type[np.signedinteger]:
-    """The narrowest type for the numbers of a vocabulary."""
+    """The narrowest type for token numbers below `size`."""
     return np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.int32
-
-
-def checksum(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as stream:
-        for block in blocks(stream, path):
-            value = zlib.crc32(block, value)
-    return value

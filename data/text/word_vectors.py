@@ -1,13 +1,10 @@
-"""Turn text into words, words into a vocabulary, and a vocabulary into fixed vectors."""
+"""Words of a text, the vocabulary of words, and fixed word vectors for a vocabulary."""
 
 import hashlib
 import logging
 import math
-import os
 import re
-import shutil
 import ssl
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.download import fetch, find, lock, open_unpacked, require_writable, unpacking
+from data.cache import open_or_build
+from data.download import fetch, find, open_unpacked, unpacking
 from data.text.lines import refuse_nul, strip_byte_order_mark
 
 log = logging.getLogger(__name__)
@@ -41,24 +39,24 @@ GLOVE = {f"glove.6B.{width}d": GLOVE_6B for width in (50, 100, 200, 300)} | {
     )
 }
 WORD2VEC = "GoogleNews-vectors-negative300.bin"
-MIN_WIDTH = 3  # torchtext takes a line of fewer numbers for a header
+MIN_WIDTH = 3  # torchtext reads a line with fewer numbers as a header
 UNSEEN_SEED, UNSEEN_BOUND = 1234, 0.25
 
 
 def tokenise(text: str) -> list[str]:
-    """Words and punctuation marks of running text, contractions split as in the Penn Treebank: do n't, it 's."""
+    """Words and punctuation marks of a text; contractions are split as in the Penn Treebank: do n't, it 's."""
     return WORD.findall(text.replace("’", "'"))
 
 
 def clean(text: str) -> str:
-    """Kim's (2014) filter of the sentence corpora: letters, digits and (),!?'` stay, contractions and marks apart."""
+    """Kim's (2014) filter of the sentence corpora: keeps letters, digits and (),!?'`; splits contractions and marks."""
     text = re.sub(r"[^A-Za-z0-9(),!?'`]", " ", text)
     text = re.sub(r"'(?:s|ve|re|d|ll)|n't", r" \g<0>", text)
     return " ".join(re.sub(r"[,!()?]", r" \g<0> ", text).split())
 
 
 def build_vocabulary(sentences: Iterable[list[str]], min_count: int) -> list[str]:
-    """<pad>, <unk>, then the words seen at least `min_count` times, most frequent first, ties in alphabetical order."""
+    """<pad>, <unk>, then words with at least `min_count` occurrences, most frequent first, ties alphabetically."""
     counts = Counter(word for sentence in sentences for word in sentence if word not in (PAD, UNK))
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [PAD, UNK, *(word for word, count in ranked if count >= min_count)]
@@ -67,25 +65,24 @@ def build_vocabulary(sentences: Iterable[list[str]], min_count: int) -> list[str
 def load_vectors(words: list[str], source: str, folder: Path, cache: Path, *, unit_length: bool = True) -> Tensor:
     """Vectors (V, n) for a vocabulary that begins with <pad> and <unk>, of unit length as in SRU 2018, section 4.1.
 
-    source: a name in GLOVE, downloaded to `folder`; `word2vec`, found in `folder`; or a path: text of one
-    `word x1 ... xn` a line, with or without word2vec's header, plain, .gz, .xz or .zip; or word2vec's .bin or .bin.gz.
-    A word is looked up as it is written. One without a vector, <pad> and <unk> too, draws from U[-0.25, 0.25] by a
-    fixed seed. The vectors that are needed are kept in `cache`, so that a large file is read once for a vocabulary.
+    source: a name in GLOVE, downloaded to `folder`; `word2vec`, which must be in `folder`; or the path of a file:
+    word2vec's .bin or .bin.gz, or text with one `word x1 ... xn` a line, with or without word2vec's header, plain, .gz,
+    .xz or .zip. The look-up respects case. Words without a vector, <pad> and <unk> get random values in U[-0.25, 0.25]
+    with a fixed seed. The cache stores the vectors of this vocabulary, so a large file is read once.
 
-    FileNotFoundError: no such file or name. ValueError: not a vectors file, or none of its words is wanted.
+    FileNotFoundError: no such file or name. ValueError: not a vectors file, or it contains none of the words.
     """
     path, member = locate(source, folder)
     state = path.stat()
     identity = "\n".join([*words, str(path.resolve()), member, str(state.st_size), str(state.st_mtime_ns)])
     subset = cache / "vectors" / hashlib.sha256(identity.encode()).hexdigest()[:24]
-    if not subset.is_dir():
-        require_writable(subset.parent)
-        with lock(subset):  # one process reads the large file, the others wait for its subset
-            if not subset.is_dir():
-                if source in GLOVE and path.suffix == ".zip":
-                    fetch(path, *GLOVE[source][1:])  # a checksum of gigabytes: not in every run
-                write_subset(subset, path, member, {word.encode() for word in words[2:]})
-    known = read_subset(subset)
+
+    def build(subset: Path) -> None:
+        if source in GLOVE and path.suffix == ".zip":
+            fetch(path, *GLOVE[source][1:])  # verifies the checksum, which takes too long for every run
+        write_subset(subset, path, member, {word.encode() for word in words[2:]})
+
+    known = open_or_build(subset, lambda subset: read_subset(subset) if subset.is_dir() else None, build)
     generator = torch.Generator().manual_seed(UNSEEN_SEED)
     vectors = torch.empty(len(words), known.dim).uniform_(-UNSEEN_BOUND, UNSEEN_BOUND, generator=generator)
     rows = [i for i, word in enumerate(words) if word in known.stoi]
@@ -95,7 +92,7 @@ def load_vectors(words: list[str], source: str, folder: Path, cache: Path, *, un
 
 
 def locate(source: str, folder: Path) -> tuple[Path, str]:
-    """The file of vectors and, in a .zip, the name of its member; downloads a GloVe archive that is absent."""
+    """The file of vectors and, for a .zip, the name of its member; downloads an absent GloVe archive."""
     if source in GLOVE:
         archive, url, sha256 = GLOVE[source]
         unpacked = find(folder / f"{source}.txt")
@@ -106,8 +103,8 @@ def locate(source: str, folder: Path) -> tuple[Path, str]:
         path = find(folder / WORD2VEC)
         if path is None:
             raise FileNotFoundError(
-                f"{folder / WORD2VEC}.gz is missing: get it from https://code.google.com/archive/p/word2vec/ "
-                "(it cannot be downloaded by a program) and put it there, or type data.vectors=glove.840B.300d"
+                f"{folder / WORD2VEC}.gz is missing: download it from https://code.google.com/archive/p/word2vec/ "
+                "in a browser and put it there, or type data.vectors=glove.840B.300d"
             )
         return path, ""
     path = find(Path(source).expanduser())
@@ -123,42 +120,35 @@ def locate(source: str, folder: Path) -> tuple[Path, str]:
 
 
 def write_subset(subset: Path, path: Path, member: str, wanted: set[bytes]) -> None:
-    """Keeps the vectors of the wanted words in the folder `subset`, as text and as torchtext's cache of it."""
-    scratch = Path(tempfile.mkdtemp(dir=subset.parent))
-    try:
-        with open(scratch / "vectors.txt", "wb") as file, unpacking(path):
-            if path.name.endswith((".bin", ".bin.gz")):
-                file.writelines(binary_lines(path, wanted))
-            elif member:
-                with zipfile.ZipFile(path) as archive, archive.open(member) as lines:
-                    file.writelines(text_lines(lines, f"{path}/{member}", wanted))
-            else:
-                with open_unpacked(path) as lines:
-                    file.writelines(text_lines(lines, str(path), wanted))
-        if not (scratch / "vectors.txt").stat().st_size:
-            raise ValueError(
-                f"{path} has no vector for any of the {len(wanted)} words: is it the right language and case?"
-            )
-        read_subset(scratch)
-        os.rename(scratch, subset)
-    except BaseException:
-        shutil.rmtree(scratch)
-        raise
+    """Writes the vectors of the wanted words to the folder `subset`, as text and as torchtext's cache of it."""
+    subset.mkdir()
+    with open(subset / "vectors.txt", "wb") as file, unpacking(path):
+        if path.name.endswith((".bin", ".bin.gz")):
+            file.writelines(binary_lines(path, wanted))
+        elif member:
+            with zipfile.ZipFile(path) as archive, archive.open(member) as lines:
+                file.writelines(text_lines(lines, f"{path}/{member}", wanted))
+        else:
+            with open_unpacked(path) as lines:
+                file.writelines(text_lines(lines, str(path), wanted))
+    if not (subset / "vectors.txt").stat().st_size:
+        raise ValueError(f"{path} has no vector for any of the {len(wanted)} words: is it the right language and case?")
+    read_subset(subset)
 
 
 def read_subset(subset: Path):
-    """torchtext's Vectors of a folder that `write_subset` made."""
+    """torchtext's Vectors from a folder of `write_subset`."""
     from torchtext.vocab import Vectors
 
     trusting = ssl._create_default_https_context
     try:
         return Vectors("vectors.txt", cache=str(subset))
-    finally:  # torchtext turns the verification of certificates off for the whole process
+    finally:  # torchtext disables the verification of certificates for the whole process
         ssl._create_default_https_context = trusting
 
 
 def text_lines(lines: IO[bytes], where: str, wanted: set[bytes]) -> Iterator[bytes]:
-    """The lines of the wanted words, the first of each; ValueError at a line without the width of the others."""
+    """The first line of each wanted word; ValueError at a line of another width."""
     width = 0
     word = None
     seen = set()
@@ -168,8 +158,8 @@ def text_lines(lines: IO[bytes], where: str, wanted: set[bytes]) -> Iterator[byt
         line = line.replace(b"\t", b" ").rstrip(b" \r\n")
         if b"\r" in line:
             raise ValueError(
-                f"{where}:{number}: a line ends with CR alone, as on old Macs: type `tr '\\r' '\\n' < FILE > NEW`, and "
-                "name the new file"
+                f"{where}:{number}: lines end with CR, as on old Macs: type `tr '\\r' '\\n' < FILE > NEW`, and name "
+                "the new file"
             )
         if not line:
             continue
@@ -179,7 +169,7 @@ def text_lines(lines: IO[bytes], where: str, wanted: set[bytes]) -> Iterator[byt
             continue
         width = width or spaces
         word, *values = line.rsplit(b" ", width)
-        # A few words of GloVe hold spaces (". . ."); a word that ends in a number is a line with too many of them.
+        # A few words of GloVe contain spaces (". . ."). If the word ends in a number, the line has too many numbers.
         if width < MIN_WIDTH or spaces < width or (spaces > width and is_number(word.rpartition(b" ")[2])):
             raise ValueError(
                 f"{where}:{number}: expected a word and {max(width, MIN_WIDTH)} numbers, found {line[:80]!r}"
@@ -202,23 +192,23 @@ def is_number(field: bytes) -> bool:
 
 
 def binary_lines(path: Path, wanted: set[bytes]) -> Iterator[bytes]:
-    """The wanted words of a file in word2vec's binary format, as lines of text that keep every bit."""
+    """The wanted words of a file in word2vec's binary format, as lines of text without loss of precision."""
     try:
         from gensim.models import KeyedVectors
     except ImportError as error:
         raise ImportError(f"{path} is in word2vec's binary format: type pip install '.[word2vec]'") from error
 
     class WantedVectors(KeyedVectors):
-        """Keeps what is wanted as gensim reads along; pages of its matrix that are never written cost no memory."""
+        """Stores only wanted vectors; unwritten pages of gensim's matrix need no memory."""
 
         def add_vector(self, key, vector):
             return super().add_vector(key, vector) if key.encode() in wanted else 0
 
         def set_vecattr(self, *_):
-            """No made-up word counts, which gensim would keep for every word of the file."""
+            """Omits the word counts that gensim stores for every word of the file."""
 
     try:
-        # word2vec's own tool may cut a word within a character.
+        # word2vec's own tool may truncate a word within a character.
         vectors = WantedVectors.load_word2vec_format(str(path), binary=True, unicode_errors="replace")
         if vectors.vector_size < MIN_WIDTH:
             raise ValueError(f"its vectors have {vectors.vector_size} numbers, expected at least {MIN_WIDTH}")

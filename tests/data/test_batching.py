@@ -99,12 +99,6 @@ def test_a_shortened_epoch_is_over_after_so_many(way, limit, length):
     assert list(cut) == first[cut.length - 1 :]
 
 
-def test_batches_have_one_measure():
-    for way in ({}, {"batch_size": 2, "budget": 3}):
-        with pytest.raises(TypeError, match=r"either batch_size=.* or budget=.* cuts"):
-            batches(way)
-
-
 def read_part(rank, address, found):
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     training = Batches(list, range(47), range(47), batch_size=5, seed=1)

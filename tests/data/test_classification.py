@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import ROOT, real_data
 
-from data.classification import PythonManual, SentenceClassification, split_examples
+from data.classification import PythonManual, SentenceClassification, Vocabulary, split_examples
 from data.sentences import OwnSentences
 from data.text import word_vectors
 
@@ -83,7 +83,7 @@ def test_what_is_no_sentence_is_no_label(tmp_path):
 def test_sentences_of_ones_own_are_utf8(tmp_path):
     data = sentences(tmp_path, "")
     (tmp_path / "mine.txt").write_bytes(b"pos caf\xc3\xa9\n\nneg caf\xe9\n")
-    with pytest.raises(ValueError, match=r"mine\.txt:3: byte 0xe9 is no UTF-8.*iconv -f latin1 -t utf-8 FILE > NEW"):
+    with pytest.raises(ValueError, match=r"mine\.txt:3: byte 0xe9 is not UTF-8.*iconv -f latin1 -t utf-8 FILE > NEW"):
         data.read()
 
 
@@ -93,15 +93,15 @@ def test_sentences_of_ones_own_are_utf8(tmp_path):
         (
             "a x\n",
             {"path": None},
-            r"and none of them is given: type data\.path=FILE, or data\.train=FILE data\.test=FILE",
+            r"given: none\. Type data\.path=FILE, or data\.train=FILE data\.test=FILE",
         ),
-        ("a x\n", {"path": None, "train": "x"}, r"and train of them is given: type data\.path=FILE"),
-        ("a x\n", {"path": "absent.txt"}, r"data\.path=absent\.txt is no file: type data\.path=FILE"),
+        ("a x\n", {"path": None, "train": "x"}, r"given: train\. Type data\.path=FILE"),
+        ("a x\n", {"path": "absent.txt"}, r"data\.path=absent\.txt is not a file: type data\.path=FILE"),
         ("a x\n", {"labels": ["a", "a"]}, r"data\.labels=\['a', 'a'\] must be different words"),
         ("a x\n", {"labels": ["b", "c"]}, r"mine\.txt:1: expected `label text` with a label of b, c, found 'a x'"),
         ("", {}, r"mine\.txt is empty: give it lines of `label text`"),
         ("\n\r\n", {}, r"mine\.txt is empty"),
-        ("a x\n" * 12, {}, r"the train split has one label, a, in all it has \(9\): there is nothing to tell apart"),
+        ("a x\n" * 12, {}, r"all 9 training examples have the label a: add examples of another"),
         ("a x\nb y\n" * 5, {}, r"the val split is empty: there is a total of 10"),
         ("".join(f"w{i} x\n" for i in range(30)), {}, r"has 30 different labels in 30 lines, such as w0, w1, w10"),
     ],
@@ -148,7 +148,7 @@ def test_a_given_test_set_stays_and_a_tenth_of_train_is_validation():
 def test_three_given_splits_stay_as_they_are():
     files = {"train": [1, 2, 3], "val": [4], "test": [5]}
     assert split_examples(files, 0) == files
-    with pytest.raises(ValueError, match=r"data.fold=1: this corpus has one given split, so only data.fold=0"):
+    with pytest.raises(ValueError, match=r"data.fold=1: this corpus has one fixed split, so only data.fold=0"):
         split_examples(files, 1)
 
 
@@ -157,7 +157,7 @@ def test_three_given_splits_stay_as_they_are():
 )
 def test_too_few_examples_for_ten_folds_are_told(count, fold, split):
     with pytest.raises(
-        ValueError, match=rf"the {split} split is empty: .* of {count}, and data.fold={fold} of 10 takes 12"
+        ValueError, match=rf"the {split} split is empty: .* of {count}, and data.fold={fold} of 10 needs 12"
     ):
         split_examples({"all": list(range(count))}, fold)
     for fold in range(10):
@@ -167,8 +167,8 @@ def test_too_few_examples_for_ten_folds_are_told(count, fold, split):
 @pytest.mark.parametrize(
     ("files", "fold", "message"),
     [
-        ({"train": [1], "test": [2]}, 0, "the train split is empty: .* of 1, and data.fold=0 of 10 takes 2"),
-        ({"train": [1, 2, 3], "test": [2]}, 5, "the val split is empty: .* of 3, and data.fold=5 of 10 takes 6"),
+        ({"train": [1], "test": [2]}, 0, "the train split is empty: .* of 1, and data.fold=0 of 10 needs 2"),
+        ({"train": [1, 2, 3], "test": [2]}, 5, "the val split is empty: .* of 3, and data.fold=5 of 10 needs 6"),
     ],
 )
 def test_too_few_examples_to_hold_a_tenth_out_are_told(files, fold, message):
@@ -197,7 +197,7 @@ def test_the_seed_of_a_run_moves_no_example_to_another_split(tmp_path):
 def test_a_batch_is_time_first_and_padded_on_the_left(tmp_path):
     data = corpus(tmp_path)
     data.setup()
-    data.index = {word: i for i, word in enumerate(["<pad>", "<unk>", "the", "tea", "was", "fresh"])}
+    data.vocabulary = Vocabulary(["<pad>", "<unk>", "the", "tea", "was", "fresh"], data.labels)
     data.splits["test"] = [(["the", "tea"], 1), (["the", "bread", "was", "fresh"], 0)]
     [(tokens, labels)] = data.test_dataloader()
     assert tokens.tolist() == [[0, 2], [0, 1], [2, 4], [3, 5]]
@@ -209,7 +209,7 @@ def test_every_example_is_in_one_batch_with_its_label(tmp_path):
     data = corpus(tmp_path, batch_size=4, min_count=1)
     data.setup()
     seen = [
-        (tuple(data.words[i] for i in column if i), int(label))
+        (tuple(data.vocabulary.words[i] for i in column if i), int(label))
         for tokens, labels in data.train_dataloader()
         for column, label in zip(tokens.T, labels, strict=True)
     ]
@@ -293,10 +293,12 @@ def test_learnt_words_come_from_training_and_fixed_ones_from_everywhere(tmp_path
     learnt = corpus(tmp_path)
     fixed = corpus(tmp_path, vectors=str(SAMPLES / "vectors.txt"))
     assert learnt.model_kwargs["vectors"] is None
-    assert fixed.model_kwargs["vectors"].shape == (len(fixed.words), 4)
+    assert fixed.model_kwargs["vectors"].shape == (len(fixed.vocabulary.words), 4)
     train = [word for words, _ in learnt.splits["train"] for word in words]
-    assert set(learnt.words[2:]) == {word for word in train if train.count(word) > 1}
-    assert set(fixed.words[2:]) == {word for split in fixed.splits.values() for words, _ in split for word in words}
+    assert set(learnt.vocabulary.words[2:]) == {word for word in train if train.count(word) > 1}
+    assert set(fixed.vocabulary.words[2:]) == {
+        word for split in fixed.splits.values() for words, _ in split for word in words
+    }
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path):
@@ -307,9 +309,9 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path):
     torch.save(state, tmp_path / "state.pt")
     data.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     changed = ["<pad>", "<unk>", "zebra", *state["vocabulary"][3:]]
-    with pytest.raises(ValueError, match=r"vocabulary has .* number 2 was 'zebra' and is .*data.fold"):
+    with pytest.raises(ValueError, match=r"vocabulary had .* \(number 2 was 'zebra' and is .*data.fold"):
         data.load_state_dict(state | {"vocabulary": changed})
-    with pytest.raises(ValueError, match="labels has 1 entries, the data's 2"):
+    with pytest.raises(ValueError, match="labels had 1 entries and has 2"):
         data.load_state_dict(state | {"labels": ["negative"]})
 
 
@@ -337,7 +339,7 @@ def test_a_trainer_saves_the_vocabulary_and_sees_the_batches(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.tokens[:7], model.tokens[7:], strict=True))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert checkpoint["SentenceClassification"]["vocabulary"] == data.words
+    assert checkpoint["SentenceClassification"]["vocabulary"] == data.vocabulary.words
 
 
 # Bad corpora

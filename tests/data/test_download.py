@@ -166,7 +166,7 @@ def test_a_zip_under_its_own_name_is_checked_as_a_whole(tmp_path, server):
     fetch(tmp_path / "file.zip", f"{server.url}.zip", checksum)
 
 
-@pytest.mark.parametrize(("checksum", "expected"), [(None, "one that is whole"), ("0" * 32, "0" * 32)])
+@pytest.mark.parametrize(("checksum", "expected"), [(None, "a complete archive"), ("0" * 32, "0" * 32)])
 def test_a_download_that_is_no_archive_is_deleted(tmp_path, server, checksum, expected):
     with pytest.raises(ValueError, match=rf"expected {expected}, got a damaged archive.* came from {server.url}\.zip"):
         fetch(tmp_path / "file", f"{server.url}.zip", checksum)
@@ -184,7 +184,7 @@ def test_the_recorded_checksum_of_a_zip_is_that_of_its_content(tmp_path, server)
 def test_a_spoilt_record_of_a_checksum_is_refused(tmp_path, server, content):
     fetch(tmp_path / "file.txt", server.url)
     (tmp_path / "file.txt.sha256").write_bytes(content)
-    with pytest.raises(ValueError, match=r"file\.txt\.sha256 holds no checksum"):
+    with pytest.raises(ValueError, match=r"file\.txt\.sha256 is damaged: it holds no sha256"):
         fetch(tmp_path / "file.txt", server.url)
 
 

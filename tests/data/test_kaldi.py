@@ -149,7 +149,7 @@ def test_an_archive_runs_nothing(tmp_path, monkeypatch, kind, file):
     kaldiio.save_ark(
         str(folder / f"{file}.ark"), content, scp=str(folder / f"{file}.scp"), write_function=kind, **options
     )
-    with pytest.raises(ValueError, match="no archive of matrices and whole numbers"):
+    with pytest.raises(ValueError, match="not an archive of matrices and whole numbers"):
         frames(folder)
     assert not (tmp_path / "executed").exists()
 
@@ -163,11 +163,11 @@ def test_utterances_without_their_part_are_left_out_and_told_of(tmp_path):
     assert found.keys == ["a2", "b1", "b2"]
     for told in (
         "3 utterances, 22 frames",
-        "2 whose archive nowhere.ark is missing, left out",
+        "2 with a missing archive nowhere.ark, left out",
         "1 without targets, left out",
         "1 with another number of targets than of frames, left out",
         "1 without a frame, left out",
-        "(there are about 3 frames to a target",
+        "(about 3 frames for each target",
     ):
         assert told in found.report
     # A test writes the likelihoods of what it cannot score.
@@ -180,7 +180,7 @@ def test_utterances_without_their_part_are_left_out_and_told_of(tmp_path):
 def test_alignments_of_a_chain_model_are_told_of(tmp_path):
     ali = {key: np.zeros(-(-length // 3), np.int32) for key, length in LENGTHS.items() if length > 1}
     with pytest.raises(
-        ValueError, match=r"nothing is left: .* about 3 frames to a target: .* chain model are subsampled"
+        ValueError, match=r"no utterance can be used: .*about 3 frames for each target: .* chain model are subsampled"
     ):
         frames(write(tmp_path / "x", features({"a1": 7, "a2": 12, "b2": 9}), ali))
 
@@ -225,17 +225,17 @@ def damage(folder, what):
     ("what", "expected"),
     [
         ("width", "the frames of b2 have 5 features, those of a1 have 3"),
-        ("vector", "utterance a2, or no archive of matrices"),
+        ("vector", "utterance a2, or not an archive of matrices"),
         ("negative", "utterance a2 has the target -2"),
         ("empty", "feats.scp is empty"),
         ("absent", "there is no .*feats.scp; type the path of a Kaldi folder"),
-        ("twice", "line 5: the utterance a2 is there twice"),
-        ("no file", "line 1: 'a1' is no utterance and a file"),
-        ("bytes", "feats.scp:1: byte 0xff is no UTF-8"),
+        ("twice", "line 5: duplicate utterance a2"),
+        ("no file", "line 1: 'a1' must be an utterance and a file"),
+        ("bytes", "feats.scp:1: byte 0xff is not UTF-8"),
         ("cut", "feats.ark is damaged: utterance b2 .* says 9 x 3 values"),
         ("offset", "feats.ark is damaged at byte 12, utterance a2"),
         ("beyond", "feats.ark is damaged at byte 99,999,999"),
-        ("floats", "utterance a1 .* is no vector of whole numbers"),
+        ("floats", "utterance a1 .* is not a vector of whole numbers"),
         ("no targets", "there is neither .*ali.scp nor .*ali.ark; write them by ali-to-pdf"),
         ("scanned", "ali.ark is damaged"),
     ],
@@ -277,7 +277,7 @@ def test_utterances_are_normalised_over_their_speaker(tmp_path):
     (folder / "utt2spk").write_text("a one\n")
     assert frames(folder, cmvn="speaker").features(0).tolist() == [[1, 0], [-1, 2]]
     (folder / "utt2spk").write_text("a two\n")
-    with pytest.raises(ValueError, match=r"the speaker two of utterance a, .* is not in cmvn\.scp"):
+    with pytest.raises(ValueError, match=r"the speaker two of utterance a in utt2spk is not in cmvn\.scp"):
         frames(folder, cmvn="speaker")
     (folder / "utt2spk").unlink()
     with pytest.raises(FileNotFoundError, match=r"data\.cmvn=speaker needs .*utt2spk"):
@@ -406,7 +406,7 @@ def test_a_checkpoint_of_other_frames_is_refused(tmp_path, corpus, changed):
     if changed == "train":
         write(tmp_path / "train", features({"a1": 8, "a2": 12}))
         changed = {}
-    with pytest.raises(ValueError, match="the checkpoint was trained on other frames"):
+    with pytest.raises(ValueError, match="the checkpoint was trained on other data"):
         corpus(**changed).load_state_dict(state)
 
 
@@ -417,7 +417,7 @@ def test_a_checkpoint_of_other_frames_is_refused(tmp_path, corpus, changed):
         ({"delay": -1}, r"data\.delay=-1 must be a whole number, 0 or more"),
         ({"segment": 0}, r"data\.segment=0"),
         ({"num_targets": 2.5}, r"data\.num_targets=2\.5"),
-        ({"train": "nowhere"}, r"data\.train=nowhere is no folder"),
+        ({"train": "nowhere"}, r"data\.train=nowhere is not a folder"),
     ],
 )
 def test_options_are_checked(corpus, options, expected):

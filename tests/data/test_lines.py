@@ -39,12 +39,12 @@ KINDS = list(variants(""))
 OTHERS = {
     "utf-16": (
         ODD.encode("utf-16"),
-        "is in UTF-16, and only UTF-8 is read: type `iconv -f UTF-16 -t UTF-8 FILE > NEW`",
+        "is in UTF-16, not in UTF-8: type `iconv -f UTF-16 -t UTF-8 FILE > NEW`",
     ),
     "utf-16-be": (codecs.BOM_UTF16_BE + ODD.encode("utf-16-be"), "is in UTF-16"),
     "utf-32": (ODD.encode("utf-32"), "is in UTF-32"),
-    "unmarked utf-16": ("0 ab\n".encode("utf-16-le"), ":1: a NUL byte stands in the text.*iconv -f UTF-16LE -t UTF-8"),
-    "nul": (b"0 ab\n1 c\0d\n", ":2: a NUL byte stands in the text"),
+    "unmarked utf-16": ("0 ab\n".encode("utf-16-le"), ":1: the text contains a NUL byte.*iconv -f UTF-16LE -t UTF-8"),
+    "nul": (b"0 ab\n1 c\0d\n", ":2: the text contains a NUL byte"),
 }
 others = pytest.mark.parametrize(("content", "message"), OTHERS.values(), ids=OTHERS)
 
@@ -58,7 +58,7 @@ def test_lines_by_hand():
     for content, expected in (("", []), ("\n", [""]), ("\r", [""]), ("a\rb\n", ["a\rb"]), ("a\n\n\n", ["a", "", ""])):
         assert lines.lines_of(content) == expected
     assert lines.lines_of("a\n\ufeffb\r\n\ufeff\nc\ufeff") == ["a", "b", "", "c\ufeff"]
-    with pytest.raises(ValueError, match=r"a:12: byte 0xe9 is no UTF-8.*iconv -f latin1 -t utf-8"):
+    with pytest.raises(ValueError, match=r"a:12: byte 0xe9 is not UTF-8.*iconv -f latin1 -t utf-8"):
         lines.decode(b"\xc3\xa9\n\xe9", "a", 11)
 
 
@@ -160,8 +160,8 @@ def test_vectors_are_the_same_in_every_form(content):
     ("content", "message"),
     [
         (VECTORS.encode("utf-16"), r"v\.txt is in UTF-16"),
-        (VECTORS.encode("utf-16-le"), r"v\.txt:1: a NUL byte"),
-        (VECTORS.replace("\n", "\r").encode(), r"v\.txt:1: a line ends with CR alone.*tr '.r' '.n'"),
+        (VECTORS.encode("utf-16-le"), r"v\.txt:1: the text contains a NUL byte"),
+        (VECTORS.replace("\n", "\r").encode(), r"v\.txt:1: lines end with CR.*tr '.r' '.n'"),
     ],
 )
 def test_vectors_that_are_no_text_are_refused(content, message):

@@ -43,7 +43,7 @@ def model(tmp_path):
 def test_tags_names_and_lemmas_become_features(tmp_path, model):
     data = data_of(tmp_path, CONTENT, tagger="spacy", spacy_model=model)
     assert data.model_kwargs["num_features"] == 4 + 3 + 2
-    assert (data.reader.tags, data.reader.entities) == (["NOUN", "VERB", "X"], ["PERSON", "PLACE"])
+    assert (data.vocabulary.tags, data.vocabulary.entities) == (["NOUN", "VERB", "X"], ["PERSON", "PLACE"])
     features = next(iter(data.train_dataloader())).features[:, 0]
     ada, lovelace, wrote, notes, in_, london, stop = features.tolist()
     assert wrote[:2] == [0, 0]  # written otherwise,
@@ -83,7 +83,7 @@ def test_a_single_text_is_tagged_as_the_corpus_was(tmp_path, model):
     (batch,) = reader.batches("Ada Lovelace wrote notes in London.", "Who writes notes?")
     assert batch.features.equal(next(iter(data.train_dataloader())).features)
     reader.options["identity"] = [*reader.options["identity"], "another"]
-    with pytest.raises(ValueError, match="install what it was trained with"):
+    with pytest.raises(ValueError, match="install the one of training"):
         next(reader.batches("Tea.", "What?"))
 
 
@@ -110,7 +110,7 @@ def test_a_pipeline_that_merges_tokens_or_is_damaged_is_refused(tmp_path, model)
     pipeline = spacy.load(model)
     pipeline.add_pipe("merge_entities")
     pipeline.to_disk(tmp_path / "merging")
-    with pytest.raises(ValueError, match=r"makes 6 tokens of 7: take a pipeline without"):
+    with pytest.raises(ValueError, match=r"makes 6 tokens of 7: use a pipeline without"):
         data_of(tmp_path, CONTENT, tagger="spacy", spacy_model=str(tmp_path / "merging")).setup()
     (tmp_path / "rules/meta.json").write_text("{")
     with pytest.raises(ValueError, match=r"spacy_model=.*rules is damaged"):

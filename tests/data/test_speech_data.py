@@ -175,7 +175,7 @@ def test_what_no_training_transcript_has_is_counted(listed, caplog):
     data = listed()
     data.parts["test"][0] = data.parts["test"][0]._replace(text="  Ami   Qé ")
     data.setup()
-    assert "which cannot be written" in caplog.text
+    assert "which cannot be recognised" in caplog.text
     assert "'q'" in caplog.text
     items = {item.id: item.text for batch in data.test_dataloader() for item in batch.items}
     assert items["test-0"] == "ami qé"  # as it is compared with what is heard
@@ -184,7 +184,7 @@ def test_what_no_training_transcript_has_is_counted(listed, caplog):
 def test_speeds_and_volume_are_of_training_alone(listed):
     data = listed(speeds=[0.9, 1.0, 1.1], volume=10.0, noise=[5, 30])
     data.setup()
-    assert {split: len(found) for split, found in data.recorded.items()} == {"train": 18, "val": 2, "test": 2}
+    assert {split: len(found) for split, found in data.splits.items()} == {"train": 18, "val": 2, "test": 2}
     drawn = perturb(data.parts["train"], [1.0, 1.1], 10.0, (5.0, 30.0))
     assert [u.speed for u in drawn] == [1.0] * 6 + [1.1] * 6
     assert len({u.gain for u in drawn}) == 12
@@ -204,7 +204,7 @@ def test_a_checkpoint_knows_what_it_was_trained_on(listed):
     assert {**vocabulary.model_kwargs, "decode": 0} == {**data.model_kwargs, "decode": 0}
     wave, rate = vocabulary.read(data.parts["test"][0].files[0])
     heard = vocabulary.stream(rate).accept(wave, is_last=True)
-    expected = data.vocabulary.frontend.normalise(data.recorded["test"][0][2])
+    expected = data.vocabulary.frontend.normalise(data.splits["test"][0][2])
     assert np.allclose(heard, expected, atol=0.02)  # the cache holds float16
     for options, name in (({"stack": 2}, "stack"), ({"unit": "words"}, "symbols"), ({"speeds": [0.9]}, "mean")):
         with pytest.raises(ValueError, match=f"trained on other data: .*{name}"):

@@ -36,18 +36,18 @@ def test_a_manifest_lists_recordings(tmp_path):
     with pytest.raises(ValueError, match=r"data\.val=None must be a file of JSON lines"):
         Manifest(train="train.jsonl", val=None, test="test.jsonl", **options)
     for content, message in (
-        ("{", r"bad.jsonl:1: no JSON"),
-        ('{"audio": "a.wav"}', "bad.jsonl:1: 'text' is no text, but None"),
-        ('{"audio": "a.wav", "text": 5}', "'text' is no text, but 5"),
-        ('{"audio": "a.wav", "text": "\\ud800"}', "'text' is no text"),
-        ("\n[1]", "bad.jsonl:2: 'audio' is no text"),
+        ("{", r"bad.jsonl:1: not JSON"),
+        ('{"audio": "a.wav"}', "bad.jsonl:1: 'text' must be a text, not None"),
+        ('{"audio": "a.wav", "text": 5}', "'text' must be a text, not 5"),
+        ('{"audio": "a.wav", "text": "\\ud800"}', "'text' must be a text"),
+        ("\n[1]", "bad.jsonl:2: 'audio' must be a text"),
         ("", r"data\.train=bad.jsonl lists no recording: a line is"),
     ):
         (tmp_path / "bad.jsonl").write_text(content)
         with pytest.raises(ValueError, match=message):
             Manifest(train="bad.jsonl", val="dev.jsonl", test="test.jsonl", **options).utterances()
     (tmp_path / "bad.jsonl").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="no UTF-8"):
+    with pytest.raises(ValueError, match="not UTF-8"):
         Manifest(train="bad.jsonl", val="dev.jsonl", test="test.jsonl", **options).utterances()
 
 
@@ -75,7 +75,7 @@ def test_parts_of_a_recording_are_heard_as_files_of_their_own(tmp_path, rate, ki
     data = listing(tmp_path, *rows, speeds=[0.9, 1.0], noise=None)
     data.setup()
     for split, count in (("train", 4 * len(spans)), ("val", 2 * len(spans))):
-        recorded = data.recorded[split]
+        recorded = data.splits[split]
         assert len(recorded) == count
         for i in range(0, count, 2):
             (_, text, part), (_, other, own) = recorded[i], recorded[i + 1]
@@ -92,7 +92,7 @@ def test_a_part_has_features_of_its_own_in_the_cache(tmp_path):
     for row in (first, second, {"audio": "a.wav", "text": "x"}, first):
         data = listing(tmp_path, row)
         data.setup()
-        frames.append(data.recorded["train"][0][2])
+        frames.append(data.splits["train"][0][2])
     assert not np.array_equal(frames[0], frames[1])
     assert len(frames[2]) > len(frames[0]) == len(frames[1])
     assert np.array_equal(frames[0], frames[3])
@@ -105,7 +105,7 @@ def test_parts_that_a_file_does_not_have_are_left_out_and_counted(tmp_path, capl
     absent += [{"offset": 1e7}, {"duration": 1e-9}, {"sr": 16000}, {"offset": 0.995}]
     data = listing(tmp_path, *({"audio": "a.wav", "text": "x"} | part for part in fits + absent))
     data.setup()
-    assert len(data.recorded["train"]) == len(fits)
+    assert len(data.splits["train"]) == len(fits)
     assert "7 left out, damaged" in caplog.text
     assert "a.wav is 1 s long: no part begins at 1 s" in caplog.text
     assert "1 left out, shorter than a frame of 25 ms:" in caplog.text
@@ -183,7 +183,7 @@ def test_other_keys_of_a_manifest_are_passed_over(tmp_path):
     row = {"audio_filepath": "a.wav", "text": "x", "lang": "en", "id": 7, "segment_id": "3", "start": None, "pnc": "no"}
     (found,) = listing(tmp_path, row | {"audio": "a.wav"}).utterances()["train"]
     assert found == Utterance("m-1", (tmp_path / "a.wav",), "x", "")
-    with pytest.raises(ValueError, match=r"m.jsonl:1: 'audio' and 'audio_filepath' are two files"):
+    with pytest.raises(ValueError, match=r"m.jsonl:1: 'audio' and 'audio_filepath' name two files"):
         listing(tmp_path, row | {"audio": "b.wav"}).utterances()
 
 
@@ -225,7 +225,7 @@ def test_librispeech_is_read_from_its_folders(tmp_path):
         librispeech(tmp_path, val="dev-noisy")
     transcripts = tmp_path / "LibriSpeech/dev/19/198/19-198.trans.txt"
     transcripts.write_text("19-198-0000 AMI OSO\n")
-    with pytest.raises(ValueError, match="has 1 recordings with transcripts, dev has 2: it is not whole"):
+    with pytest.raises(ValueError, match="has 1 recordings with transcripts, dev has 2: it is not complete"):
         librispeech(tmp_path).utterances()
 
 
@@ -252,7 +252,7 @@ def test_an_archive_that_is_unpacked_is_not_needed(tmp_path):
         write_part(tmp_path / "cache/LibriSpeech" / part, part)
     assert len(librispeech(tmp_path).utterances()["test"]) == 2
     (tmp_path / "cache/LibriSpeech/test/LibriSpeech/test/19/198/19-198-0001.flac").unlink()
-    with pytest.raises(ValueError, match="has 1 recordings with transcripts, test has 2: it is not whole"):
+    with pytest.raises(ValueError, match="has 1 recordings with transcripts, test has 2: it is not complete"):
         librispeech(tmp_path).utterances()
 
 
@@ -389,10 +389,10 @@ def test_speakers_and_strings_of_digits(fsdd):
     for options, message in (
         ({"digits": [3]}, "must be two whole numbers"),
         ({"digits": [5, 3]}, "must be two whole numbers"),
-        ({"repeats": 0}, "data.repeats=0 1 or more"),
-        ({"speakers": {"test": ["bob"]}}, "must name those of val and of test"),
-        ({"speakers": {"val": ["bob"], "test": ["bob"]}}, "nobody for both"),
-        ({"speakers": {"val": "bob", "test": ["cleo"]}}, "must name those of val and of test"),
+        ({"repeats": 0}, "data.repeats=0 must be a whole number, 1 or more"),
+        ({"speakers": {"test": ["bob"]}}, "must name different speakers for val and test"),
+        ({"speakers": {"val": ["bob"], "test": ["bob"]}}, "different speakers for val and test"),
+        ({"speakers": {"val": "bob", "test": ["cleo"]}}, "must name different speakers for val and test"),
         ({"digits": 3}, "must be two whole numbers"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -403,7 +403,7 @@ def test_a_string_is_heard_as_its_parts(fsdd):
     data = spoken_digits(fsdd, digits=[2, 2], rate=RATE, num_mels=24)
     (one, *_) = strings(data.utterances()["test"][:1], [1, 1], 1)
     data.setup()
-    name, _, frames = data.recorded["test"][0]
+    name, _, frames = data.splits["test"][0]
     parts = next(u for u in data.utterances()["test"] if u.id == name).files
     whole = np.concatenate([read(path)[0] for path in parts])
     assert np.allclose(frames, Frontend(rate=RATE, num_mels=24).frames(whole), rtol=2**-10)

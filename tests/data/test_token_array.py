@@ -5,6 +5,7 @@ import io
 import json
 import lzma
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -109,12 +110,13 @@ def test_a_damaged_cache_is_built_again(tmp_path, file, damage):
 
 def test_what_a_killed_process_left_is_not_used(tmp_path, monkeypatch):
     def killed(place, *_):
+        place.mkdir()
         (place / "all").write_bytes(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(token_array, "build", killed)
-        patched.setattr(token_array.shutil, "rmtree", lambda *_, **__: None)  # killed outright, it cleans nothing up
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed outright, it cleans nothing up
         with pytest.raises(KeyboardInterrupt):
             text_of(tmp_path, bytes(range(100))).setup()
     assert prepared_folder(tmp_path).suffix == ".part"
@@ -223,25 +225,25 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
             {"path": None, "files": {"all": {"name": "a"}, "test": {"name": "b"}}},
             r"the text has files for all, test: type data\.train",
         ),
-        ({"path": None, "train": "/"}, r"data\.train=/ is no file: type data\.train=FILE"),
+        ({"path": None, "train": "/"}, r"data\.train=/ is not a file: type data\.train=FILE"),
         ({"train": "a"}, r"data\.path= is one text.* leave out data\.train=.*, or type data\.path=null"),
-        ({"files": {"all": {"name": "a"}}}, r"data\.path= name.* this corpus has files of its own: type data=words"),
-        ({"min_count": 2}, r"data\.min_count changes nothing here: bytes of all; .*, or type data=bytes"),
-        ({"path": "/nonexistent"}, r"data\.path=/nonexistent is no file: type data\.path=FILE"),
-        ({"path": "/"}, r"data\.path=/ is no file"),
+        ({"files": {"all": {"name": "a"}}}, r"data\.path= name.* this corpus has its own files: type data=words"),
+        ({"min_count": 2}, r"data\.min_count has no effect on bytes: leave it out, or type data=words"),
+        ({"path": "/nonexistent"}, r"data\.path=/nonexistent is not a file: type data\.path=FILE"),
+        ({"path": "/"}, r"data\.path=/ is not a file"),
         ({"valid_bytes": 60, "test_bytes": 40}, r"data\.valid_bytes=60 and data\.test_bytes=40 leave nothing of 100"),
         ({"valid_bytes": 600}, r"data\.valid_bytes=600 and data\.test_bytes=5 leave nothing of 100"),
         ({"valid_bytes": 0}, r"data\.valid_bytes=0 must be a whole number, 2 "),
         ({"test_bytes": -3}, r"data\.test_bytes=-3 must be a whole number, 2 "),
-        ({"batch_size": 90}, r"the train split has 90 bytes: in 90 streams they are 0 steps, .*data\.batch_size=90"),
-        ({"unroll": 45}, r"in 2 streams they are 44 steps, too few for data\.batch_size=2 and data\.unroll=45"),
-        ({"eval_batch_size": 5}, r"the val split has 5 bytes: .* data\.eval_batch_size=5"),
-        ({"eval_batch_size": 5}, r"which take 6\. Type data\.eval_batch_size=4 or less, .* larger data\.valid_bytes="),
+        ({"batch_size": 90}, r"the train split has 90 bytes, 0 steps in 90 streams: too few for data\.batch_size=90"),
+        ({"unroll": 45}, r"44 steps in 2 streams: too few for data\.batch_size=2 and data\.unroll=45"),
+        ({"eval_batch_size": 5}, r"the val split has 5 bytes, .* data\.eval_batch_size=5"),
+        ({"eval_batch_size": 5}, r"which need 6\. Type data\.eval_batch_size=4 or less, .* larger data\.valid_bytes="),
         (
             {"batch_size": 9, "unroll": 10},
-            r"take 91\. Type data\.batch_size=8 data\.unroll=10 or less, or take a longer",
+            r"need 91\. Type data\.batch_size=8 data\.unroll=10 or less, or use a longer",
         ),
-        ({"batch_size": 9, "unroll": 200}, r"take 1801\. Type data\.batch_size=1 data\.unroll=89 or less"),
+        ({"batch_size": 9, "unroll": 200}, r"need 1801\. Type data\.batch_size=1 data\.unroll=89 or less"),
     ],
 )
 def test_bad_options_are_told(tmp_path, options, message):
@@ -254,7 +256,7 @@ def test_bad_options_are_told(tmp_path, options, message):
 def test_a_text_of_a_few_tokens_is_refused_with_what_it_needs(tmp_path, unit, count):
     (tmp_path / "text").write_text("ab\n" * count)
     data = Text(root="", cache=str(tmp_path / "cache"), unit=unit, path=str(tmp_path / "text"), batch_size=1, unroll=1)
-    with pytest.raises(ValueError, match=r"is empty: name a file|the (train|val) split has . \w+: .*which take 2\. "):
+    with pytest.raises(ValueError, match=r"is empty: name a file|the (train|val) split has . \w+, .*which need 2\. "):
         data.setup()
 
 
@@ -267,7 +269,9 @@ def test_an_empty_text_is_refused(tmp_path):
 def test_what_is_no_text_has_no_words_or_characters(tmp_path, unit):
     data = words_of(tmp_path) if unit == "words" else text_of(tmp_path, b"", unit=unit)
     (tmp_path / ("train.txt" if unit == "words" else "file")).write_bytes(b"a b \xff c\n" * 9)
-    with pytest.raises(ValueError, match=r"(train\.txt|file):1: byte 0xff is no UTF-8 .*iconv .*, or type data\.unit="):
+    with pytest.raises(
+        ValueError, match=r"(train\.txt|file):1: byte 0xff is not UTF-8 .*iconv .*, or type data\.unit="
+    ):
         data.setup()
 
 
@@ -275,7 +279,7 @@ def test_what_is_no_text_has_no_words_or_characters(tmp_path, unit):
 @pytest.mark.parametrize("unit", ["words", "characters"])
 def test_a_byte_that_is_no_utf8_is_told_with_its_line(tmp_path, monkeypatch, unit, block):
     monkeypatch.setattr("data.text.token_array.BLOCK", block)
-    with pytest.raises(ValueError, match=r"^file:3: byte 0xe9 is no UTF-8 .*`iconv -f latin1 -t utf-8 FILE > NEW`"):
+    with pytest.raises(ValueError, match=r"^file:3: byte 0xe9 is not UTF-8 .*`iconv -f latin1 -t utf-8 FILE > NEW`"):
         text_of(tmp_path, b"caf\xc3\xa9\r\n\r\ncaf\xe9 a\r\nb\r\n", unit=unit).setup()
 
 
@@ -286,7 +290,7 @@ def test_a_text_of_blank_lines_has_no_words(tmp_path):
     with pytest.raises(ValueError, match=r"val\.txt has no words"):
         words_of(tmp_path, val=" \n").setup()
     for unit in ("bytes", "characters"):
-        with pytest.raises(ValueError, match=r"^the text has 1 of the 2 tokens that it needs at least"):
+        with pytest.raises(ValueError, match=r"^the text has 1 tokens, at least 2 are needed"):
             text_of(tmp_path, b"\n", unit=unit).setup()
 
 
@@ -456,7 +460,7 @@ def test_wikitext_of_the_hub_becomes_the_files_it_was_made_from(corpora, tmp_pat
 
 def test_a_hub_that_is_not_there_says_what_to_do(corpora, tmp_path):
     overrides = [f"data.files.{key}.hub.path={tmp_path / 'nowhere'}" for key in ("train", "val", "test")]
-    with pytest.raises(ConnectionError, match=r"cannot get .*wikitext-2-v1 train .* put the file there by hand"):
+    with pytest.raises(ConnectionError, match=r"cannot get .*wikitext-2-v1 train .* put the file at .* by hand"):
         corpora("wikitext2", *overrides).setup()
 
 
