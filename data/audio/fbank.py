@@ -41,14 +41,14 @@ def read(path: Path, part: Part = WHOLE) -> tuple[np.ndarray, int, int]:
     import soundfile
 
     if not path.is_file():
-        raise Damaged(f"{path} is no sound that can be read: there is no such file")
+        raise Damaged(f"{path} is not readable audio: there is no such file")
     try:
         with open(path, "rb") as file:  # raises OSError if the system is at fault, as with too many open files
             check_riff(file, path)
         info = soundfile.info(path)
         rate = info.samplerate
         if not 1000 <= rate <= 1_000_000:
-            raise Damaged(f"{path} is no sound that can be read: its header says {rate} samples a second")
+            raise Damaged(f"{path} is not readable audio: its header says {rate} samples a second")
         if part.rate not in (0, rate):
             raise Damaged(f"{path} has {rate} samples a second, not {part.rate:g}")
         start, count = round(part.offset * rate), round(part.duration * rate) if part.duration else -1
@@ -61,7 +61,7 @@ def read(path: Path, part: Part = WHOLE) -> tuple[np.ndarray, int, int]:
     except (RuntimeError, TypeError, ValueError, MemoryError) as error:
         if getattr(error, "code", None) == SYSTEM_ERROR:
             raise OSError(f"{path} cannot be read: {error}") from error
-        raise Damaged(f"{path} is no sound that can be read: {getattr(error, 'error_string', error)}") from error
+        raise Damaged(f"{path} is not readable audio: {getattr(error, 'error_string', error)}") from error
     if not len(wave):
         raise Damaged(f"{path} has no sample" + (f" in {part.duration:g} s" if part.duration else ""))
     if len(wave) < count - ROUNDING * rate:

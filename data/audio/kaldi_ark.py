@@ -51,7 +51,7 @@ def read_table(path: Path, copy: str) -> tuple[dict[str, Place], dict[str, int]]
             raise ValueError(f"{where}: {line.strip()!r} must be an utterance and a file")
         name = rest[0].strip()
         if "|" in name:
-            raise ValueError(f"{where}: {name!r} is a command, and none is run. {advice}")
+            raise ValueError(f"{where}: {name!r} is a command; commands are not executed. {advice}")
         if name == "-":
             raise ValueError(f"{where}: standard input is not read. {advice}")
         if name.endswith("]"):

@@ -116,7 +116,7 @@ def test_a_relative_archive_lies_below_the_working_directory_or_beside_its_table
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("touch {executed} |", "line 2: 'touch .* is a command, and none is run"),
+        ("touch {executed} |", "line 2: 'touch .* is a command; commands are not executed"),
         ("| touch {executed}", "line 2: '| touch .* copy-feats scp:.*feats.scp ark,scp:"),
         ("gunzip -c x.gz |", "is a command"),
         ("-", "line 2: standard input is not read"),

@@ -291,8 +291,8 @@ def test_predictions_refuse_what_is_wrong(settings, tmp_path):
     sound = tmp_path / "sound.wav"
     soundfile.write(sound, np.zeros(8000, np.float32), 8000)
     for words, message in (
-        ([f"input={tmp_path}/none.wav"], "none.wav is no sound that can be read"),
-        ([f"input={tmp_path}/text.wav"], "text.wav is no sound that can be read"),
+        ([f"input={tmp_path}/none.wav"], "none.wav is not readable audio"),
+        ([f"input={tmp_path}/text.wav"], "text.wav is not readable audio"),
         ([f"input={sound}", "stream=true"], "stream=true needs a one-directional model"),
         ([f"input={sound}", "stream=yes"], "stream=yes must be true or false"),
         ([f"input={sound}", "beam=0"], "beam=0 must be"),
