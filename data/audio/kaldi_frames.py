@@ -67,7 +67,7 @@ class Frames:
                 left_out["without a frame"] += 1
                 continue
             if input_size is not None and columns != input_size:
-                other = f"those of {first} have {input_size}" if first else f"needed are {input_size}"
+                other = f"those of {first} have {input_size}" if first else f"expected {input_size}"
                 raise ValueError(
                     f"{name}: the frames of {key} have {columns} features, {other}; compute all features with the same "
                     "configuration"

@@ -72,7 +72,7 @@ def test_gradients_are_those_of_small_differences():
     net = network({})
     x, c0 = inputs(net)
     torch.autograd.gradcheck(lambda x, c0, *_: net(x, c0), (x, c0, *net.parameters()))
-    torch.autograd.gradgradcheck(lambda x, c0, *_: net(x, c0), (x, c0, *net.parameters()))
+    torch.autograd.gradgradcheck(lambda x, c0, *_: net(x, c0), (x, c0, *net.parameters()), fast_mode=True)
 
 
 def test_many_gradients_at_once_are_one_after_another():
@@ -196,7 +196,7 @@ def test_gradients_under_masks_have_gradients():
         torch.manual_seed(5)
         return net(x, c0)
 
-    torch.autograd.gradgradcheck(same_masks, (*inputs(net), *net.parameters()))
+    torch.autograd.gradgradcheck(same_masks, (*inputs(net), *net.parameters()), fast_mode=True)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

