@@ -94,7 +94,7 @@ def run(cfg: DictConfig) -> float | None:
         finally:
             wandb_logger.finish(trainer.loggers, outcome, task.test_artifacts)
             if outcome is None and recorder.has_begun and (folder / "checkpoints/last.ckpt").exists():
-                print(f"The run stopped early. Go on with: python train.py resume={shlex.quote(str(folder))}")
+                print(f"The run stopped early. Continue with: python train.py resume={shlex.quote(str(folder))}")
         print(metrics.summary_table(outcome, folder))
         return outcome["metrics"].get(outcome["monitor"])
 

@@ -82,7 +82,7 @@ class SpokenDigits(Recordings):
             if unknown := sorted(known - speakers):
                 raise ValueError(f"data.speakers.{split}: {unknown[0]!r} is none of {', '.join(sorted(speakers))}")
         if empty := [split for split, own in splits.items() if not own]:
-            raise ValueError(f"data.speakers leaves nobody for {empty[0]}: there are {', '.join(sorted(speakers))}")
+            raise ValueError(f"data.speakers leaves no speaker for {empty[0]}: there are {', '.join(sorted(speakers))}")
         if self.digits is None:
             return splits
         return {

@@ -73,7 +73,7 @@ def unpacking(path: Path):
         yield
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}): put a whole one there; another data.root=DIR downloads a corpus anew"
+            f"{path} is damaged ({error}): replace it with a complete file; another data.root=DIR downloads it again"
         ) from error
 
 
@@ -162,7 +162,7 @@ def download(path: Path, packing: str, url: str, checksum: str | None) -> Path:
         if error.response is not None:
             reason = f"the server answers {error.response.status_code} {error.response.reason}"
         raise ConnectionError(
-            f"cannot download {url} to {path}: {reason}. Run the same command again (it goes on where it stopped), "
+            f"cannot download {url} to {path}: {reason}. Run the same command again (the download continues), "
             f"or put the file there by hand. {NO_NETWORK}"
         ) from error
     except ValueError as error:

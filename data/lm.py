@@ -52,7 +52,7 @@ class Vocabulary:
         except KeyError as error:
             unknown = bytes([error.args[0]]) if self.unit == "bytes" else error.args[0]
             raise ValueError(
-                f"{unknown!r} is none of the {len(self)} {self.unit} that the model was trained on: "
+                f"{unknown!r} is not in the model's vocabulary of {len(self)} {self.unit}: "
                 "take it out of the text, or train on a text that holds it"
                 + (" (data.min_count=2 makes rare words <unk>)" if self.unit == "words" else "")
             ) from None

@@ -158,7 +158,7 @@ def fail(message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tasks/ lies beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tasks/ is in the parent folder
     from tasks.run import console
 
     console.use_utf8()

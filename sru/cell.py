@@ -57,7 +57,7 @@ class SRUCell(nn.Module):
         layer_norm: normalise the input of the matrices, or with `normalize_after` the output of the layer.
         highway_bias: initial bias b_r of the reset gate; negative values pass more of x (-3 for deep language models).
         forget_bias: initial bias b_f of the forget gate. The published 0 halves c at every step; 2 remembers for about
-            eight steps, which trains better when embeddings start at random (README, results).
+            eight steps, which trains better when embeddings start at random (docs/tasks/classification.md).
         has_skip_term: False removes the highway: h_t = r_t * g(c_t).
         project_skip: project the highway by a fourth matrix even if the sizes are equal (speech networks of 2017).
         rescale: the scaling correction alpha = sqrt(1 + 2 exp(highway_bias)); False sets alpha to 1 (section 3.2).

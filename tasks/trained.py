@@ -121,7 +121,9 @@ def class_and_options(config: dict[str, Any], part: str, base: type) -> tuple[An
     # A module of this project may import a class from elsewhere.
     is_own = is_own and target.__module__.split(".")[0] == name.split(".")[0]
     if not is_own or "_target_" in json.dumps(options):
-        raise ValueError(f"the run names {name} as {part}, or classes within: not of this project, nothing built")
+        raise ValueError(
+            f"the run names {name} as {part}, or classes within: not part of this project; nothing was built"
+        )
     return target, options | ({"linear": get_object(PRODUCT)} if has_product else {})
 
 

@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 OURS = ("sru", "tasks", "data", "scripts", "train", "evaluate", "predict")
-# Real corpora; what was recorded from the official package lies beside them. Absolute, for tests change folders.
+# Real corpora, next to recordings of the official package. The path is absolute because tests change folders.
 REAL = Path(os.environ.get("SRU_TEST_DATA") or ROOT.parent / "shared/data").expanduser().absolute()
 GOLDEN = (ROOT / "tests/samples/golden", REAL.parent / "golden")  # a few of the recordings, and all
 os.environ["WANDB_MODE"] = "offline"
@@ -72,16 +72,20 @@ def _give_memory_back(monkeypatch):
     """Training keeps what it frees; a process of thousands of tests would keep what the largest of them took."""
     if memory := sys.modules.get("tasks.run.malloc"):
         monkeypatch.setattr(memory, "keep_freed_memory", lambda: None)
-    before = resident()
     yield
-    if resident() > before + 50:
-        gc.collect()  # a trainer, its network and its optimiser refer to one another
+    # Trainer, network and optimiser refer to one another: only a collection frees them.
+    if resident() > last_resident[0] + 60:
+        gc.collect()
         if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
             library.malloc_trim(0)
+        last_resident[0] = resident()
+
+
+last_resident = [0.0]  # MB after the last collection
 
 
 def resident() -> float:
-    """Megabytes that this process holds, where the system tells."""
+    """Resident memory of this process in MB, if the system reports it."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20 if statm.exists() else 0.0
 

@@ -51,7 +51,7 @@ def commands(text, script="train.py"):
 
 
 def is_row(words):
-    """A row of a paper and no more: tests/test_papers.py has those."""
+    """A row of a paper and no more: tests/scripts/test_papers.py has those."""
     return len(words) == 1 and words[0].startswith("experiment=")
 
 

@@ -205,7 +205,7 @@ def test_a_checkpoint_from_a_stranger_builds_none_of_its_classes(translator, tmp
     strangers = ({"_target_": "os.system"}, {"files": {"_target_": "os.system"}}, imported)
     for number, changed in enumerate(strangers):
         folder = older(translator, tmp_path / str(number), config=config | {part: config[part] | changed})
-        with pytest.raises(ValueError, match="not of this project, nothing built"):
+        with pytest.raises(ValueError, match="not part of this project; nothing was built"):
             evaluate.main([f"checkpoint={folder}"])
 
 

@@ -1,4 +1,4 @@
-"""The papers' rows of language modelling, under the published schedules; tests/test_papers.py has their sizes."""
+"""Published rows of language modelling, with their schedules; tests/scripts/test_papers.py has their sizes."""
 
 import pytest
 import torch

@@ -94,7 +94,7 @@ def test_a_text_without_lines_is_scored(configure, tmp_path, capsys):
         (["checkpoint=/nowhere", "prompt=x"], "checkpoint=/nowhere is neither"),
         (["checkpoint={run}"], "give prompt='some text'"),
         (["checkpoint={run}", "prompt="], "the prompt is empty"),
-        (["checkpoint={run}", "prompt=\u4e2d"], "'\u4e2d' is none of the"),
+        (["checkpoint={run}", "prompt=\u4e2d"], "'\u4e2d' is not in the model's vocabulary of"),
         (["checkpoint={run}", "prompt=x", "length=-1"], "length=-1 must be 0 or above"),
         (["checkpoint={run}", "prompt=x", "length=many"], "length=many must be a whole number"),
         (["checkpoint={run}", "prompt=x", "device=tpu"], "device=tpu must be auto, cpu"),
@@ -148,9 +148,9 @@ def test_a_checkpoint_of_another_size_is_refused(trained, tmp_path):
 
 @pytest.mark.parametrize("target", ["os.system", "tasks.run.files.write_text", "data.lm.Text", "torch.nn.Linear"])
 def test_a_folder_from_a_stranger_builds_none_of_its_classes(trained, tmp_path, target):
-    with pytest.raises(ValueError, match="not of this project, nothing built"):
+    with pytest.raises(ValueError, match="not part of this project; nothing was built"):
         predict.load(str(copy_of(trained, tmp_path / "one", model___target_=target)))
-    with pytest.raises(ValueError, match="not of this project, nothing built"):
+    with pytest.raises(ValueError, match="not part of this project; nothing was built"):
         predict.load(str(copy_of(trained, tmp_path / "two", model__transform_module={"_target_": target})))
-    with pytest.raises(ValueError, match="not of this project, nothing built"):
+    with pytest.raises(ValueError, match="not part of this project; nothing was built"):
         predict.load(str(copy_of(trained, tmp_path / "three", task__linear={"_target_": target, "_partial_": True})))

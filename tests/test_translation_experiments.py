@@ -1,4 +1,4 @@
-"""The papers' rows of translation, under the published schedules; tests/test_papers.py has their sizes."""
+"""The papers' rows of translation, under the published schedules; tests/scripts/test_papers.py has their sizes."""
 
 import pytest
 import torch

@@ -136,7 +136,7 @@ class Frames:
             if low < 0 or num_targets is None:
                 raise ValueError(f"{message} {low}: targets must be 0 or more, as written by ali-to-pdf")
             raise ValueError(
-                f"{message} {high}, which is none of 0 to {num_targets - 1}; type data.num_targets={high + 1} or more"
+                f"{message} {high}, outside 0 to {num_targets - 1}; type data.num_targets={high + 1} or more"
             )
         total = np.bincount(targets, minlength=len(counts))
         total[: len(counts)] += counts

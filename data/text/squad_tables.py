@@ -159,7 +159,9 @@ def check_text(text: str, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name} has half a character, {text[error.start]!r} at {error.start}: take it out") from error
+        raise ValueError(
+            f"{name} contains an unpaired surrogate, {text[error.start]!r} at {error.start}: take it out"
+        ) from error
 
 
 class Columns:

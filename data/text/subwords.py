@@ -84,7 +84,7 @@ class Subwords:
         parts: list[tuple[Item, list[int], list[int]]] = []
         for i, sentence in enumerate(sentences):
             if re.search("[\ud800-\udfff]", sentence):
-                raise ValueError(f"{sentence!r} has half a character: type it in UTF-8")
+                raise ValueError(f"{sentence!r} contains an unpaired surrogate: type it in UTF-8")
             numbers = self.encode(sentence)
             for begin in range(0, max(1, len(numbers)), max_length):
                 parts.append((Item(i, sentence, ""), numbers[begin : begin + max_length], []))

@@ -1,4 +1,4 @@
-"""The SRU recurrence as an exported program holds it: torch's operators only, for any number of steps.
+"""The SRU recurrence for exported programs: torch's operators only, for any number of steps.
 
 The loop carries the state alone; the outputs of all steps are computed at once.
 """

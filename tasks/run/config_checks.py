@@ -63,9 +63,9 @@ LIBRARY = {
 def why_unusable(path: str, name: str) -> str | None:
     """Why no run can use an option that its class takes; None for other options."""
     if path == "model" and name in LIBRARY:
-        return f"model.{name} is not for a run: {LIBRARY[name]}; leave out model.{name}"
+        return f"model.{name} cannot be set in a run: {LIBRARY[name]}; leave out model.{name}"
     if path in ("callbacks.best", "callbacks.last") and name == "save_weights_only":
-        return f"{path}.{name} is not for a run: a resume and the test need the whole checkpoint. Leave it out"
+        return f"{path}.{name} cannot be set in a run: a resume and the test need the whole checkpoint. Leave it out"
     if path == "trainer" and name in ("strategy", "num_nodes"):
         return f"trainer.{name} is for several processes: type trainer=ddp, and for example trainer.devices=2"
     return None
@@ -111,7 +111,7 @@ def check(cfg: DictConfig) -> None:
 def check_trainer(cfg: DictConfig) -> None:
     trainer = cfg.trainer
     if "max_epochs" not in trainer:
-        raise ValueError("trainer.max_epochs is missing, and a run needs an end; leave out ~trainer.max_epochs")
+        raise ValueError("trainer.max_epochs is missing; leave out ~trainer.max_epochs")
     for stage in ("train", "val", "test"):
         limit = trainer[f"limit_{stage}_batches"]
         is_number = type(limit) in (int, float) and limit >= 0
@@ -143,8 +143,8 @@ def check_data(cfg: DictConfig, data: Any, last: Path | None) -> None:
     # Not model_kwargs, which downloads the corpus.
     if other := [name for name in data.MODEL_KWARGS if name not in known]:
         raise ValueError(
-            f"data={cfg.choices.data} does not go with task={cfg.choices.task}, which knows no {', '.join(other)}; "
-            "texts (pydoc_text, bytes, ptb, ...) are for task=lm, sentences (pydoc, cr, trec, ...) for "
+            f"data={cfg.choices.data} does not go with task={cfg.choices.task}, which does not accept "
+            f"{', '.join(other)}; texts (pydoc_text, bytes, ptb, ...) are for task=lm, sentences (pydoc, cr, trec, ...) for "
             "task=classification, images (digits, mnist_rows, ...) for task=image, questions (squad, squad_sample) for "
             "task=squad, pairs of texts (multi30k, ...) for task=translation, recordings (speech_sample, fsdd_strings, "
             "librispeech_100, ...) for task=speech, and with data.unit=label for task=keywords, Kaldi's folders "
@@ -170,7 +170,7 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
 
 
 def outline_of(node: DictConfig, path: str) -> Any:
-    """The outline of a node's class, or the class itself if only the import tells its arguments."""
+    """The outline of a node's class, or the class itself if its arguments are known only after import."""
     return signatures.outline(str(node._target_)) or import_class(node, path)
 
 

@@ -117,7 +117,7 @@ def explain_list(option: str, rest: str | None, word: str) -> str:
         hint = f"type {shlex.quote(f'+{group}.{rest}={value}')}"
     else:
         name = rest if rest and rest[0].isalpha() else "NAME"
-        hint = f"type +{group}.{name}._target_=CLASS to add one, {group}.{name}=null to take one away"
+        hint = f"type +{group}.{name}._target_=CLASS to add one, {group}.{name}=null to remove one"
     return f"{word}: trainer.{option} is made of {group}; {hint}"
 
 
@@ -171,7 +171,7 @@ def check(cfg: DictConfig) -> None:
         check_required(node, path)
         for name in map(str, node):
             if name in supplied:
-                raise ValueError(f"{path}.{name} is not for the configuration, the program gives it: leave it out")
+                raise ValueError(f"{path}.{name} is set by the program: leave it out")
             # config_checks has checked data, model and task.
             is_known = name in HYDRA_KEYS or name in names or takes_more or path in ("data", "model", "task")
             if not is_known:
@@ -327,7 +327,7 @@ def explain_key(key: str, words: list[str]) -> str:
     if re.fullmatch(r"logger\.\w+", key) and is_nothing(value):
         return f"{start}: type {key.replace('logger', 'loggers')}=null, or logger=csv"
     if re.fullmatch(r"(loggers|callbacks)\.\w+", key) and is_nothing(value):
-        return f"There is no {key} to take away: leave out {word}"
+        return f"There is no {key} to remove: leave out {word}"
     if parts[0] == "hydra":
         return f"{start}; --cfg hydra shows those of Hydra. Where a launcher or sweeper takes it, type {plus}"
     cfg, absent = compose_without(key, words), object()
@@ -351,7 +351,7 @@ def explain_key(key: str, words: list[str]) -> str:
         if "_target_" in parent:
             names, takes_more = arguments(parent, path)
             if name in code_arguments(cfg, path, parent):
-                return f"{path}.{name} is not for the configuration, the program gives it: leave it out"
+                return f"{path}.{name} is set by the program: leave it out"
             if why := why_unusable(path, name):
                 return why
             if name in names and below and below[0] not in HYDRA_KEYS:
@@ -388,9 +388,9 @@ def explain_hydra(text: str, words: list[str]) -> str | None:
         key = next(filter(None, there.groups()))
         typed = [word for word in words if word[:1] == "+" and key_of(word) == key]  # after those of a resumed run
         word = typed[-1] if typed else f"+{key}=VALUE"
-        return f"{key} is there already: leave out the plus, type {shlex.quote(word.lstrip('+'))}"
+        return f"{key} already exists: leave out the plus, type {shlex.quote(word.lstrip('+'))}"
     if forced := re.search(r"force-add of config groups is not supported: '\++([^']+)'", text):
-        return f"{forced[1].partition('=')[0]} is there already: leave out the plus, type {shlex.quote(forced[1])}"
+        return f"{forced[1].partition('=')[0]} already exists: leave out the plus, type {shlex.quote(forced[1])}"
     if absent := re.search(r"Could not delete '([^']+)'\. No match", text):
         return f"There is no {absent[1]} to remove: leave out ~{absent[1]}"
     if absent := re.search(r"Could not delete from config\. '([^']+)' does not exist", text):

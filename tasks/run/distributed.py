@@ -189,7 +189,7 @@ def launch(cfg: DictConfig, count: int) -> float | None:
         how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}, explained above"
         message = f"process {number} of {count} ended by {how}; the others were stopped."
         if (Path(cfg.run_dir) / "checkpoints/last.ckpt").exists():
-            message += f" Go on with: python train.py resume={shlex.quote(cfg.run_dir)}"
+            message += f" Continue with: python train.py resume={shlex.quote(cfg.run_dir)}"
         raise ChildProcessError(message) from None
     except SignalException as error:
         # After an Exception, a sweep would begin its next job.

@@ -46,7 +46,7 @@ def explain_failure(error: BaseException) -> str | None:
         return f"{path}: {error.strerror}. Runs are written below hydra.run.dir=FOLDER (hydra.sweep.dir)"
     if not any(name.startswith("data.") for name in modules):
         return f"{path}: {error.strerror}"
-    return f"{path}: {error.strerror}. Corpora lie in data.root=FOLDER, prepared data in data.cache=FOLDER"
+    return f"{path}: {error.strerror}. Corpora are stored in data.root=FOLDER, prepared data in data.cache=FOLDER"
 
 
 def explain(error: BaseException) -> str:
@@ -101,10 +101,10 @@ def guard(main: Callable[[], Any]) -> None:
             sys.exit(128 + 13)  # the status of SIGPIPE
         if show_traceback:
             raise
-        sys.exit(f"error: {explain(error)}\n(--help lists what there is, HYDRA_FULL_ERROR=1 shows where.)")
+        sys.exit(f"error: {explain(error)}\n(--help lists the choices, HYDRA_FULL_ERROR=1 shows where.)")
     except SystemExit as refused:
         if refused.code == 2:  # from argparse, which knows only Hydra's own flags
-            print("Options have no dashes: depth=3, not --depth 3. --help lists what there is.", file=sys.stderr)
+            print("Options have no dashes: depth=3, not --depth 3. --help lists the choices.", file=sys.stderr)
         raise
     finally:
         os.environ.pop("SRU_MESSAGES", None)

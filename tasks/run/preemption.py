@@ -61,7 +61,7 @@ class Interruption(pl.Callback):
     def _stop(self, trainer: pl.Trainer) -> None:
         number = self.signal or signal.SIGTERM  # or another process received it
         trainer.save_checkpoint(self.path)
-        trainer.print(f"{number.name}: {self.path} goes on after step {trainer.global_step}.")
+        trainer.print(f"{number.name}: {self.path} is saved; a resume continues after step {trainer.global_step}.")
         if number.name == "SIGUSR1" and self._requeue is not None:
             self._requeue(number, None)
             if trainer.is_global_zero:  # Lightning has saved the same state as last.ckpt

@@ -62,7 +62,7 @@ def open_run_dir(cfg: DictConfig) -> Iterator[Path]:
             check_resume(cfg, folder)
         elif (folder / "checkpoints/last.ckpt").exists() or (folder / "metrics.json").exists():
             raise FileExistsError(
-                f"run_dir={folder} holds a run already. Go on with resume={folder}, or name another run_dir."
+                f"run_dir={folder} already contains a run. Continue with resume={folder}, or name another run_dir."
             )
         files.remove_leftovers(folder)
         yield folder
@@ -124,7 +124,7 @@ def check_resume(cfg: DictConfig, folder: Path) -> None:
         fixed = ("callbacks.average.of", "callbacks.average.monitor", "callbacks.average.mode")
         if key in fixed or not key.startswith(free):
             raise ValueError(
-                f"resume={folder} goes on with the same experiment, but {key} was {old} and is {new}. Leave that "
+                f"resume={folder} continues the same experiment, but {key} was {old} and is {new}. Leave that "
                 "out, or start a new run. More epochs: trainer.max_epochs=N."
             )
         print(f"resumed with {key}: {old} -> {new}")

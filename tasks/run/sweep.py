@@ -1,4 +1,4 @@
-"""Sweeps: a failed job stops no other, a list at the end names the failed jobs, and `resume=` runs what is missing."""
+"""Sweeps: a failed job does not stop the others and is listed at the end; `resume=` runs what is missing."""
 
 import contextlib
 import gc
@@ -66,7 +66,7 @@ class SweepCallback(Callback):
         if SweepCallback.is_new:
             if (folder / "sweep.json").exists():
                 sys.exit(
-                    f"error: hydra.sweep.dir={folder} holds a sweep already. Go on with resume={folder}, or name "
+                    f"error: hydra.sweep.dir={folder} already contains a sweep. Continue with resume={folder}, or name "
                     "another folder."
                 )
             words = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
@@ -227,5 +227,5 @@ def report(folder: Path, is_done: bool) -> list[Path]:
         except DAMAGED:
             print(f"  failed.json is damaged; with a resume the job runs again ({path.parent})")
     if failed or not is_done:
-        print(f"Go on with: python train.py resume={shlex.quote(str(folder))}")
+        print(f"Continue with: python train.py resume={shlex.quote(str(folder))}")
     return failed

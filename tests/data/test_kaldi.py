@@ -248,10 +248,10 @@ def test_what_is_wrong_is_said_before_a_network_is_built(tmp_path, what, expecte
 
 def test_targets_beyond_the_hmms_are_refused(tmp_path, corpus):
     assert frames(write(tmp_path / "x"), num_targets=9).counts.shape == (9,)
-    with pytest.raises(ValueError, match=r"has the target 3, which is none of 0 to 2; type data\.num_targets=4"):
+    with pytest.raises(ValueError, match=r"has the target 3, outside 0 to 2; type data\.num_targets=4"):
         frames(tmp_path / "x", num_targets=3)
     write(tmp_path / "val", ali={key: found + 5 for key, found in alignments().items()})
-    with pytest.raises(ValueError, match=r"data\.val=val: utterance a1 has the target \d, which is none of 0 to 3"):
+    with pytest.raises(ValueError, match=r"data\.val=val: utterance a1 has the target \d, outside 0 to 3"):
         corpus().setup()
 
 

@@ -187,9 +187,9 @@ def test_half_a_character_is_decoded_as_a_replacement():
 @pytest.mark.parametrize(
     ("unit", "tokens", "message"),
     [
-        ("bytes", [97], "b'b' is none of the 1 bytes"),
-        ("characters", ["a"], "'b' is none of the 1 characters"),
-        ("words", ["a"], r"'b' is none of the 1 words .*\(data\.min_count=2"),
+        ("bytes", [97], "b'b' is not in the model's vocabulary of 1 bytes"),
+        ("characters", ["a"], "'b' is not in the model's vocabulary of 1 characters"),
+        ("words", ["a"], r"'b' is not in the model's vocabulary of 1 words: .*\(data\.min_count=2"),
     ],
 )
 def test_an_unknown_piece_is_named(unit, tokens, message):

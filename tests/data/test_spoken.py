@@ -384,7 +384,7 @@ def test_speakers_and_strings_of_digits(fsdd):
     assert len({text for _, text in orders}) == len(orders)  # of other speakers too
     with pytest.raises(ValueError, match=r"data\.speakers\.test: 'dora' is none of anna, bob, cleo"):
         spoken_digits(fsdd, speakers={"val": ["bob"], "test": ["dora"]}).utterances()
-    with pytest.raises(ValueError, match=r"data\.speakers leaves nobody for train"):
+    with pytest.raises(ValueError, match=r"data\.speakers leaves no speaker for train"):
         spoken_digits(fsdd, speakers={"val": ["bob"], "test": ["cleo", "anna"]}).utterances()
     for options, message in (
         ({"digits": [3]}, "must be two whole numbers"),

@@ -150,7 +150,10 @@ def test_the_first_answer_of_whole_tokens_is_trained_on(tmp_path):
         (squad((PASSAGE, [])), r"data\.train=.* has 0 questions, expected 1 or more: type data\.train=FILE"),
         (squad(), r"data\.train=.* has 0 questions, expected 1 or more: type data\.train=FILE"),
         (squad((PASSAGE, [question(start=1)])), r"no question with an answer to learn from"),
-        (squad((PASSAGE, [question("\\ud83d?")])).replace("\\\\", "\\"), r"qas\[0\]: 'question' has half a character"),
+        (
+            squad((PASSAGE, [question("\\ud83d?")])).replace("\\\\", "\\"),
+            r"qas\[0\]: 'question' contains an unpaired surrogate",
+        ),
     ],
 )
 def test_what_is_not_in_the_format_is_refused_with_its_place(tmp_path, content, message):

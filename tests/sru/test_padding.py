@@ -1,4 +1,4 @@
-"""What every encoder promises of a padded batch: each sequence gives what it gives alone."""
+"""Padding: each sequence of a batch gives the same result as alone."""
 
 from functools import partial
 

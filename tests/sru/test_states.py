@@ -1,7 +1,6 @@
-"""Whatever brings a layer its numbers, and however it is then called: the same output and gradient.
+"""Every way to load parameters and every way to call a layer give the same output and gradient.
 
-The layers' scaling corrections and biases differ from what their constructor would make, so that whoever asks the
-constructor is found out. No test reads `alpha` before it calls a layer.
+The scaling corrections and biases differ from those that the constructor would make.
 """
 
 import copy

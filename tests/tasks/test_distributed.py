@@ -289,7 +289,7 @@ def test_on_a_signal_all_processes_save_and_the_sweep_ends(tmp_path, number):
     running.send_signal(number)
     status, out, err = ended(running, within=120)
     assert status == 128 + number, err
-    assert f"Go on with: python train.py resume={tmp_path}" in out
+    assert f"Continue with: python train.py resume={tmp_path}" in out
     assert len(checkpoint(tmp_path / "0")["processes"]) == 2
     assert not (tmp_path / "0/failed.json").exists()
     assert not (tmp_path / "1").exists()

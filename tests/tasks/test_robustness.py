@@ -110,7 +110,7 @@ def test_a_run_stopped_several_times_equals_an_uninterrupted_run(configure, tmp_
         assert signal.getsignal(number) == before
         told = capfd.readouterr()
         assert f"{number.name}: stopping after this step; a second one stops at once." in told.err
-        assert f"Go on with: python train.py resume={parts}" in told.out
+        assert f"Continue with: python train.py resume={parts}" in told.out
         assert checkpoint(parts)["global_step"] == step
         assert not (parts / "metrics.json").exists()
         assert not (parts / ".lock").exists()
@@ -227,8 +227,8 @@ def test_train_exits_with_the_status_of_the_signal_and_prints_how_to_resume(tmp_
         process.kill()
     assert process.returncode == 143, err
     step = checkpoint(tmp_path / "run")["global_step"]
-    assert f"SIGTERM: {tmp_path}/run/checkpoints/last.ckpt goes on after step {step}." in out
-    assert f"Go on with: python train.py resume={tmp_path}/run" in out
+    assert f"SIGTERM: {tmp_path}/run/checkpoints/last.ckpt is saved; a resume continues after step {step}." in out
+    assert f"Continue with: python train.py resume={tmp_path}/run" in out
     assert "Traceback" not in err
 
 
@@ -351,7 +351,7 @@ def test_only_errors_of_data_files_name_data_root(tmp_path):
     with pytest.raises(IsADirectoryError) as caught:
         download.digest(tmp_path / "corpus", "", "sha256")
     assert errors.explain(caught.value) == (
-        f"{tmp_path}/corpus: Is a directory. Corpora lie in data.root=FOLDER, prepared data in data.cache=FOLDER"
+        f"{tmp_path}/corpus: Is a directory. Corpora are stored in data.root=FOLDER, prepared data in data.cache=FOLDER"
     )
     with pytest.raises(IsADirectoryError) as caught:
         torch.load(tmp_path / "corpus", weights_only=True)
@@ -432,7 +432,7 @@ def test_a_clock_that_goes_back_changes_nothing(configure, tmp_path, monkeypatch
     found = json.loads((tmp_path / "run/metrics.json").read_text())
     assert 0 < found["seconds"] <= found["wall_seconds"] < 600
     assert [row["step"] for row in rows(tmp_path / "run")] == ["6", "12", "12"]
-    with pytest.raises(FileExistsError, match="holds a run already"):  # the earlier run
+    with pytest.raises(FileExistsError, match="already contains a run"):  # the earlier run
         train.run(configure(*SHORT, *SMALL, "epochs=2"))
 
 

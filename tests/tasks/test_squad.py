@@ -302,8 +302,8 @@ def test_both_tables_are_there_and_components_go_one_after_another(configure):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data=pydoc"], "data=pydoc does not go with task=squad, which knows no num_classes"),
-        (["data=squad", "task=lm"], "data=squad does not go with task=lm, which knows no num_features"),
+        (["data=pydoc"], "data=pydoc does not go with task=squad, which does not accept num_classes"),
+        (["data=squad", "task=lm"], "data=squad does not go with task=lm, which does not accept num_features"),
         (["data.tagger=nltk"], r"data\.tagger=nltk must be spacy or none"),
         (["data.tagger=spacy", "data.spacy_model=null"], r"data\.spacy_model=None must name a pipeline"),
         (["data.window=0"], r"data\.window=0 must be a whole number"),

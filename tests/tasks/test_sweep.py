@@ -127,7 +127,7 @@ def test_a_resumed_sweep_is_the_same_sweep(command, tmp_path, capsys):
     done = times(folder / "0")
     for word in ("depth=2", "seed=1,2", "hydra.sweeper.max_batch_size=3", "run_dir=elsewhere"):
         assert f"{word} would change it" in command(f"resume={folder}", word)
-    assert "holds a sweep already" in command("-m", "seed=2", *TINY, f"hydra.sweep.dir={folder}")
+    assert "already contains a sweep" in command("-m", "seed=2", *TINY, f"hydra.sweep.dir={folder}")
     # A changed record must not return results of other jobs.
     record = folder / "sweep.json"
     record.write_text(record.read_text().replace("seed=1", "seed=2"))
@@ -197,7 +197,7 @@ def test_a_signal_stops_parallel_jobs_with_complete_checkpoints_and_the_sweep_re
     finally:
         running.kill()
     assert running.returncode == 128 + number, output
-    assert f"Go on with: python train.py resume={folder}" in output
+    assert f"Continue with: python train.py resume={folder}" in output
     assert "Traceback" not in output
     assert not (folder / "2/run.json").exists()
     steps = []
@@ -274,7 +274,7 @@ def test_a_signal_ends_jobs_that_run_side_by_side(tmp_path):
     process.terminate()
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
-    assert f"Go on with: python train.py resume={tmp_path}" in out
+    assert f"Continue with: python train.py resume={tmp_path}" in out
     for i in (0, 1):  # no job runs on unseen
         with FileLock(tmp_path / f"{i}/.lock", timeout=20):
             pass

@@ -243,7 +243,7 @@ def test_a_resume_refuses_another_experiment_and_leaves_the_record(configure, tm
     folder = tmp_path / "run"
     train.run(configure("trainer=debug"))
     before = (folder / "config.yaml").read_text()
-    with pytest.raises(ValueError, match=rf"resume={folder} goes on with the same experiment"):
+    with pytest.raises(ValueError, match=rf"resume={folder} continues the same experiment"):
         train.run(configure("trainer=debug", "trainer.max_epochs=2", f"resume={folder}", override))
     assert (folder / "config.yaml").read_text() == before
 
