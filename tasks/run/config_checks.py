@@ -144,11 +144,11 @@ def check_data(cfg: DictConfig, data: Any, last: Path | None) -> None:
     if other := [name for name in data.MODEL_KWARGS if name not in known]:
         raise ValueError(
             f"data={cfg.choices.data} does not go with task={cfg.choices.task}, which does not accept "
-            f"{', '.join(other)}; texts (pydoc_text, bytes, ptb, ...) are for task=lm, sentences (pydoc, cr, trec, ...) "
-            "for task=classification, images (digits, mnist_rows, ...) for task=image, questions (squad, squad_sample) for "
-            "task=squad, pairs of texts (multi30k, ...) for task=translation, recordings (speech_sample, fsdd_strings, "
-            "librispeech_100, ...) for task=speech, and with data.unit=label for task=keywords, Kaldi's folders "
-            "(frames_sample, kaldi) for task=hybrid"
+            f"{', '.join(other)}; texts (pydoc_text, bytes, ptb, ...) are for task=lm, sentences (pydoc, cr, trec, "
+            "...) for task=classification, images (digits, mnist_rows, ...) for task=image, questions (squad, "
+            "squad_sample) for task=squad, pairs of texts (multi30k, ...) for task=translation, recordings "
+            "(speech_sample, fsdd_strings, librispeech_100, ...) for task=speech, and with data.unit=label for "
+            "task=keywords, Kaldi's folders (frames_sample, kaldi) for task=hybrid"
         )
     if last is not None:
         from tasks.run import checkpoints
