@@ -60,6 +60,7 @@ def tabulate(groups: list[Group]) -> str:
     repeats = sum(len(group.runs) - len({run.chance for run in group.runs}) for group in groups)
     if repeats:
         text.append(
-            f"Runs that repeat the seed and fold of another in their group: {repeats}. n is too high there, and std too low."
+            f"Runs that repeat the seed and fold of another in their group: {repeats}. "
+            "n is too high there, and std too low."
         )
     return "\n".join(text)
