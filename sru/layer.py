@@ -53,6 +53,9 @@ class SRU(nn.Module):
         rnn_dropout, bidirectional, activation, ..., dtype, official: as in SRUCell, but without n_proj.
     """
 
+    # Accepted besides the arguments below; see sru/official_format.py.
+    official_options = ("use_tanh", "v1", "custom_m", "amp_recurrence_fp16")
+
     def __init__(
         self,
         input_size: int,

@@ -44,6 +44,20 @@ RANGES: dict[str, tuple[float, float, float]] = {
     "trainer.max_steps": (-1, 10**9, 400_000),
     "trainer.accumulate_grad_batches": (1, 10**6, 1),
     "trainer.max_epochs": (1, 10**6, 100),
+    "data.unroll": (1, 10**6, 128),
+    "data.eval_batch_size": (1, 10**6, 1),
+    "data.eval_unroll": (1, 10**6, 128),
+    "data.vocab_size": (1, 10**7, 32_000),
+    "data.max_length": (1, 10**6, 100),
+    "data.tokens_per_batch": (1, 10**9, 4096),
+    "data.eval_tokens_per_batch": (1, 10**9, 4096),
+    "data.delay": (0, 10**4, 10),
+    "data.segment": (1, 10**6, 20),
+    "data.right": (0, 10**6, 20),
+    "data.eval_frames_per_batch": (1, 10**9, 8000),
+    "data.window": (1, 10**6, 1000),
+    "data.frames_per_batch": (1, 10**9, 12_000),
+    "data.volume": (0, 60, 20.0),
 }
 # Options of data that name files or folders.
 FOLDERS = ("root", "cache")
@@ -57,6 +71,8 @@ LIBRARY = {
     "device": "trainer.accelerator selects it",
     "dtype": "trainer.precision sets it, for example 64-true",
     "transform_module": "a module cannot be typed",
+    "custom_m": "a module cannot be typed",
+    "amp_recurrence_fp16": "it has no effect",
 }
 
 
@@ -198,7 +214,10 @@ def options_of(target: Any, annotation: type | None = None) -> list[str]:
         if "__init__" in vars(c) and c.__module__.split(".")[0] in signatures.OURS
     ]
     parameters = [parameter for c in ours for parameter in inspect.signature(c).parameters.values()]
-    return sorted({p.name for p in parameters if p.kind is not p.VAR_KEYWORD and annotation in (None, p.annotation)})
+    names = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD and annotation in (None, p.annotation)}
+    # The official package's names for options of the SRU, which its signature does not show.
+    official = getattr(target, "official_options", ()) if annotation is None else ()
+    return sorted(names | {*(official or ())})
 
 
 def arguments(node: DictConfig, path: str) -> tuple[list[str], bool]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sru import SRU, SRUCell, presets
+from sru import SRU, SRUCell, official_format, presets
 
 
 def test_projection_is_a_matrix_before_the_others():
@@ -293,3 +293,7 @@ def test_resetting_draws_again():
     stack.reset_parameters()
     same = {name for name, parameter in stack.named_parameters() if torch.equal(parameter, before[name])}
     assert same == {f"layers.{i}.{name}" for i in (0, 1) for name in ("bias", "layer_norm.weight", "layer_norm.bias")}
+
+
+def test_the_stack_lists_the_official_options_that_it_accepts():
+    assert {*SRU.official_options} == official_format.OPTIONS.keys() - {"n_proj"}

@@ -337,3 +337,10 @@ def test_a_repeated_word_with_a_plus_counts_once_in_a_resume(tmp_path):
     )
     assert found[:3] == ["+trainer.profiler=simple", "depth=1", "+trainer.detect_anomaly=true"]
     assert Path(found[3].partition("=")[2].strip("'")) == tmp_path
+
+
+@pytest.mark.parametrize("word", ["+model.use_tanh=true", "+model.v1=true", "+model.custom_m=null"])
+def test_a_run_accepts_the_official_names_of_options(configure, word):
+    cfg = configure("task=image", word)
+    config_checks.check(cfg)
+    config_hints.check(cfg)
