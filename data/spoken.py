@@ -111,7 +111,7 @@ def has_number(value: Any, depth: int = 3) -> bool:
     return type(value) in (int, float)
 
 
-EXAMPLE = '{"audio": "a/1.wav", "text": "what is said", "speaker": "anna"}'
+EXAMPLE = '{"audio": "a/1.wav", "text": "the transcript", "speaker": "anna"}'
 # Words in keys that may change the sound: anywhere in the key (BOUNDS), as its first word (CHANGES), or if the key has
 # no other words (ALONE).
 BOUNDS = {

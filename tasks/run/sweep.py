@@ -1,4 +1,4 @@
-"""Sweeps: a failed job does not stop the others and is listed at the end; `resume=` runs what is missing."""
+"""Sweeps: a failed job does not stop the others and is listed at the end; `resume=` runs the missing jobs."""
 
 import contextlib
 import gc
