@@ -11,6 +11,8 @@ import pytest
 
 # The tests' tensors are small: a second thread mostly waits. Before torch, which reads it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# oneDNN keeps a compiled product for each of the last 1,024 shapes, about 0.1 MB each; the tests have thousands of shapes.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 import torch
 
 ROOT = Path(__file__).parent.parent
