@@ -244,18 +244,18 @@ def test_a_bad_argument_is_named():
     network, x = SRUpp(6, 8, 4), torch.randn(5, 2, 6)
     for arguments, message in [
         ({"attn_mask": torch.zeros(5, 4)}, r"attn_mask must be \(5, 5\) or \(2, 5, 5\), memory's steps first"),
-        ({"memory": [x]}, "one tensor for each of 2 layers, not 1"),
-        ({"memory": [x, x]}, r"memory of layer 1 must be \(M, 2, 8\), not \(5, 2, 6\)"),
+        ({"memory": [x, x]}, r"memory of layer 1 must be \(5, 2, 8\), not \(5, 2, 6\)"),
         ({"memory_mask_pad": x}, "memory_mask_pad needs memory"),
-        ({"memory": [x, torch.zeros(3, 2, 8)]}, r"the same number of steps for each layer, not \[5, 3\]"),
+        ({"memory": [x, torch.zeros(3, 2, 8)]}, r"memory of layer 1 must be \(5, 2, 8\), not \(3, 2, 8\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             network(x, **arguments)
     for arguments, message in [
         ({"attn_msk": None}, "did you mean attn_mask"),
         ({"attn_mask": torch.zeros(5, 5).int()}, "attn_mask must be bool.*not torch.int32"),
-        ({"memory": [None, x]}, "memory must be a list of tensors"),
-        ({"memory": [x.long(), x.long()]}, "memory must be of a floating dtype"),
+        ({"memory": [x]}, "memory must be a list of 2 floating-point tensors"),
+        ({"memory": [None, x]}, "memory must be a list of 2 floating-point tensors"),
+        ({"memory": [x.long(), x.long()]}, "memory must be a list of 2 floating-point tensors"),
     ]:
         with pytest.raises(TypeError, match=message):
             network(x, **arguments)
