@@ -333,12 +333,6 @@ class SRUCell(nn.Module):
         )
         return (weight, v, bias, alpha) if plain else None
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        cast(Any, super()).__setstate__(state)
-        for tensor in (self.bias, self.v):  # a layer pickled by an earlier version has a row for each gate
-            if tensor.dim() == 2:
-                tensor.data = tensor.data.flatten()
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight_shape = None if self.weight is None else self.weight.shape
         shape = Shape(self.output_size, self.matrices, self.projection_size, weight_shape, self.has_vc_term)

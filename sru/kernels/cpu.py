@@ -22,7 +22,7 @@ from numba import types
 from torch import Tensor
 
 from sru.kernels.cpu_kernels import BLOCK, NUMBERS, backward, forward, transpose
-from sru.kernels.reference import Arguments
+from sru.kernels.reference import Arguments, with_rows
 
 READS_HALVES = False  # u and x must be float32 or float64
 TILE_BATCH = 4  # sequences of a tile
@@ -96,11 +96,6 @@ def new_empty(like: Tensor, *shape: int) -> Tensor:
         # Only advice: a failure has no effect.
         advise(first, (tensor.data_ptr() + tensor.nbytes - first) // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE)
     return tensor
-
-
-def with_rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied if its last dimension is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @functools.lru_cache(maxsize=64)
