@@ -9,8 +9,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from sru.attention import Attention, Projection, Source, SourceAttention, SourceReader, mask_scores
 from sru.checks import check_flags, check_optional_sizes, check_probabilities, check_sizes, refuse
-from sru.layer import SRU, Lengths
-from sru.padding import clear_padding, join_padding, move_padding_first
+from sru.layer import SRU
+from sru.padding import Lengths, clear_padding, join_padding, move_padding_first
 
 REPLACED = {"transform_module", "custom_m", "projection_size", "n_proj"}  # arguments of SRU that attention replaces
 EncoderState = tuple[Tensor, list[Tensor], Tensor | None]  # c, memory, padding

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sru.layer
-from sru import SRU
+from sru import SRU, plain_stack
 from sru.kernels import cpu_step, stack
 
 OPTIONS = {
@@ -34,10 +34,10 @@ def inputs(net: SRU, steps: int = 5, batch: int = 3) -> tuple[torch.Tensor, torc
 @pytest.fixture
 def one_by_one(monkeypatch):
     """A function that has the layers of stacks called, or not."""
-    sound = SRU.plain_layers
+    sound = plain_stack.find_layers
 
     def switch(to: bool) -> None:
-        monkeypatch.setattr(SRU, "plain_layers", (lambda *_: None) if to else sound)
+        monkeypatch.setattr(plain_stack, "find_layers", (lambda *_: None) if to else sound)
 
     return switch
 
@@ -250,7 +250,8 @@ def test_what_is_not_numbers_in_one_precision_goes_by_the_layers():
 
 
 def by_the_layers(net: SRU) -> bool:
-    return net.plain_layers(torch.zeros(1, 1, net.input_size, dtype=net[0].bias.dtype), None) is None
+    x = torch.zeros(1, 1, net.input_size, dtype=net[0].bias.dtype)
+    return plain_stack.find_layers(net.layers, net.num_layers, x, None, net.output_size, net.bidirectional) is None
 
 
 @torch.no_grad()
