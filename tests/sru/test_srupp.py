@@ -96,7 +96,7 @@ def test_segments_with_memory_are_one_sequence(options):
     torch.testing.assert_close(state[0], c)
 
 
-def test_both_directions_see_all_steps_unless_told_otherwise():
+def test_both_directions_see_all_steps_by_default():
     assert pp(SRUppEncoder).causal
     network, x = pp(SRUppEncoder, bidirectional=True), torch.randn(5, 2, 6, dtype=torch.float64)
     assert not network.causal
@@ -181,7 +181,7 @@ def test_padding_equals_each_sequence_alone(form, bidirectional):
         torch.testing.assert_close(c[:, i : i + 1], c_alone)
 
 
-def test_a_row_that_sees_nothing_is_no_nan():
+def test_a_step_that_sees_nothing_is_not_nan():
     network, x = pp(), torch.randn(5, 2, 6, dtype=torch.float64, requires_grad=True)
     pad = torch.zeros(5, 2, dtype=torch.bool)
     pad[:, 1] = True
@@ -206,7 +206,7 @@ def test_a_row_that_sees_nothing_is_no_nan():
     ],
     ids=str,
 )
-def test_the_layers_that_are_told_to_attend(options, attending):
+def test_the_chosen_layers_attend(options, attending):
     network = SRUpp(6, 8, 4, 4, **options)
     assert [i for i in range(4) if hasattr(network[i].transform_module, "alpha")] == attending
     assert network(torch.randn(3, 2, 6))[0].shape == (3, 2, 8)

@@ -104,7 +104,7 @@ def test_a_bidirectional_step_sees_all_of_its_segment_and_the_memory():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_softmax_is_never_over_nothing(causal):
+def test_no_step_is_masked_completely(causal):
     """What it gives then, 0 or no number, depends on torch's version and the device."""
     pad = torch.arange(5)[:, None] >= torch.tensor([5, 2, 0])
     hidden = mask(3, 2, pad, sequence(3, 3), causal=causal).expand(3, 1, 3, 5)
