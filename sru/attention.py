@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sru.checks import check_mask
 from sru.dropout import dropout
 from sru.kernels.linear import affine, is_plain, linear
-from sru.padding import clear_padding
+from sru.padding import clear_padding, join_padding
 
 # A source as a stack reads it: its padding (S, N) or None, and keys and values (S, N, n) for each layer.
 Source = tuple[Tensor | None, list[tuple[Tensor, Tensor]]]
@@ -68,6 +69,44 @@ def attend(
     with torch.autocast(q.device.type, enabled=False) if widens else contextlib.nullcontext():
         a = F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=causal)
     return a.permute(2, 0, 1, 3).flatten(2).to(dtype)
+
+
+def mask_scores(
+    x: Tensor,
+    length: int,
+    *,
+    attn_mask: Tensor | None,
+    causal: bool,
+    pad: Tensor | None,
+    memory_pad: Tensor | None,
+) -> Tensor | None:
+    """The mask (B or 1, 1, T, S) added to the scores of x (T, B, n) after `length` steps of memory; None for no mask.
+
+    attn_mask (T, S) or (B, T, S): numbers, or True where a step must not look; without one, `causal` hides later steps.
+    pad (T, B), memory_pad (M, B): True at padding.
+    """
+    steps, batch = x.shape[:2]
+    total = length + steps
+    mask = None
+    if attn_mask is not None:
+        if not isinstance(attn_mask, Tensor) or not (attn_mask.is_floating_point() or attn_mask.dtype == torch.bool):
+            found = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
+            raise TypeError(f"attn_mask must be bool, True where a step must not look, or floating-point, not {found}")
+        if attn_mask.shape not in ((steps, total), (batch, steps, total)):
+            expected = f"({steps}, {total}) or ({batch}, {steps}, {total})"
+            raise ValueError(f"attn_mask must be {expected}, memory's steps first, not {tuple(attn_mask.shape)}")
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=x.dtype).masked_fill(attn_mask, -math.inf)
+        mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask[:, None]
+    elif causal and (length or pad is not None):
+        mask = x.new_full((steps, total), -math.inf).triu(length + 1)[None, None]
+    if memory_pad is not None:
+        check_mask(memory_pad, (length, batch), "(M, B)", x)
+    padding = join_padding(memory_pad, pad, length, x)
+    if padding is None:
+        return mask
+    mask = x.new_zeros(1, 1, steps, total) if mask is None else mask
+    return mask.masked_fill(padding.t()[:, None, None], -math.inf)
 
 
 def attend_source(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None, num_heads: int, p: float = 0.0) -> Tensor:
@@ -167,19 +206,16 @@ class Projection(nn.Module):
         memory: Tensor | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
-        cache: "Cache | None" = None,
+        cache: list[Tensor] | None = None,
         source: LayerSource | None = None,
     ) -> Tensor:
         """(T, B, matrices, columns) from x (T, B, n).
 
-        Self-attention also sees memory (M, B, n) or, in a step, a cache; mask (B or 1, 1, T, M + T) is added to the
-        scores; without a mask, `causal` hides later steps.
+        Self-attention also sees memory (M, B, n) or, in a step, the keys and values in `cache`, to which it adds those
+        of x; mask (B or 1, 1, T, M + T) is added to the scores; without a mask, `causal` hides later steps.
         """
         q = affine(x, self.linear1)
-        return self.finish(q, q, source, self.linear2)
-
-    def finish(self, q: Tensor, y: Tensor, source: LayerSource | None, last: nn.Module) -> Tensor:
-        """Apply attention to the source, layer norm, dropout and the last matrix: (T, B, matrices, columns)."""
+        y, last = self.add_attention(q, memory, mask, causal, cache)
         if self.source is not None and source is not None:
             y = y + self.source(q, *source)
         y = y if self.layer_norm is None else self.layer_norm(y)
@@ -192,6 +228,12 @@ class Projection(nn.Module):
                 return u
         u = affine(y, last).unflatten(2, (-1, self.matrices)).transpose(2, 3)
         return u
+
+    def add_attention(
+        self, q: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, cache: list[Tensor] | None
+    ) -> tuple[Tensor, nn.Module]:
+        """q with self-attention added, if there is any, and the last matrix."""
+        return q, self.linear2
 
 
 class Attention(Projection):
@@ -229,45 +271,23 @@ class Attention(Projection):
             nn.init.xavier_uniform_(self.linear3.weight, gain=math.sqrt(1 - self.dropout))
             nn.init.zeros_(self.alpha)
 
-    def forward(
-        self,
-        x: Tensor,
-        memory: Tensor | None = None,
-        mask: Tensor | None = None,
-        causal: bool = False,
-        cache: "Cache | None" = None,
-        source: LayerSource | None = None,
-    ) -> Tensor:
-        q = context = affine(x, self.linear1)
+    def add_attention(
+        self, q: Tensor, memory: Tensor | None, mask: Tensor | None, causal: bool, cache: list[Tensor] | None
+    ) -> tuple[Tensor, nn.Module]:
+        context = q
         if memory is not None:
-            context = torch.cat([affine(memory.to(x.dtype), self.linear1), q])
+            context = torch.cat([affine(memory.to(q.dtype), self.linear1), q])
         k, v = affine(context, self.linear2).chunk(2, dim=-1)
         if cache is not None:
-            k, v = cache.extend(k, v)
-        return self.finish(q, q + self.alpha * self.attend(q, k, v, mask, causal), source, self.linear3)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """Self-attention for q (T, B, proj_size) and k, v (S, B, proj_size); 0 where a step sees nothing."""
+            if cache:
+                k, v = torch.cat([cache[0], k]), torch.cat([cache[1], v])
+            cache[:] = k, v
         p = self.attn_dropout if self.training else 0.0
         blind = None
         if mask is not None:
-            # A softmax over nothing is NaN, so such a step is unmasked here and its result replaced by 0 below.
+            # A softmax over nothing is NaN: a step that sees nothing is unmasked, and its result replaced by 0 below.
             blind = (mask == -math.inf).all(-1, keepdim=True)
             mask = mask.masked_fill(blind, 0.0).to(q.dtype)
         a = attend(q, k, v, self.num_heads, mask, p, causal=causal and mask is None)
-        return a if blind is None else a.masked_fill(blind.permute(2, 0, 1, 3).flatten(2), 0.0)
-
-
-class Cache:
-    """Keys and values (S, B, proj_size) of a layer's last steps, at most `limit`, for the next step."""
-
-    def __init__(self, limit: int | None, k: Tensor | None = None, v: Tensor | None = None) -> None:
-        self.limit, self.k, self.v = limit, k, v
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a step; return the keys and values that it sees, its own included."""
-        if self.k is not None and self.v is not None:
-            k, v = torch.cat([self.k, k]), torch.cat([self.v, v])
-        first = 0 if self.limit is None else max(0, k.shape[0] - self.limit)
-        self.k, self.v = k[first:], v[first:]
-        return k, v
+        a = a if blind is None else a.masked_fill(blind.permute(2, 0, 1, 3).flatten(2), 0.0)
+        return q + self.alpha * a, self.linear3

@@ -22,9 +22,9 @@ from sru.checks import (
     state_dtype,
 )
 from sru.kernels import ACTIVATIONS, BACKENDS, recurrence
-from sru.kernels.dispatch import HALVES, has_numbers
+from sru.kernels.dispatch import HALVES
 from sru.kernels.linear import FORWARD, linear
-from sru.official_format import Shape, read_official_cell, translate_options
+from sru.official_format import Shape, complete_entries, read_official_cell, translate_options
 
 
 def sequence_mask(p: float, like: Tensor) -> Tensor | None:
@@ -305,62 +305,11 @@ class SRUCell(nn.Module):
         u = u.unflatten(2, (self.output_size, self.matrices)).transpose(2, 3)
         return u
 
-    def plain_tensors(self, input_size: int, output_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """weight, v, bias and alpha if the layer is only a matrix product and the recurrence, of these sizes."""
-        # Not by nn.Module.__getattr__, which takes as long as everything else here.
-        own, state = self._parameters, self._buffers
-        weight, bias, alpha = own.get("weight"), own.get("bias"), state.get("scale_x")
-        v = own.get("v", state.get("v"))
-        if weight is None or v is None or bias is None or alpha is None:
-            return None
-        plain = (
-            own.get("weight_proj") is None
-            and self.__dict__.get("layer_norm", self) is None  # a module is stored elsewhere
-            and not self.zoneout
-            and self.backend in ("auto", "cpu")
-            and self.activation in ACTIVATIONS
-            and (self.has_skip_term or not self.has_projected_skip)
-            and self.input_size == input_size
-            # The kernels read memory by address and rely on these shapes.
-            and weight.shape == (self.matrices * output_size, input_size)
-            and v.shape == bias.shape == (2 * output_size,)
-            and alpha.shape == (1,)
-            and not alpha.requires_grad
-            and weight.layout == torch.strided
-            and self._compiled_call_impl is None
-            and "project" not in self.__dict__
-            and SRUCell.project is PROJECT
-        )
-        return (weight, v, bias, alpha) if plain else None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        cast(Any, super()).__setstate__(state)
-        for tensor in (self.bias, self.v):  # a layer pickled by an earlier version has a row for each gate
-            if tensor.dim() == 2:
-                tensor.data = tensor.data.flatten()
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight_shape = None if self.weight is None else self.weight.shape
         shape = Shape(self.output_size, self.matrices, self.projection_size, weight_shape, self.has_vc_term)
         read_official_cell(shape, state_dict, prefix)
-        for name in ("bias", "v"):  # a file of an earlier version has a row for each gate
-            if (a := state_dict.get(f"{prefix}{name}")) is not None and a.shape == (2, self.output_size):
-                state_dict[f"{prefix}{name}"] = a.flatten()
-        alpha = state_dict.get(f"{prefix}scale_x")
-        if alpha is None:  # the file holds parameters only
-            alpha = self.scale_x
-            if alpha.is_meta and (bias := state_dict.get(f"{prefix}bias")) is not None:
-                alpha = torch.full((1,), self.initial_alpha(), dtype=state_dtype(bias), device=bias.device)
-        state_dict[f"{prefix}scale_x"] = alpha = alpha.reshape(1) if alpha.dim() == 0 else alpha
-        v = state_dict.get(f"{prefix}v")
-        if not self.has_vc_term and v is not None and has_numbers(v) and v.any():
-            raise ValueError(f"{prefix[:-1] or 'the layer'} has a v that is not 0: build it with has_vc_term=True")
-        if alpha.shape == (1,) and has_numbers(alpha):
-            if not 0 < alpha.item() < math.inf:
-                raise ValueError(f"{prefix}scale_x must be a positive number, not {alpha.item()}")
-            exact = torch.full_like(alpha, self.initial_alpha(), dtype=state_dtype(alpha))
-            if alpha.dtype in HALVES and torch.equal(exact.to(alpha.dtype), alpha):
-                state_dict[f"{prefix}scale_x"] = exact  # the file holds the same alpha, rounded to half precision
+        complete_entries(shape, self.scale_x, self.initial_alpha(), state_dict, prefix)
         self.make_buffers_writable()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.scale_x.dtype in HALVES:  # after load_state_dict(assign=True)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from sru.cell import SRUCell, sequence_mask
+from sru import plain_stack
+from sru.cell import SRUCell
 from sru.checks import check_flags, check_input, check_mask, check_sizes, check_state, refuse, state_dtype
-from sru.kernels import stack
-from sru.kernels.dispatch import has_numbers
-from sru.kernels.linear import affine, is_plain
+from sru.kernels.linear import affine
 from sru.official_format import read_official_names, translate_options
+from sru.padding import Lengths, mask_lengths
 
 # The papers' settings: SRU(n, d, num_layers, **presets["deep"]).
 presets: dict[str, dict[str, Any]] = {
@@ -27,7 +27,6 @@ presets: dict[str, dict[str, Any]] = {
     "speech": {"dropout": 0.1, "rnn_dropout": 0.1, "highway_bias": -1.0, "projection_size": 256},
 }
 
-Lengths = Tensor | Sequence[int] | int
 # context(i, x, mask_pad): the arguments of layer i's transform_module after the layer's input x.
 Context = Callable[[int, Tensor, Tensor | None], tuple[Any, ...]]
 
@@ -187,7 +186,9 @@ class SRU(nn.Module):
         elif self.batch_first:
             x, mask_pad = x.transpose(0, 1), None if mask_pad is None else mask_pad.transpose(0, 1)
         if lengths is not None:
-            mask_pad = self.padding(lengths, x, mask_pad)
+            if mask_pad is not None:
+                raise ValueError("pass either lengths or mask_pad, not both")
+            mask_pad = mask_lengths(lengths, x)
         h, c = self.run(x, c0, mask_pad, context)
         if single:
             return h[:, 0], c[:, 0]
@@ -208,8 +209,11 @@ class SRU(nn.Module):
             c0 = c0.unflatten(0, (self.num_layers, -1)).transpose(1, 2).flatten(2) if self.is_split() else c0
         if self.input_to_hidden is not None:
             x = affine(x, self.input_to_hidden)
-        if context is None and (layers := self.plain_layers(x, c0)) is not None:
-            x, c = self.run_fused(layers, x, c0, mask_pad)
+        layers = None
+        if context is None:
+            layers = plain_stack.find_layers(self.layers, self.num_layers, x, c0, self.output_size, self.bidirectional)
+        if layers is not None:
+            x, c = plain_stack.run(layers, x, c0, mask_pad, self.output_size)
         else:
             states = []
             for i, layer in enumerate(self.layers):
@@ -220,37 +224,6 @@ class SRU(nn.Module):
         if self.is_split():
             c = c.unflatten(2, (self.num_directions, self.hidden_size)).transpose(1, 2).flatten(0, 1)
         return x, c
-
-    def plain_layers(self, x: Tensor, c0: Tensor | None) -> list[tuple[SRUCell, Any]] | None:
-        """The layers and their tensors if the stack can run as one function: equal plain layers without hooks."""
-        layers, tensors = [], [c0]
-        size = x.shape[2]  # after input_to_hidden
-        for layer in cast(dict[str, SRUCell], self.layers._modules).values():
-            if not is_plain(layer, SRUCell) or (own := layer.plain_tensors(size, self.output_size)) is None:
-                return None
-            layers.append((layer, own))
-            if layer.activation != layers[0][0].activation or layer.bidirectional != self.bidirectional:
-                return None
-            tensors += own
-            size = self.output_size
-        return layers if len(layers) == self.num_layers and stack.takes(x, *tensors) else None
-
-    def run_fused(
-        self, layers: list[tuple[SRUCell, Any]], x: Tensor, c0: Tensor | None, mask_pad: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Run all layers by sru/kernels/stack.py."""
-        if c0 is None:
-            c0 = x.new_zeros(self.num_layers, x.shape[1], self.output_size, dtype=state_dtype(x))
-        pad = mask_pad if mask_pad is None or mask_pad.dtype == torch.bool else mask_pad != 0
-        descriptions = []
-        for i, (layer, (weight, v, bias, alpha)) in enumerate(layers):
-            has_highway = layer.has_skip_term and not layer.has_projected_skip
-            masks: tuple[Tensor | None, Tensor | None] = None, None
-            if layer.training and (layer.rnn_dropout or layer.dropout):
-                inputs = c0.new_empty(x.shape[1], layer.input_size)
-                masks = sequence_mask(layer.rnn_dropout, inputs), sequence_mask(layer.dropout, c0[i])
-            descriptions.append(stack.Layer(weight, v, bias, alpha if has_highway else None, *masks))
-        return stack.run(x, c0, pad, descriptions, layers[0][0].activation, self.bidirectional)
 
     def check_state(self, c0: Tensor, x: Tensor) -> None:
         """Check a state in the layout of the caller against x (T, B, input_size)."""
@@ -273,7 +246,7 @@ class SRU(nn.Module):
         if c0 is not None and x.sorted_indices is not None:
             self.check_state(c0, padded)
             c0 = c0.index_select(1, x.sorted_indices)
-        h, c = self.run(padded, c0, self.padding(lengths, padded, None), context)
+        h, c = self.run(padded, c0, mask_lengths(lengths, padded), context)
         packed = pack_padded_sequence(h, lengths)
         if x.unsorted_indices is not None:
             c = c.index_select(1, x.unsorted_indices)
@@ -291,19 +264,6 @@ class SRU(nn.Module):
         sequence = x[:, None] if self.batch_first and x.dim() == 2 else x[None]
         h, c = self(sequence, state)
         return h.squeeze(1 if self.batch_first and x.dim() == 2 else 0), c
-
-    def padding(self, lengths: Lengths, x: Tensor, mask_pad: Tensor | None) -> Tensor:
-        """mask_pad (T, B) of sequences with these lengths, padded at their end."""
-        if mask_pad is not None:
-            raise ValueError("pass either lengths or mask_pad, not both")
-        steps, batch = x.shape[:2]
-        lengths = torch.as_tensor(lengths, device=x.device)
-        lengths = lengths.long() if lengths.numel() == 0 else lengths  # an empty list becomes a float tensor
-        if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
-            raise ValueError(f"lengths must be {batch} integers, one for each sequence, not {lengths.tolist()}")
-        if has_numbers(lengths) and batch and not 0 <= lengths.min() <= lengths.max() <= steps:
-            raise ValueError(f"lengths must be from 0 to {steps}, the steps of x, not {lengths.tolist()}")
-        return torch.arange(steps, device=x.device)[:, None] >= lengths
 
     def layout(self) -> str:
         return f"({'B, T' if self.batch_first else 'T, B'}, {self.input_size})"

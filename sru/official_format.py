@@ -5,13 +5,15 @@ k blocks of rows. Its weight_c is our v. Everything else differs in name only. T
 scale_x: its alpha is 1.
 """
 
+import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sru.checks import check_flags, check_sizes, refuse
+from sru.checks import check_flags, check_sizes, refuse, state_dtype
+from sru.kernels.dispatch import HALVES, has_numbers
 
 # Official names of options, with their defaults. amp_recurrence_fp16 has no effect: our state is float32 at least.
 OPTIONS: dict[str, Any] = {
@@ -175,3 +177,30 @@ def is_of_2017(cell: Shape, state: Mapping[str, Tensor], prefix: str) -> bool:
             f"project: add {prefix}weight_c (2 * D zeros) for 2017, or {prefix}v (2 * D zeros) for this project"
         )
     return weight.shape != cell.weight_shape
+
+
+def complete_entries(
+    cell: Shape, own_alpha: Tensor, initial_alpha: float, state: MutableMapping[str, Tensor], prefix: str
+) -> None:
+    """Complete and check a layer's entries in our format, in place, given its own scale_x and the initial value of it.
+
+    ValueError: the file's scale_x is not a positive number, or it has a v that the layer lacks.
+    """
+    for name in ("bias", "v"):  # a file of 0.1.0 has a row for each gate
+        if (a := state.get(f"{prefix}{name}")) is not None and a.shape == (2, cell.output_size):
+            state[f"{prefix}{name}"] = a.flatten()
+    v = state.get(f"{prefix}v")
+    if not cell.has_vc_term and v is not None and has_numbers(v) and v.any():
+        raise ValueError(f"{prefix[:-1] or 'the layer'} has a v that is not 0: build it with has_vc_term=True")
+    alpha = state.get(f"{prefix}scale_x")
+    if alpha is None:  # the file holds parameters only
+        alpha = own_alpha
+        if alpha.is_meta and (bias := state.get(f"{prefix}bias")) is not None:
+            alpha = torch.full((1,), initial_alpha, dtype=state_dtype(bias), device=bias.device)
+    state[f"{prefix}scale_x"] = alpha = alpha.reshape(1) if alpha.dim() == 0 else alpha
+    if alpha.shape == (1,) and has_numbers(alpha):
+        if not 0 < alpha.item() < math.inf:
+            raise ValueError(f"{prefix}scale_x must be a positive number, not {alpha.item()}")
+        exact = torch.full_like(alpha, initial_alpha, dtype=state_dtype(alpha))
+        if alpha.dtype in HALVES and torch.equal(exact.to(alpha.dtype), alpha):
+            state[f"{prefix}scale_x"] = exact  # the file holds the same alpha, rounded to half precision

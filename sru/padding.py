@@ -8,6 +8,8 @@ from torch import Tensor
 from sru.checks import check_mask
 from sru.kernels.dispatch import has_numbers
 
+Lengths = Tensor | Sequence[int] | int
+
 
 def clear_padding(x: Tensor, mask_pad: Tensor) -> tuple[Tensor, Tensor]:
     """x (T, B, n) with zeros at padding, and mask_pad (T, B) as bool.
@@ -17,6 +19,18 @@ def clear_padding(x: Tensor, mask_pad: Tensor) -> tuple[Tensor, Tensor]:
     check_mask(mask_pad, x.shape[:2], "(T, B)", x)
     pad = mask_pad != 0
     return x.masked_fill(pad[:, :, None], 0.0), pad
+
+
+def mask_lengths(lengths: Lengths, x: Tensor) -> Tensor:
+    """mask_pad (T, B) of the sequences in x (T, B, n) with these lengths, padded at their end."""
+    steps, batch = x.shape[:2]
+    lengths = torch.as_tensor(lengths, device=x.device)
+    lengths = lengths.long() if lengths.numel() == 0 else lengths  # an empty list becomes a float tensor
+    if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths must be {batch} integers, one for each sequence, not {lengths.tolist()}")
+    if has_numbers(lengths) and batch and not 0 <= lengths.min() <= lengths.max() <= steps:
+        raise ValueError(f"lengths must be from 0 to {steps}, the steps of x, not {lengths.tolist()}")
+    return torch.arange(steps, device=x.device)[:, None] >= lengths
 
 
 def count_steps(pad: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """SRU++: a stack of SRU layers with attention in place of matrices (Lei, EMNLP 2021; section 2 of the paper)."""
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -8,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from sru.attention import Attention, Cache, Projection, Source, SourceAttention, SourceReader
-from sru.checks import check_flags, check_mask, check_optional_sizes, check_probabilities, check_sizes, refuse
-from sru.layer import SRU, Lengths
-from sru.padding import clear_padding, join_padding, move_padding_first
+from sru.attention import Attention, Projection, Source, SourceAttention, SourceReader, mask_scores
+from sru.checks import check_flags, check_optional_sizes, check_probabilities, check_sizes, refuse
+from sru.layer import SRU
+from sru.padding import Lengths, clear_padding, join_padding, move_padding_first
 
 REPLACED = {"transform_module", "custom_m", "projection_size", "n_proj"}  # arguments of SRU that attention replaces
 EncoderState = tuple[Tensor, list[Tensor], Tensor | None]  # c, memory, padding
@@ -34,7 +33,7 @@ class SRUpp(SourceReader, SRU):
         causal: without an attn_mask, a step sees itself, earlier steps and memory; False: all steps.
         memory_length: how many earlier steps `step` sees; None for all.
         source_size: features of a source that every layer attends to; None for a stack without a source.
-        input_size, hidden_size, num_layers, batch_first, ..., dtype, official: as in SRU.
+        input_size, hidden_size, num_layers, ..., dtype, options: as in SRU.
     """
 
     def __init__(
@@ -62,18 +61,8 @@ class SRUpp(SourceReader, SRU):
         weight_c_init: float | None = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        batch_first: bool = False,
-        nn_rnn_compatible_return: bool = False,
-        rnn_dropout: float = 0.0,
-        activation: str = "identity",
         layer_norm: bool = False,
-        normalize_after: bool = False,
-        forget_bias: float = 0.0,
-        project_skip: bool = False,
-        has_vc_term: bool = True,
-        zoneout: float = 0.0,
-        backend: str = "auto",
-        **official: Any,
+        **options: Any,
     ) -> None:
         check_sizes(1, input_size=input_size, hidden_size=hidden_size, proj_size=proj_size, num_layers=num_layers)
         check_sizes(1, num_heads=num_heads, attention_every_n_layers=attention_every_n_layers)
@@ -84,7 +73,7 @@ class SRUpp(SourceReader, SRU):
         check_optional_sizes(1, source_size=source_size)
         if proj_size % num_heads:
             raise ValueError(f"proj_size = {proj_size} cannot be shared among num_heads = {num_heads}")
-        for name in official.keys() & REPLACED:
+        for name in options.keys() & REPLACED:
             raise TypeError(f"SRUpp has no {name}: attention through proj_size features replaces its matrices")
         if causal and bidirectional:
             raise ValueError("causal and bidirectional contradict each other")
@@ -96,25 +85,18 @@ class SRUpp(SourceReader, SRU):
             if not attending <= set(range(num_layers)):
                 raise ValueError(f"attention_layers must lie in 0 to {num_layers - 1}, not {list(attention_layers)}")
         size = hidden_size * (2 if bidirectional else 1)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        heads: dict[str, Any] = {"num_heads": num_heads, "attn_dropout": attn_dropout}
         modules: list[nn.Module] = []
         for i in range(num_layers):
             features = input_size if i == 0 and not proj_input_to_hidden_first else size
             matrices = 4 if has_skip_term and features != size else 3
-            shared: dict[str, Any] = {
-                "matrices": matrices,
-                "dropout": dropout,
-                "layer_norm": bool(attn_layer_norm),
-                "device": device,
-                "dtype": dtype,
-            }
-            heads: dict[str, Any] = {"num_heads": num_heads, "attn_dropout": attn_dropout}
-            if source_size is not None:
-                shared["source"] = SourceAttention(source_size, proj_size, **heads, device=device, dtype=dtype)
+            source = None if source_size is None else SourceAttention(source_size, proj_size, **heads, **factory)
+            shared = factory | {"matrices": matrices, "dropout": dropout, "layer_norm": bool(attn_layer_norm)}
             if i in attending:
-                shared |= heads
-            modules.append(
-                (Attention if i in attending else Projection)(features, size * matrices, proj_size, **shared)
-            )
+                modules.append(Attention(features, size * matrices, proj_size, source=source, **shared, **heads))
+            else:
+                modules.append(Projection(features, size * matrices, proj_size, source=source, **shared))
         super().__init__(
             input_size,
             hidden_size,
@@ -127,20 +109,9 @@ class SRUpp(SourceReader, SRU):
             highway_bias=highway_bias,
             rescale=rescale,
             weight_c_init=weight_c_init,
-            device=device,
-            dtype=dtype,
-            batch_first=batch_first,
-            nn_rnn_compatible_return=nn_rnn_compatible_return,
-            rnn_dropout=rnn_dropout,
-            activation=activation,
             layer_norm=layer_norm,
-            normalize_after=normalize_after,
-            forget_bias=forget_bias,
-            project_skip=project_skip,
-            has_vc_term=has_vc_term,
-            zoneout=zoneout,
-            backend=backend,
-            **official,
+            **factory,
+            **options,
         )
         self.proj_size = proj_size
         self.causal = causal
@@ -175,8 +146,12 @@ class SRUpp(SourceReader, SRU):
             refuse(name, self.forward)
         if isinstance(x, PackedSequence) and (attn_mask is not None or memory is not None):
             raise ValueError("a PackedSequence cannot have attn_mask or memory, because it reorders the sequences")
-        if memory is not None:
-            self.check_memory(memory)
+        if memory is not None and (
+            not isinstance(memory, Sequence)
+            or len(memory) != self.num_layers
+            or not all(isinstance(a, Tensor) and a.is_floating_point() for a in memory)
+        ):
+            raise TypeError(f"memory must be a list of {self.num_layers} floating-point tensors, like saved_inputs")
         if memory_mask_pad is not None and memory is None:
             raise ValueError("memory_mask_pad needs memory: pass both")
         sources = self.check_source(source, self.num_layers)
@@ -185,16 +160,18 @@ class SRUpp(SourceReader, SRU):
 
         def context(i: int, features: Tensor, pad: Tensor | None) -> tuple[Any, ...]:
             saved.append(features)
-            past = None if memory is None else memory[i]
-            if past is not None and (past.dim() != 3 or past.shape[1:] != features.shape[1:]):
-                expected = ", ".join(map(str, features.shape[1:]))
-                raise ValueError(f"memory of layer {i} must be (M, {expected}), not {tuple(past.shape)}")
-            norm = self[i].layer_norm
-            if past is not None and norm is not None and not self[i].normalize_after:
-                past = norm(past.to(norm.weight.dtype))
+            past = None
+            if memory is not None:
+                past, expected = memory[i], (*memory[0].shape[:1], *features.shape[1:])
+                if past.shape != expected:
+                    raise ValueError(f"memory of layer {i} must be {expected}, not {tuple(past.shape)}")
+                norm = self[i].layer_norm
+                if norm is not None and not self[i].normalize_after:
+                    past = norm(past.to(norm.weight.dtype))
             if not masks:
                 length = 0 if past is None else past.shape[0]
-                masks.append(self.mask(features, length, attn_mask, pad, memory_mask_pad))
+                options = {"attn_mask": attn_mask, "pad": pad, "memory_pad": memory_mask_pad}
+                masks.append(mask_scores(features, length, causal=self.causal, **options))
             return past, masks[0], self.causal, None, sources[i]
 
         h, c = self.run_any_layout(x, c0, mask_pad, lengths, context)
@@ -203,50 +180,6 @@ class SRUpp(SourceReader, SRU):
     def readers(self) -> Iterable[SourceAttention]:
         for i in range(self.num_layers):
             yield cast(SourceAttention, cast(Projection, self[i].transform_module).source)
-
-    def check_memory(self, memory: Any) -> None:
-        """Check that memory has one tensor for each layer, all with the same number of steps."""
-        if not isinstance(memory, Sequence) or not all(isinstance(a, Tensor) for a in memory):
-            raise TypeError(f"memory must be a list of tensors, like saved_inputs, not {type(memory).__name__}")
-        if len(memory) != self.num_layers:
-            raise ValueError(f"memory must be one tensor for each of {self.num_layers} layers, not {len(memory)}")
-        if not all(a.is_floating_point() for a in memory):
-            raise TypeError(f"memory must be of a floating dtype, not {', '.join(str(a.dtype) for a in memory)}")
-        if len({a.shape[:1] for a in memory}) > 1:
-            raise ValueError(
-                f"memory must have the same number of steps for each layer, not {[len(a) for a in memory]}"
-            )
-
-    def mask(
-        self, x: Tensor, length: int, attn_mask: Tensor | None, pad: Tensor | None, memory_pad: Tensor | None
-    ) -> Tensor | None:
-        """The mask (B or 1, 1, T, S), added to the scores, for x (T, B, n) after `length` steps of memory, or None."""
-        steps, batch = x.shape[:2]
-        total = length + steps
-        mask = None
-        if attn_mask is not None:
-            if not isinstance(attn_mask, Tensor) or not (
-                attn_mask.is_floating_point() or attn_mask.dtype == torch.bool
-            ):
-                found = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
-                raise TypeError(
-                    f"attn_mask must be bool, True where a step must not look, or floating-point, not {found}"
-                )
-            if attn_mask.shape not in ((steps, total), (batch, steps, total)):
-                expected = f"({steps}, {total}) or ({batch}, {steps}, {total})"
-                raise ValueError(f"attn_mask must be {expected}, memory's steps first, not {tuple(attn_mask.shape)}")
-            if attn_mask.dtype == torch.bool:
-                attn_mask = torch.zeros_like(attn_mask, dtype=x.dtype).masked_fill(attn_mask, -math.inf)
-            mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask[:, None]
-        elif self.causal and (length or pad is not None):
-            mask = x.new_full((steps, total), -math.inf).triu(length + 1)[None, None]
-        if pad is not None or memory_pad is not None:
-            if memory_pad is not None:
-                check_mask(memory_pad, (length, batch), "(M, B)", x)
-            hidden = cast(Tensor, join_padding(memory_pad, pad, length, x)).t()[:, None, None]
-            mask = x.new_zeros(1, 1, steps, total) if mask is None else mask
-            mask = mask.masked_fill(hidden, -math.inf)
-        return mask
 
     def step(self, x: Tensor, state: Any = None, source: Source | None = None) -> tuple[Tensor, Any]:
         """One step: h (B, output_size) and the state, of x (B, input_size) and a source returned by `read`.
@@ -259,19 +192,13 @@ class SRUpp(SourceReader, SRU):
             raise ValueError("a bidirectional SRUpp needs the whole sequence: it has no step")
         if x.dim() != 2:
             raise ValueError(f"x must be (B, {self.input_size}), not {tuple(x.shape)}")
-        c0, pairs = (None, [()] * self.num_layers) if state is None else self.unpack_state(state)
-        caches = [Cache(self.reach, *pair) for pair in pairs]
+        state = (None, [()] * self.num_layers) if state is None else state
+        if not isinstance(state, tuple) or len(state) != 2 or len(state[1]) != self.num_layers:
+            raise TypeError("the state must be the one that step returned: (c, keys and values of each layer)")
+        c0, caches = state[0], [list(pair) for pair in state[1]]
         sources = self.check_source(source, self.num_layers)
         h, c = self.run(x[None], c0, None, lambda i, *_: (None, None, False, caches[i], sources[i]))
-        return h[0], (c, [() if cache.k is None else (cache.k, cache.v) for cache in caches])
-
-    def unpack_state(self, state: Any) -> Any:
-        """Check the state of a step and return its two parts."""
-        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], list):
-            numbers = [len(pair) if isinstance(pair, tuple) else -1 for pair in state[1]]
-            if len(numbers) == self.num_layers and set(numbers) <= {0, 2}:
-                return state
-        raise TypeError("the state must be the one that step returned: (c, keys and values of each layer)")
+        return h[0], (c, [tuple(last_steps(a[:0], a, self.reach) for a in cache) for cache in caches])
 
     def reset_parameters(self) -> None:
         """Draw the initialisation again, also that of the attention."""

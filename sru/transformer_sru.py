@@ -19,7 +19,7 @@ class TransformerSRU(Transformer):
     Args:
         sru_dropout: dropout of the SRU's output, one mask for all steps; None for `dropout`.
         has_skip_term, rescale, has_vc_term, highway_bias, forget_bias: as in SRUCell, for the SRU.
-        num_heads, inner_size, ..., memory_length: as in Transformer.
+        num_heads, inner_size, dropout, ..., memory_length: as in Transformer.
     """
 
     parts = 3
@@ -37,14 +37,9 @@ class TransformerSRU(Transformer):
         has_vc_term: bool = True,
         highway_bias: float = 0.0,
         forget_bias: float = 0.0,
-        num_heads: int = 8,
-        inner_size: int | None = None,
-        attn_dropout: float = 0.0,
-        bidirectional: bool = False,
-        causal: bool | None = None,
-        norm_first: bool = True,
         source_size: int | None = None,
         memory_length: int | None = None,
+        **options: Any,
     ) -> None:
         if not rescale and not has_skip_term:
             raise ValueError("rescale=False has no highway to scale; type has_skip_term=true, or leave out rescale")
@@ -56,23 +51,11 @@ class TransformerSRU(Transformer):
             "highway_bias": highway_bias,
             "forget_bias": forget_bias,
         }
-        super().__init__(
-            input_size,
-            hidden_size,
-            num_layers,
-            dropout=dropout,
-            num_heads=num_heads,
-            inner_size=inner_size,
-            attn_dropout=attn_dropout,
-            bidirectional=bidirectional,
-            causal=causal,
-            norm_first=norm_first,
-            source_size=source_size,
-            memory_length=memory_length,
-        )
+        options |= {"dropout": dropout, "source_size": source_size, "memory_length": memory_length}
+        super().__init__(input_size, hidden_size, num_layers, **options)
 
-    def feed_forward(self, hidden_size: int, inner_size: int) -> nn.Module:
-        return RecurrentFeedForward(hidden_size, inner_size, **self.sru_options)
+    def feed_forward(self) -> nn.Module:
+        return RecurrentFeedForward(self.output_size, self.inner_size, **self.sru_options)
 
 
 class RecurrentFeedForward(nn.Module):

@@ -25,28 +25,29 @@ class AttentionStack(nn.Module):
         hidden_size: int,
         num_layers: int,
         *,
-        num_heads: int,
-        inner_size: int,
-        dropout: float,
-        attn_dropout: float,
-        bidirectional: bool,
-        memory_length: int | None,
-        eval_memory_length: int | None,
+        num_heads: int = 8,
+        inner_size: int | None = None,
+        dropout: float = 0.0,
+        attn_dropout: float = 0.0,
+        bidirectional: bool = False,
+        memory_length: int | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(1, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
-        check_sizes(1, num_heads=num_heads, inner_size=inner_size)
+        check_sizes(1, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads)
+        check_optional_sizes(1, inner_size=inner_size)
         check_probabilities(dropout=dropout, attn_dropout=attn_dropout)
         check_flags(bidirectional=bidirectional)
-        check_optional_sizes(0, memory_length=memory_length, eval_memory_length=eval_memory_length)
+        check_optional_sizes(0, memory_length=memory_length)
         check_heads(hidden_size, num_heads)
         self.input_size = input_size
         self.output_size = hidden_size
         self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.inner_size = 4 * hidden_size if inner_size is None else inner_size
         self.dropout = dropout
+        self.attn_dropout = attn_dropout
         self.bidirectional = bidirectional
-        self.memory_length = memory_length
-        self.eval_memory_length = memory_length if eval_memory_length is None else eval_memory_length
+        self.memory_length = self.eval_memory_length = memory_length
         self.projection = nn.Linear(input_size, hidden_size, bias=False) if input_size != hidden_size else None
 
     def check_x(self, x: Any, parameter: Tensor) -> None:

@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from sru.cell import sequence_mask
-from sru.checks import check_flags
+from sru.checks import check_flags, check_sizes
 from sru.kernels import recurrence
 from sru.kernels.linear import affine, is_plain, linear
 from sru.padding import clear_padding, count_steps, reverse
+
+States = tuple[Tensor, ...]  # h and c, or h alone
 
 
 class _Encoder(nn.Module):
@@ -75,9 +77,7 @@ class _Recurrent(_Encoder):
         h, last = run(x, state if is_pair else (state,), pad, lengths)
         return h.masked_fill(pad[:, :, None], 0.0), last if is_pair else last[0]
 
-    def run_packed(
-        self, x: Tensor, state: Sequence[Tensor], pad: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def run_packed(self, x: Tensor, state: Sequence[Tensor], pad: Tensor, lengths: Tensor) -> tuple[Tensor, States]:
         """Run packed sequences, which need at least one step: results for empty sequences are replaced."""
         packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), enforce_sorted=False)
         packed, last = self.rnn(packed, tuple(state) if len(state) > 1 else state[0])
@@ -86,9 +86,7 @@ class _Recurrent(_Encoder):
         empty = (lengths == 0)[:, None]
         return h, tuple(torch.where(empty, before, after) for before, after in zip(state, last, strict=True))
 
-    def run_padded(
-        self, x: Tensor, state: Sequence[Tensor], pad: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def run_padded(self, x: Tensor, state: Sequence[Tensor], pad: Tensor, lengths: Tensor) -> tuple[Tensor, States]:
         """Run layer by layer, each direction over sequences that start at step 0.
 
         An extra input, 1 at padding, closes the gates there, so that the last state is the one of the last real step.
@@ -166,16 +164,12 @@ class QRNNLayer(nn.Module):
         z, gates = affine(x, self.linear).unflatten(2, (-1, self.output_size)).tensor_split([1], dim=2)
         bias, gate_biases = self.bias.tensor_split([self.output_size])
         u = torch.cat([torch.tanh(z + bias), gates], dim=2)
-        if c0 is None:
-            c0 = x.new_zeros(x.shape[1], self.output_size)
+        c0 = x.new_zeros(x.shape[1], self.output_size) if c0 is None else c0
         skip = x if self.highway and not self.has_projected_skip else None
         mask = sequence_mask(self.dropout, c0) if self.training else None
-        options: dict[str, Any] = {"scale": 1.0 if self.highway else 0.0, "bidirectional": self.bidirectional}
-        return recurrence(u, skip, self.v, gate_biases, c0, mask=mask, pad=pad, **options)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        cast(Any, super()).__setstate__(state)
-        self.bias.data, self.v = self.bias.data.flatten(), self.v.flatten()  # layers pickled by earlier versions
+        scale = 1.0 if self.highway else 0.0
+        options: dict[str, Any] = {"mask": mask, "pad": pad, "scale": scale, "bidirectional": self.bidirectional}
+        return recurrence(u, skip, self.v, gate_biases, c0, **options)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         bias = state_dict.get(f"{prefix}bias")
@@ -204,8 +198,7 @@ class QRNN(_Encoder):
         bidirectional: bool = False,
     ) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, not {num_layers}")
+        check_sizes(1, num_layers=num_layers)
         check_flags(bidirectional=bidirectional)
         self.bidirectional = bidirectional
         self.output_size = hidden_size * (2 if bidirectional else 1)
@@ -278,11 +271,11 @@ class CNN(_Encoder):
             tail = x.new_zeros(self.history, batch, self.directions * self.input_size)
             state = tail, x.new_zeros(1, batch, self.output_size)
         tails, peaks = state[0].chunk(self.directions, dim=2), state[1].chunk(self.directions, dim=2)
-        h, tail, peak = self.read(0, x, tails[0], peaks[0], pad, lengths)
-        if self.bidirectional:
-            back, *last = self.read(1, reverse(x, lengths), tails[1], peaks[1], pad, lengths)
-            h = torch.cat([h, reverse(back, lengths)], dim=2)
-            tail, peak = torch.cat([tail, last[0]], dim=2), torch.cat([peak, last[1]], dim=2)
+        results = []
+        for i in range(self.directions):
+            h, *last = self.read(i, reverse(x, lengths) if i else x, tails[i], peaks[i], pad, lengths)
+            results.append((reverse(h, lengths) if i else h, *last))
+        h, tail, peak = (torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
         return h, (tail, peak)
 
     def read(

@@ -51,15 +51,12 @@ class Transformer(SourceReader, AttentionStack):
         hidden_size: int,
         num_layers: int = 2,
         *,
-        num_heads: int = 8,
-        inner_size: int | None = None,
-        dropout: float = 0.0,
-        attn_dropout: float = 0.0,
         bidirectional: bool = False,
         causal: bool | None = None,
         norm_first: bool = True,
         source_size: int | None = None,
         memory_length: int | None = None,
+        **options: Any,
     ) -> None:
         check_flags(bidirectional=bidirectional, norm_first=norm_first)
         if causal is not None:
@@ -67,39 +64,19 @@ class Transformer(SourceReader, AttentionStack):
             if causal and bidirectional:
                 raise ValueError("causal and bidirectional contradict each other")
         check_optional_sizes(1, source_size=source_size)
-        inner_size = 4 * hidden_size if inner_size is None else inner_size
-        super().__init__(
-            input_size,
-            hidden_size,
-            num_layers,
-            num_heads=num_heads,
-            inner_size=inner_size,
-            dropout=dropout,
-            attn_dropout=attn_dropout,
-            bidirectional=bidirectional if causal is None else not causal,
-            memory_length=memory_length,
-            eval_memory_length=None,
-        )
+        bidirectional = bidirectional if causal is None else not causal
+        options |= {"bidirectional": bidirectional, "memory_length": memory_length}
+        super().__init__(input_size, hidden_size, num_layers, **options)
         self.causal = not self.bidirectional
+        self.norm_first = norm_first
         self.source_size = source_size
-        self.layers = nn.ModuleList(
-            TransformerLayer(
-                hidden_size,
-                num_heads,
-                self.feed_forward(hidden_size, inner_size),
-                source_size,
-                dropout=dropout,
-                attn_dropout=attn_dropout,
-                norm_first=norm_first,
-            )
-            for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(TransformerLayer(self) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size) if norm_first else None
         self.reset_parameters()
 
-    def feed_forward(self, hidden_size: int, inner_size: int) -> nn.Module:
+    def feed_forward(self) -> nn.Module:
         """The part of a layer after the attention."""
-        return FeedForward(hidden_size, inner_size, self.dropout)
+        return FeedForward(self.output_size, self.inner_size, self.dropout)
 
     def reset_parameters(self) -> None:
         """Draw matrices by Glorot's rule and an SRU by its own; layer norms start at 1, biases at 0."""
@@ -191,33 +168,27 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, attention to a source if there is one, and a feed-forward, each with a residual connection."""
+    """Self-attention, attention to a source if there is one, and a feed-forward, each with a residual connection.
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        feed_forward: nn.Module,
-        source_size: int | None,
-        *,
-        dropout: float,
-        attn_dropout: float,
-        norm_first: bool,
-    ) -> None:
+    The sizes and options are those of the stack.
+    """
+
+    def __init__(self, stack: Transformer) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.attn_dropout = attn_dropout
-        self.norm_first = norm_first
+        hidden_size = stack.output_size
+        self.num_heads = stack.num_heads
+        self.dropout = stack.dropout
+        self.attn_dropout = stack.attn_dropout
+        self.norm_first = stack.norm_first
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
         self.output = nn.Linear(hidden_size, hidden_size)
         self.attention_norm = nn.LayerNorm(hidden_size)
-        if source_size is not None:
+        if stack.source_size is not None:
             self.source_query = nn.Linear(hidden_size, hidden_size)
-            self.source_key_value = nn.Linear(source_size, 2 * hidden_size)
+            self.source_key_value = nn.Linear(stack.source_size, 2 * hidden_size)
             self.source_output = nn.Linear(hidden_size, hidden_size)
             self.source_norm = nn.LayerNorm(hidden_size)
-        self.feed_forward = feed_forward
+        self.feed_forward = stack.feed_forward()
         self.norm = nn.LayerNorm(hidden_size)
 
     def read(self, source: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sru.baselines.attention_stack import AttentionStack, mask, sines
+from sru.checks import check_optional_sizes
 from sru.dropout import dropout as apply_dropout
 from sru.kernels.linear import affine, is_plain, linear
 from sru.padding import clear_padding, join_padding, move_padding_first
@@ -47,33 +48,17 @@ class TransformerXL(AttentionStack):
         hidden_size: int,
         num_layers: int = 2,
         *,
-        num_heads: int = 8,
-        inner_size: int | None = None,
-        dropout: float = 0.0,
-        attn_dropout: float = 0.0,
-        bidirectional: bool = False,
         memory_length: int | None = None,
         eval_memory_length: int | None = None,
+        **options: Any,
     ) -> None:
-        inner_size = 4 * hidden_size if inner_size is None else inner_size
-        super().__init__(
-            input_size,
-            hidden_size,
-            num_layers,
-            num_heads=num_heads,
-            inner_size=inner_size,
-            dropout=dropout,
-            attn_dropout=attn_dropout,
-            bidirectional=bidirectional,
-            memory_length=memory_length,
-            eval_memory_length=eval_memory_length,
-        )
-        self.u = nn.Parameter(torch.empty(num_heads, hidden_size // num_heads))
-        self.v = nn.Parameter(torch.empty(num_heads, hidden_size // num_heads))
-        self.layers = nn.ModuleList(
-            TransformerXLLayer(hidden_size, num_heads, inner_size, dropout=dropout, attn_dropout=attn_dropout)
-            for _ in range(num_layers)
-        )
+        super().__init__(input_size, hidden_size, num_layers, memory_length=memory_length, **options)
+        check_optional_sizes(0, eval_memory_length=eval_memory_length)
+        if eval_memory_length is not None:
+            self.eval_memory_length = eval_memory_length
+        self.u = nn.Parameter(torch.empty(self.num_heads, hidden_size // self.num_heads))
+        self.v = nn.Parameter(torch.empty(self.num_heads, hidden_size // self.num_heads))
+        self.layers = nn.ModuleList(TransformerXLLayer(self) for _ in range(num_layers))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -138,51 +123,40 @@ class TransformerXL(AttentionStack):
         if state is None:
             return [None] * self.num_layers, None
         pad = None
-        if isinstance(state, Sequence) and len(state) == self.num_layers + 1:
-            last = state[-1]
-            if isinstance(last, Tensor) and last.dtype == torch.bool:
-                state, pad = state[:-1], last
-
-        def is_memory(a: Any) -> bool:
-            return isinstance(a, Tensor) and a.is_floating_point()
-
-        def is_pair(a: Any) -> bool:
-            return isinstance(a, Sequence) and len(a) == 2 and all(map(is_memory, a))
-
-        is_memories = isinstance(state, Sequence) and all(map(is_memory, state))
-        if not is_memories and not (is_step and isinstance(state, Sequence) and all(map(is_pair, state))):
-            found = type(state).__name__
-            if isinstance(state, Sequence):
-                found += f" of {', '.join(sorted({type(a).__name__ for a in state}))}"
-            source = "a call or step" if is_step else "a call, not step,"
-            raise TypeError(f"the state must be the list, one item per layer, that {source} returned, not {found}")
-        if len(state) != self.num_layers:
-            raise ValueError(f"the state must have one item for each of {self.num_layers} layers, not {len(state)}")
-        steps: int | str = "M"
-        for i, past in enumerate(state):
-            for a in [past] if is_memories else past:
-                if a.dim() != 3 or (a.shape[0] if steps == "M" else steps, batch, self.output_size) != a.shape:
-                    expected = f"({steps}, {batch}, {self.output_size})"
+        if isinstance(state, Sequence) and len(state) == self.num_layers + 1 and isinstance(state[-1], Tensor):
+            *state, pad = state
+        source = "a call or step" if is_step else "a call, not step,"
+        if not isinstance(state, Sequence) or len(state) != self.num_layers:
+            found = len(state) if isinstance(state, Sequence) else type(state).__name__
+            raise ValueError(f"the state must be the list, one item for each of {self.num_layers} layers, not {found}")
+        parts: list[Any] = [tuple(part) if is_step and isinstance(part, Sequence) else (part,) for part in state]
+        tensors = [a for part in parts for a in part]
+        if len(tensors) not in (len(parts), 2 * len(parts)) or not all(
+            isinstance(a, Tensor) and a.is_floating_point() for a in tensors
+        ):
+            raise TypeError(f"each item of the state must be as {source} returned it")
+        expected = (*tensors[0].shape[:1], batch, self.output_size)
+        for i, part in enumerate(parts):
+            for a in part:
+                if a.shape != expected:
                     raise ValueError(f"the state of layer {i} must be {expected} for this x, not {tuple(a.shape)}")
-                steps = a.shape[0]
-        if pad is not None and pad.shape != (steps, batch):
-            raise ValueError(f"the state's padding must be ({steps}, {batch}) for this x, not {tuple(pad.shape)}")
-        if not is_memories:
-            return list(state), pad
+        if pad is not None and (pad.dtype != torch.bool or pad.shape != expected[:2]):
+            raise ValueError(f"the state's padding must be {expected[:2]} of bool for this x, not {tuple(pad.shape)}")
+        if len(tensors) > len(parts):
+            return parts, pad
         layers = [cast(TransformerXLLayer, layer) for layer in self.layers]
-        return [layer.keys_and_values(a.to(self.u.dtype)) for layer, a in zip(layers, state, strict=True)], pad
+        return [layer.keys_and_values(a.to(self.u.dtype)) for layer, a in zip(layers, tensors, strict=True)], pad
 
 
 class TransformerXLLayer(nn.Module):
     """Attention over memory and x, and a feed-forward, each with a residual connection and layer norm."""
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, inner_size: int, *, dropout: float = 0.0, attn_dropout: float = 0.0
-    ) -> None:
+    def __init__(self, stack: TransformerXL) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.attn_dropout = attn_dropout
+        hidden_size, inner_size = stack.output_size, stack.inner_size
+        self.num_heads = stack.num_heads
+        self.dropout = stack.dropout
+        self.attn_dropout = stack.attn_dropout
         self.query = nn.Linear(hidden_size, hidden_size, bias=False)
         self.key_value = nn.Linear(hidden_size, 2 * hidden_size, bias=False)  # W_{k,E} and W_v
         self.position = nn.Linear(hidden_size, hidden_size, bias=False)  # W_{k,R}

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import numbers
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,8 @@ def recurrence(
         TypeError, ValueError: an argument has the wrong type, dtype, device or shape; the message names it.
         RuntimeError: the backend that was named cannot run here.
     """
-    check(u, x, v, b, c0, mask, pad, scale, zoneout, activation, bidirectional)
+    tensors = {"u": u, "x": x, "v": v, "b": b, "c0": c0, "mask": mask, "pad": pad}
+    check(tensors, scale, zoneout, activation, bidirectional)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if backend in ("cpu", "cuda"):
@@ -141,38 +143,27 @@ def warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def check(
-    u: Tensor,
-    x: Tensor | None,
-    v: Tensor,
-    b: Tensor,
-    c0: Tensor,
-    mask: Tensor | None,
-    pad: Tensor | None,
-    scale: float | Tensor,
-    zoneout: float,
-    activation: str,
-    bidirectional: bool,
-) -> None:
+def check(tensors: dict[str, Any], scale: float | Tensor, zoneout: float, activation: str, bidirectional: bool) -> None:
     """Raise TypeError or ValueError for arguments that no backend takes."""
-    for name, value in {"u": u, "x": x, "v": v, "b": b, "c0": c0, "mask": mask, "pad": pad}.items():
+    for name, value in tensors.items():
         if not isinstance(value, Tensor) and (value is not None or name in ("u", "v", "b", "c0")):
             raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+    u, x, v, b, _, mask, pad = tensors.values()
     if u.dim() != 4 or u.shape[2] not in (3, 4):
         raise ValueError(f"u must be (T, B, K, D) with K 3 or 4, not {tuple(u.shape)}")
     if not u.is_floating_point():
         raise TypeError(f"u must be of a floating dtype, not {u.dtype}")
     steps, batch, matrices, size = u.shape
     shapes = {
-        "x": (x, (steps, batch, size)),
-        "v": (v, (2, size) if v.dim() == 2 else (2 * size,)),
-        "b": (b, (2, size) if b.dim() == 2 else (2 * size,)),
-        "c0": (c0, (batch, size)),
-        "mask": (mask, (batch, size)),
-        "pad": (pad, (steps, batch)),
+        "x": (steps, batch, size),
+        "v": (2, size) if v.dim() == 2 else (2 * size,),
+        "b": (2, size) if b.dim() == 2 else (2 * size,),
+        "c0": (batch, size),
+        "mask": (batch, size),
+        "pad": (steps, batch),
     }
-    for name, (tensor, shape) in shapes.items():
-        if tensor is None:
+    for name, shape in shapes.items():
+        if (tensor := tensors[name]) is None:
             continue
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {shape} for u {tuple(u.shape)}, not {tuple(tensor.shape)}")

@@ -2,17 +2,18 @@
 
 The shape alone cuts sequences into tiles; the number of threads also affects the columns. Columns are independent and
 sums run over sequences, so results are bitwise equal for any number of threads.
+
+The threads are those of torch's OpenMP library: they have just computed the matrix product and are still awake; other
+threads would compete with them.
 """
 
 import array
-import contextlib
 import ctypes
 import functools
 import os
 import struct
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -21,7 +22,7 @@ from numba import types
 from torch import Tensor
 
 from sru.kernels.cpu_kernels import BLOCK, NUMBERS, backward, forward, transpose
-from sru.kernels.reference import Arguments
+from sru.kernels.reference import Arguments, with_rows
 
 READS_HALVES = False  # u and x must be float32 or float64
 TILE_BATCH = 4  # sequences of a tile
@@ -55,94 +56,46 @@ def pack(dtype: torch.dtype, scale: float, zoneout: float, arguments: list[int])
 
 
 @functools.cache
-def team(process: int) -> Callable[..., None] | None:
-    """GOMP_parallel of torch's OpenMP library, or None if torch uses another library.
-
-    Its threads have just computed the matrix product and are still awake; other threads would compete with them. A
-    forked process has no such threads, and OpenMP would wait for them forever.
-    """
-    if process != PROCESS:
-        return None
-    try:
-        library = ctypes.CDLL(None)
-        if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
-            return None
-        function = library.GOMP_parallel
-    except (AttributeError, OSError, TypeError):  # another OpenMP, or a system that cannot load a process as a library
-        return None
-    function.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
-    function.restype = None
+def c_function(name: str, *argument_types: type) -> Callable[..., Any] | None:
+    """A C function of a library that this process has loaded; None if there is none, or the system is not Linux."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function.argtypes = argument_types
     return function
 
 
 @functools.cache
-def pool() -> ThreadPoolExecutor:
-    """Our own threads, created at first use, for processes without `team`."""
-    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="sru")
+def find_openmp(process: int) -> Callable[..., None] | None:
+    """GOMP_parallel of torch's OpenMP library, or None: if torch uses another library, and in a forked process.
 
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    # A forked child has none of its parent's threads.
-    os.register_at_fork(after_in_child=pool.cache_clear)
-
-
-def run_tiles(
-    kernel: Callable[[Any], None], dtype: torch.dtype, memory: "array.array[int]", elements: int, tensors: list[Tensor]
-) -> None:
-    """Run all tiles, on torch's number of threads if there is enough work.
-
-    memory: the packed arguments; tensors: the ones that the arguments point to, which must stay alive.
+    A forked process has no threads, and OpenMP would wait for them forever.
     """
+    if process != PROCESS or "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        return None
+    return c_function("GOMP_parallel", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+
+
+def run_tiles(kernel: Callable[[Any], None], dtype: torch.dtype, memory: "array.array[int]", elements: int) -> None:
+    """Run all tiles, given the packed arguments: on torch's number of threads if there is enough work, else on one."""
     function, address = compile_kernel(kernel, dtype)
-    tiles = memory[NUMBERS + 1]
-    start = memory.buffer_info()[0]
+    tiles, start = memory[NUMBERS + 1], memory.buffer_info()[0]
     threads = min(tiles, torch.get_num_threads()) if elements >= SERIAL_ELEMENTS else 1
-    if threads <= 1:
-        function(start)
-    elif openmp := team(os.getpid()):
+    if threads > 1 and (openmp := find_openmp(os.getpid())):
         openmp(address, start, threads, 0)
     else:
-        # An interrupt may end this call while another thread still works; that thread keeps the memory alive.
-        def work(alive: Any = (memory, tensors)) -> None:
-            function(start)
-
-        helpers = []
-        with contextlib.suppress(RuntimeError):  # no new threads, for example while the interpreter exits
-            for _ in range(threads - 1):
-                helpers.append(pool().submit(work))
-        work()
-        for helper in helpers:
-            # A helper that has not started would find no tile left.
-            if not helper.cancel():
-                helper.result()
-
-
-@functools.cache
-def madvise() -> Callable[..., int] | None:
-    """The system call on Linux, or None on another system."""
-    if sys.platform != "linux":
-        return None
-    try:
-        function = ctypes.CDLL(None).madvise
-    except (AttributeError, OSError, TypeError):
-        return None
-    function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    return function
+        function(start)
 
 
 def new_empty(like: Tensor, *shape: int) -> Tensor:
     """like.new_empty, in huge pages if large: page faults of small pages take longer than the kernel."""
     tensor = like.new_empty(shape)
-    if tensor.nbytes >= 2 * HUGE_PAGE and (advise := madvise()):
+    if tensor.nbytes >= 2 * HUGE_PAGE and (
+        advise := c_function("madvise", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    ):
         first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
         # Only advice: a failure has no effect.
         advise(first, (tensor.data_ptr() + tensor.nbytes - first) // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE)
     return tensor
-
-
-def with_rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied if its last dimension is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @functools.lru_cache(maxsize=64)
@@ -187,10 +140,10 @@ class Inputs:
             *(mask.data_ptr(), mask_stride, 0 if pad is None else pad.data_ptr()),
         ]
 
-    def launch(self, kernel: Callable[[Any], None], arguments: list[int], tensors: list[Tensor]) -> None:
-        """Run a pass; its own arguments, which point to the tensors, follow those of the inputs."""
+    def launch(self, kernel: Callable[[Any], None], arguments: list[int]) -> None:
+        """Run a pass; its own arguments follow those of the inputs."""
         memory = pack(self.dtype, self.scale, self.zoneout, [0, self.tiles, *self.arguments, *arguments])
-        run_tiles(kernel, self.dtype, memory, self.elements, self.tensors + tensors)
+        run_tiles(kernel, self.dtype, memory, self.elements)
 
 
 def run_forward(arguments: Arguments, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,7 +154,7 @@ def run_forward(arguments: Arguments, *, keep: bool) -> tuple[Tensor, Tensor, Te
     c = new_empty(u, steps if keep else 2, batch, size)
     c_last = u.new_empty(batch, size)
     outputs = [h.data_ptr(), c.data_ptr(), int(keep), c_last.data_ptr()]
-    inputs.launch(forward(arguments.activation), outputs, [h, c, c_last])
+    inputs.launch(forward(arguments.activation), outputs)
     return h, c, c_last
 
 
@@ -220,12 +173,12 @@ def run_backward(
     else:  # the kernel always writes it: all steps write the same unused rows
         gskip = u.new_empty(batch, size).expand(steps, batch, size)
     gc = gc_last.clone(memory_format=torch.contiguous_format)
-    sums = u.new_empty(inputs.chunks, 4, size)
+    sums = u.new_zeros(inputs.chunks, 4, size)
     outputs = [
         *(c.data_ptr(), gh.data_ptr(), gh.stride(0), gh.stride(1), gu.data_ptr(), gu.stride(2)),
         *(gskip.data_ptr(), gskip.stride(0), gskip.stride(1), gc.data_ptr(), sums.data_ptr(), matrices),
     ]
-    inputs.launch(backward(arguments.activation), outputs, [c, gh, gu, gskip, gc, sums])
+    inputs.launch(backward(arguments.activation), outputs)
     total = sums.sum(0)
     gv, gb = total.view(2, -1)
     return gu, gskip if needs_x else None, gv, gb, gc
@@ -238,5 +191,5 @@ def transpose_matrix(matrix: Tensor) -> Tensor:
     tiles = -(-rows // BLOCK) * -(-columns // BLOCK)
     arguments = [rows, columns, 4, matrix.data_ptr(), matrix.stride(0), result.data_ptr()]
     memory = pack(torch.float32, 1.0, 0.0, [0, tiles, *arguments])
-    run_tiles(transpose, torch.float32, memory, matrix.numel(), [matrix, result])
+    run_tiles(transpose, torch.float32, memory, matrix.numel())
     return result

@@ -32,34 +32,8 @@ MAGIC = np.float32(1.5 * 2**23)  # adding it rounds to an integer, which the low
 LIMIT = np.float32(126)
 ONE = np.float32(1)
 # 2**r on [-1/2, 1/2], least squares at Chebyshev nodes, relative error 2e-9.
-P0, P1, P2, P3, P4, P5, P6 = (
-    np.float32(c)
-    for c in (
-        1.0000000005920204,
-        0.6931472056005099,
-        0.24022646608713735,
-        0.05550328997518715,
-        0.009618519534387948,
-        0.0013399860362685657,
-        0.00015337576820039663,
-    )
-)
-
-
-@intrinsic
-def as_float(typingctx: Any, bits: Any) -> tuple[Any, Codegen]:
-    """The float32 with these bits."""
-    return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(
-        args[0], context.get_value_type(types.float32)
-    )
-
-
-@intrinsic
-def as_bits(typingctx: Any, number: Any) -> tuple[Any, Codegen]:
-    """The bits of a float32."""
-    return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(
-        args[0], context.get_value_type(types.int32)
-    )
+POWERS = 1.0, 0.6931472, 0.24022646, 0.05550329, 0.00961852, 0.001339986, 0.00015337577
+P0, P1, P2, P3, P4, P5, P6 = map(np.float32, POWERS)
 
 
 @intrinsic
@@ -182,7 +156,7 @@ def sigmoid_of_type(z: Any) -> Any:
         # These comparisons keep NaN.
         y = LIMIT if y > LIMIT else y
         y = -LIMIT if y < -LIMIT else y
-        shifted = y + MAGIC
+        shifted = np.float32(y + MAGIC)
         r = y - (shifted - MAGIC)
         p = P6 * r + P5
         p = p * r + P4
@@ -190,8 +164,8 @@ def sigmoid_of_type(z: Any) -> Any:
         p = p * r + P2
         p = p * r + P1
         p = p * r + P0
-        power = as_float((as_bits(shifted) << np.int32(23)) + np.int32(0x3F800000))
-        return ONE / (ONE + p * power)
+        bits = np.int32((shifted.view(np.int32) << 23) + 0x3F800000)
+        return ONE / (ONE + p * bits.view(np.float32))
 
     def sigmoid64(z: Any) -> Any:
         return 1.0 / (1.0 + math.exp(-z))
@@ -238,10 +212,11 @@ def add_product(typingctx: Any, total: Any, a: Any, b: Any) -> tuple[Any, Codege
 
 
 @register_jitable(inline="always")
-def step(n: int, numbers: Any, inputs: Any, cp: Any, cn: Any, hn: Any, activation: int) -> None:
+def step(n: int, numbers: Any, inputs: Any, parameters: Any, cp: Any, cn: Any, hn: Any, activation: int) -> None:
     """One step of a sequence, from the state cp to the state cn and the output hn."""
     one, scale, zoneout = numbers
-    u0, u1, u2, x, vf, vr, bf, br, m = inputs
+    u0, u1, u2, x, m = inputs
+    vf, vr, bf, br = parameters
     for k in range(n):
         f = zoneout + (one - zoneout) * sigmoid(u1[k] + vf[k] * cp[k] + bf[k])
         r = sigmoid(u2[k] + vr[k] * cp[k] + br[k])
@@ -251,6 +226,35 @@ def step(n: int, numbers: Any, inputs: Any, cp: Any, cn: Any, hn: Any, activatio
         hn[k] = carried + m[k] * r * (activate(state, one, activation) - carried)
 
 
+@register_jitable(inline="always")
+def place(a: Any, tile: int) -> Any:
+    """A tile's direction, first column, number of columns, number among the tiles of sequences, and sequences."""
+    B, D, tile_batch, tile_columns, halves = a[3], a[4], a[5], a[6], a[7]
+    half = D // halves
+    blocks = (half + tile_columns - 1) // tile_columns
+    side = tile // blocks % halves
+    start = side * half + tile % blocks * tile_columns
+    n = min(tile_columns, (side + 1) * half - start)
+    chunk = tile // (blocks * halves)
+    return side, start, n, chunk, chunk * tile_batch, min(B, (chunk + 1) * tile_batch)
+
+
+@register_jitable(inline="always")
+def parameter_rows(like: Any, v: int, b: int, D: int, start: int, size: int) -> Any:
+    """The rows of v and b from column `start`: of the forget gate, then of the reset gate."""
+    vf, vr = row(like, v + size * start, INPUT), row(like, v + size * (D + start), INPUT)
+    return vf, vr, row(like, b + size * start, INPUT), row(like, b + size * (D + start), INPUT)
+
+
+@register_jitable(inline="always")
+def input_rows(like: Any, a: Any, t: int, j: int, start: int) -> Any:
+    """The rows of u, the skip and the mask at step t of sequence j."""
+    size, at = a[8], a[9] + a[8] * (t * a[10] + j * a[11] + start)
+    u0, u1, u2 = row(like, at, INPUT), row(like, at + size * a[12], INPUT), row(like, at + size * 2 * a[12], INPUT)
+    x = row(like, a[13] + size * (t * a[14] + j * a[15] + start), INPUT)
+    return u0, u1, u2, x, row(like, a[20] + size * (j * a[21] + start), INPUT)
+
+
 @functools.cache
 def forward(activation: int) -> Callable[[Any], None]:
     """The forward pass, a kernel for each activation, so that its loops have no branch."""
@@ -258,23 +262,14 @@ def forward(activation: int) -> Callable[[Any], None]:
     def kernel(like: Any) -> None:
         one, a = like[0], integers(like)
         numbers = one, like[1], like[2]
-        T, B, D, tile_batch, tile_columns, halves, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
-        u, u_t, u_b, u_k, skip, skip_t, skip_b = a[9], a[10], a[11], a[12], a[13], a[14], a[15]
-        v, b, c0, c0_b, mask, mask_b, pad = a[16], a[17], a[18], a[19], a[20], a[21], a[22]
+        T, B, D, size, v, b, c0, c0_b, pad = a[2], a[3], a[4], a[8], a[16], a[17], a[18], a[19], a[22]
         h, c, keep, c_last = a[23], a[24], a[25], a[26]
-        half = D // halves
-        blocks = (half + tile_columns - 1) // tile_columns
         while True:
             tile = next_tile(a)
             if tile >= a[1]:
                 break
-            side = tile // blocks % halves
-            start = side * half + tile % blocks * tile_columns
-            n = min(tile_columns, (side + 1) * half - start)
-            b_first = tile // (blocks * halves) * tile_batch
-            b_last = min(B, b_first + tile_batch)
-            vf, vr = row(like, v + size * start, INPUT), row(like, v + size * (D + start), INPUT)
-            bf, br = row(like, b + size * start, INPUT), row(like, b + size * (D + start), INPUT)
+            side, start, n, _, b_first, b_last = place(a, tile)
+            parameters = parameter_rows(like, v, b, D, start, size)
             for i in range(T):
                 t = T - 1 - i if side else i
                 # Without a gradient, two rows of c alternate.
@@ -289,12 +284,7 @@ def forward(activation: int) -> Callable[[Any], None]:
                             cn[k] = cp[k]
                             hn[k] = one - one
                         continue
-                    at = u + size * (t * u_t + j * u_b + start)
-                    u0, u1 = row(like, at, INPUT), row(like, at + size * u_k, INPUT)
-                    u2 = row(like, at + size * 2 * u_k, INPUT)
-                    x = row(like, skip + size * (t * skip_t + j * skip_b + start), INPUT)
-                    m = row(like, mask + size * (j * mask_b + start), INPUT)
-                    step(n, numbers, (u0, u1, u2, x, vf, vr, bf, br, m), cp, cn, hn, activation)
+                    step(n, numbers, input_rows(like, a, t, j, start), parameters, cp, cn, hn, activation)
             for j in range(b_first, b_last):
                 end = 0 if side else T - 1
                 at = size * (j * D + start)
@@ -308,10 +298,13 @@ def forward(activation: int) -> Callable[[Any], None]:
 
 
 @register_jitable(inline="always")
-def step_back(n: int, numbers: Any, rows: Any, results: Any, activation: int) -> None:
-    """The gradients of one step of a sequence."""
+def step_back(
+    n: int, numbers: Any, inputs: Any, parameters: Any, cp: Any, cn: Any, g: Any, results: Any, activation: int
+) -> None:
+    """The gradients of one step of a sequence, from the state cp to the state cn, for the gradient g of its output."""
     one, scale, zoneout = numbers
-    u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, g = rows
+    u0, u1, u2, x, m = inputs
+    vf, vr, bf, br = parameters
     gu0, gu1, gu2, gx, lam, svf, svr, sbf, sbr = results
     rest = one - zoneout
     for k in range(n):
@@ -345,33 +338,18 @@ def backward(activation: int) -> Callable[[Any], None]:
     def kernel(like: Any) -> None:
         one, a = like[0], integers(like)
         numbers = one, like[1], like[2]
-        T, B, D, tile_batch, tile_columns, halves, size = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
-        u, u_t, u_b, u_k, skip, skip_t, skip_b = a[9], a[10], a[11], a[12], a[13], a[14], a[15]
-        v, b, c0, c0_b, mask, mask_b, pad = a[16], a[17], a[18], a[19], a[20], a[21], a[22]
+        T, B, D, size, v, b, c0, c0_b, pad = a[2], a[3], a[4], a[8], a[16], a[17], a[18], a[19], a[22]
         c, gh, gh_t, gh_b, gu, gu_k = a[23], a[24], a[25], a[26], a[27], a[28]
         gskip, gskip_t, gskip_b, gc, sums, matrices = a[29], a[30], a[31], a[32], a[33], a[34]
-        half = D // halves
-        blocks = (half + tile_columns - 1) // tile_columns
         while True:
             tile = next_tile(a)
             if tile >= a[1]:
                 break
-            side = tile // blocks % halves
-            start = side * half + tile % blocks * tile_columns
-            n = min(tile_columns, (side + 1) * half - start)
-            chunk = tile // (blocks * halves)
-            b_first = chunk * tile_batch
-            b_last = min(B, b_first + tile_batch)
-            vf, vr = row(like, v + size * start, INPUT), row(like, v + size * (D + start), INPUT)
-            bf, br = row(like, b + size * start, INPUT), row(like, b + size * (D + start), INPUT)
+            side, start, n, chunk, b_first, b_last = place(a, tile)
+            parameters = parameter_rows(like, v, b, D, start, size)
             at = sums + size * (chunk * 4 * D + start)
             svf, svr = row(like, at, SVF), row(like, at + size * D, SVR)
             sbf, sbr = row(like, at + size * 2 * D, SBF), row(like, at + size * 3 * D, SBR)
-            for k in range(n):
-                svf[k] = one - one
-                svr[k] = one - one
-                sbf[k] = one - one
-                sbr[k] = one - one
             for i in range(T):
                 t = i if side else T - 1 - i
                 before = t + 1 if side else t - 1
@@ -391,15 +369,10 @@ def backward(activation: int) -> Callable[[Any], None]:
                     lam, cn = row(like, gc + at, GC), row(like, c + size * t * B * D + at, INPUT)
                     at = c0 + size * (j * c0_b + start) if i == T - 1 else c + size * before * B * D + at
                     cp = row(like, at, INPUT)
-                    at = u + size * (t * u_t + j * u_b + start)
-                    u0, u1 = row(like, at, INPUT), row(like, at + size * u_k, INPUT)
-                    u2 = row(like, at + size * 2 * u_k, INPUT)
-                    x = row(like, skip + size * (t * skip_t + j * skip_b + start), INPUT)
-                    m = row(like, mask + size * (j * mask_b + start), INPUT)
                     g = row(like, gh + size * (t * gh_t + j * gh_b + start), INPUT)
-                    rows = u0, u1, u2, x, vf, vr, bf, br, m, cp, cn, g
+                    inputs = input_rows(like, a, t, j, start)
                     results = gu0, gu1, gu2, gx, lam, svf, svr, sbf, sbr
-                    step_back(n, numbers, rows, results, activation)
+                    step_back(n, numbers, inputs, parameters, cp, cn, g, results, activation)
 
     return kernel
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sru.kernels.cpu import compile_kernel, pack
-from sru.kernels.cpu_kernels import C_LAST, INPUT, H, U, add_product, integers, row, step
+from sru.kernels.cpu_kernels import C_LAST, INPUT, H, U, add_product, integers, parameter_rows, row, step
 
 MAX_SEQUENCES = 8  # with more, a library's matrix product is faster
 MAX_WEIGHT = 2**22  # for larger weights it is faster too, because it uses threads
@@ -40,8 +40,7 @@ def one_step(activation: int) -> Callable[[Any], None]:
                     for q in range(n):
                         total = add_product(total, w[q], xn[q])
                     row(like, u + size * (j * 4 * D + k), U)[0] = total
-            vf, vr = row(like, v, INPUT), row(like, v + size * D, INPUT)
-            bf, br = row(like, b, INPUT), row(like, b + size * D, INPUT)
+            parameters = parameter_rows(like, v, b, D, 0, size)
             target = inner if (layers - 1 - i) & 1 else h
             for j in range(B):
                 at = u + size * j * 4 * D
@@ -55,7 +54,7 @@ def one_step(activation: int) -> Callable[[Any], None]:
                 at = size * (i * B + j) * D
                 cp, cn = row(like, c0 + at, INPUT), row(like, c_last + at, C_LAST)
                 hn = row(like, target + size * j * D, H)
-                step(D, numbers, (u0, u1, u2, skip, vf, vr, bf, br, m), cp, cn, hn, activation)
+                step(D, numbers, (u0, u1, u2, skip, m), parameters, cp, cn, hn, activation)
             x = target
 
     return kernel

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sru.kernels.reference import Arguments
+from sru.kernels.reference import Arguments, with_rows
 
 READS_HALVES = True  # u, x and h may be in half precision
 TYPES = {torch.float32: "float", torch.float64: "double", torch.float16: "Half", torch.bfloat16: "Bfloat"}
@@ -67,11 +67,6 @@ def neighbours(columns: int, arrays: list[Tensor]) -> int:
     rows = [a.element_size() * n for a in arrays for n in a.stride()[:-1]]
     alignment = math.gcd(16, *rows, *(a.data_ptr() for a in arrays))  # of every row, in bytes
     return min(math.gcd(columns, 4), max(1, alignment // max(a.element_size() for a in arrays)))
-
-
-def with_rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied if its last dimension is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def why_not(device: int) -> str:

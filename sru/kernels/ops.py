@@ -61,13 +61,20 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
 
 
 def differentiate(ctx: Any, gh: Tensor, gc: Tensor, gc_last: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, c = ctx.saved_tensors
-    if c.shape[0] != inputs[0].shape[0]:
+    u, c = ctx.saved_tensors[0], ctx.saved_tensors[-1]
+    if c.shape[0] != u.shape[0]:
         raise RuntimeError("the recurrence ran without gradients, so it has none")
-    gu, gx, gv, gb, gc0 = torch.ops.sru.recurrence_backward(gh, gc_last, *inputs, c, *ctx.options)
-    gmask = gpad = gscale = gzoneout = gactivation = ghalves = gkeep = None
+    gkeep = None
+    return *call_backward(torch.ops.sru.recurrence_backward, ctx, gh, gc_last), gkeep
+
+
+def call_backward(operator: Any, ctx: Any, gh: Tensor, gc_last: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of all tensors and options, None where there is none."""
+    *inputs, c = ctx.saved_tensors
+    gu, gx, gv, gb, gc0 = operator(gh, gc_last, *inputs, c, *ctx.options)
+    gmask = gpad = gscale = gzoneout = gactivation = ghalves = None
     gx = None if inputs[1] is None else gx
-    return gu, gx, gv, gb, gc0, gmask, gpad, gscale, gzoneout, gactivation, ghalves, gkeep
+    return gu, gx, gv, gb, gc0, gmask, gpad, gscale, gzoneout, gactivation, ghalves
 
 
 class Transformed(torch.autograd.Function):
@@ -87,12 +94,7 @@ class Transformed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gh: Tensor, gc: Tensor, gc_last: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, c = ctx.saved_tensors
-        operator: Any = TransformedBackward
-        gu, gx, gv, gb, gc0 = operator.apply(gh, gc_last, *inputs, c, *ctx.options)
-        gmask = gpad = gscale = gzoneout = gactivation = ghalves = None
-        gx = None if inputs[1] is None else gx
-        return gu, gx, gv, gb, gc0, gmask, gpad, gscale, gzoneout, gactivation, ghalves
+        return call_backward(TransformedBackward.apply, ctx, gh, gc_last)
 
 
 class TransformedBackward(torch.autograd.Function):

@@ -33,10 +33,7 @@ def run_states(
     candidate: Tensor, forget: Tensor, v: Tensor, c0: Tensor, zoneout: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The states before and after every step (T, B, D), and the last one (B, D)."""
-    try:
-        from torch._higher_order_ops.scan import scan
-    except ImportError as error:
-        raise ImportError("this torch has no scan: export with backend='reference', for one number of steps") from error
+    from torch._higher_order_ops.scan import scan
 
     def step(c: Tensor, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         candidate, forget = inputs

@@ -34,6 +34,11 @@ class Arguments(NamedTuple):
     halves: int
 
 
+def with_rows(tensor: Tensor) -> Tensor:
+    """The tensor, copied if its last dimension is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def recurrence(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """As `sru.kernels.recurrence`; has derivatives of any order."""
     if arguments.halves == 2:

@@ -67,7 +67,7 @@ class Adapter(nn.Module):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_hook_is_called_and_heeded(name, shape):
+def test_every_hook_is_called_and_its_result_used(name, shape):
     network = drawn(name)
     x = torch.randn(shape, dtype=torch.float64)
     plain, called = network(x)[0], []
@@ -94,7 +94,7 @@ def test_hooks_of_all_modules_are_called(name):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_an_adapter_gives_what_its_merged_weight_gives(name, shape):
+def test_an_adapter_equals_its_merged_weight(name, shape):
     network = drawn(name)
     merged = copy.deepcopy(network)
     for (parent, child_name, child), (_, _, other) in zip(
@@ -113,7 +113,7 @@ def test_an_adapter_gives_what_its_merged_weight_gives(name, shape):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_parametrised_and_pruned_weights_are_the_ones_that_count(name):
+def test_parametrised_and_pruned_weights_are_used(name):
     network = drawn(name)
     x = torch.randn(5, 2, 8, dtype=torch.float64)
     expected = network(x)[0]
@@ -141,7 +141,7 @@ def test_quantised_weights_are_near_the_exact_ones(name):
     assert (found - exact).abs().max() < 0.2 * exact.abs().max()
 
 
-def test_a_compiled_network_heeds_a_hook():
+def test_a_compiled_network_calls_a_hook():
     network = SRUpp(8, 8, 4, 1).eval()
     plain = network(torch.ones(5, 2, 8))[0]
     network[0].transform_module.linear1.register_forward_hook(lambda module, inputs, output: output + torch.arange(4))
@@ -202,7 +202,7 @@ class Compressed(torch.Tensor):
 
 
 @pytest.mark.parametrize("name", ["SRU", "SRUpp", "Transformer", "TransformerXL"])
-def test_a_weight_that_only_a_product_can_read_is_left_to_torch(name):
+def test_a_weight_in_a_special_format_is_left_to_torch(name):
     network = drawn(name).float().requires_grad_(False)
     x = torch.randn(40, 2, 8)
     expected = network(x)[0]

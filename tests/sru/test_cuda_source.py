@@ -230,12 +230,12 @@ def test_a_half_column_count_that_no_copy_fits_is_read_number_by_number(on_cpu):
 
 # What must hold of every kernel, in the words of tests/sru/test_kernels.py.
 ALSO = {
-    "no steps": [test_kernels.test_no_steps_hand_the_state_on_and_no_sequences_give_nothing, (0, 3, 4)],
-    "no sequences": [test_kernels.test_no_steps_hand_the_state_on_and_no_sequences_give_nothing, (3, 0, 4)],
+    "no steps": [test_kernels.test_no_steps_return_the_initial_state_and_no_sequences_return_nothing, (0, 3, 4)],
+    "no sequences": [test_kernels.test_no_steps_return_the_initial_state_and_no_sequences_return_nothing, (3, 0, 4)],
     "layouts": [test_kernels.test_memory_layout_changes_nothing, True],
-    "expanded": [test_kernels.test_expanded_gradients_are_taken],
-    "left out": [test_kernels.test_gradients_that_nobody_asks_for_are_left_out],
-    "inference": [test_kernels.test_inference_gives_what_training_gives, True],
+    "expanded": [test_kernels.test_expanded_gradients_are_accepted],
+    "left out": [test_kernels.test_gradients_that_are_not_needed_are_not_computed],
+    "inference": [test_kernels.test_inference_equals_training, True],
     "padding": [test_kernels.test_padding_stops_every_gradient],
     "alone": [test_kernels.test_a_padded_batch_equals_each_sequence_alone, "right", True],
     "saturation": [test_kernels.test_gates_saturate_cleanly, torch.float32],
@@ -248,7 +248,7 @@ ALSO = {
 
 
 @pytest.mark.parametrize("name", ALSO)
-def test_what_holds_of_other_kernels_holds_of_these(name, on_cpu):
+def test_the_general_properties_of_kernels_hold(name, on_cpu):
     check, *arguments = ALSO[name]
     named = dict(zip([n for n in inspect.signature(check).parameters if n != "backend"], arguments, strict=True))
     check(backend="cpu", **named)

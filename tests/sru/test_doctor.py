@@ -25,7 +25,7 @@ def rows(text):
     return {line[:20].split("  ")[0]: line for line in text.splitlines() if line}
 
 
-def test_a_sound_installation_is_well():
+def test_a_sound_installation_passes():
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
     table = rows(done.stdout)
@@ -128,7 +128,7 @@ def test_a_gpu_that_torch_counts_but_cannot_use_fails(monkeypatch, capsys):
     assert table["auto on cpu"].endswith("bfloat16")
 
 
-def test_looking_leaves_the_process_as_it_was(recwarn):
+def test_the_doctor_changes_no_random_state_and_warns_of_nothing(recwarn):
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
@@ -137,7 +137,7 @@ def test_looking_leaves_the_process_as_it_was(recwarn):
     assert not recwarn.list
 
 
-def test_the_reference_is_tried_too(monkeypatch):
+def test_the_doctor_runs_the_reference_too(monkeypatch):
     sound = reference.recurrence
 
     def wrong(arguments):

@@ -86,7 +86,7 @@ def test_one_layer_loads_by_itself():
     assert torch.equal(h, stack[0](recorded["x"], recorded["c0"][0])[0])
 
 
-def test_within_a_larger_model_too():
+def test_a_part_of_a_larger_model_loads():
     recorded, arguments = recording("sru_bidirectional_masked")
     model = torch.nn.ModuleDict({"rnn": SRU(**arguments), "head": torch.nn.Linear(8, 2)}).double()
     state = {f"rnn.{key}": value for key, value in recorded["state_dict"].items()} | {
@@ -98,7 +98,7 @@ def test_within_a_larger_model_too():
     assert "rnn.rnn_lst.0.weight" in state  # the caller's dict is left alone
 
 
-def test_the_files_scaling_correction_goes_before_the_constructors():
+def test_the_scaling_correction_of_the_file_replaces_that_of_the_constructor():
     recorded, arguments = recording("sru_default")
     network = SRU(**arguments, rescale=True)
     network.load_state_dict(recorded["state_dict"])
@@ -120,7 +120,7 @@ def test_the_files_scaling_correction_goes_before_the_constructors():
         ("sru_default", {"layer_norm": True}, "layer_norm"),
     ],
 )
-def test_a_file_of_another_network_is_refused_by_what_differs(name, change, message):
+def test_a_file_of_another_network_is_refused_with_the_difference(name, change, message):
     recorded, arguments = recording(name)
     with pytest.raises((ValueError, RuntimeError), match=message):
         SRU(**arguments | change).load_state_dict(recorded["state_dict"])
@@ -134,7 +134,7 @@ def test_a_file_of_another_network_is_refused_by_what_differs(name, change, mess
         ("rnn_lst.0.weight", "transform_module="),
     ],
 )
-def test_what_cannot_be_converted_is_refused_with_the_reason(key, message):
+def test_files_that_cannot_be_converted_are_refused_with_the_reason(key, message):
     recorded, arguments = recording("sru_default")
     state = recorded["state_dict"]
     if key in state:
@@ -154,6 +154,6 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(key, message):
         ({}, "2.5", "must be one of 2.6.0, 3.0.0.dev"),
     ],
 )
-def test_what_the_official_package_has_not_is_not_written(options, version, message):
+def test_options_that_the_official_package_lacks_are_not_written(options, version, message):
     with pytest.raises(ValueError, match=message):
         convert.to_official(SRU(6, 8, **options), version)

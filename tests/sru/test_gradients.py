@@ -26,7 +26,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize(("name", "backend"), list(itertools.product(OPTIONS, ["cpu", "reference"])))
-def test_every_gradient_is_the_slope(name, backend):
+def test_every_gradient_agrees_with_finite_differences(name, backend):
     options = {"input_size": 2} | OPTIONS[name]
     stack = SRU(hidden_size=3, num_layers=2, backend=backend, **options).double().eval()
     x = torch.randn(4, 2, options["input_size"], dtype=torch.float64, requires_grad=True)

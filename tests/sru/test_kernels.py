@@ -148,7 +148,7 @@ def test_kernel_agrees_with_the_equations_over_several_tiles_of_columns(backend)
 
 @EVERY_BACKEND
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (0, 0, 4), (3, 2, 0)], ids=str)
-def test_no_steps_hand_the_state_on_and_no_sequences_give_nothing(backend, shape):
+def test_no_steps_return_the_initial_state_and_no_sequences_return_nothing(backend, shape):
     steps, batch, size = shape
     arguments = inputs(*shape)
     grads = torch.randn(shape), torch.randn(batch, size)
@@ -190,7 +190,7 @@ def test_memory_layout_changes_nothing(backend, bidirectional):
 
 
 @COMPILED
-def test_expanded_gradients_are_taken(backend):
+def test_expanded_gradients_are_accepted(backend):
     arguments = [a.requires_grad_() for a in inputs(4, 3, 8)]
     for reduce in (lambda h, c: h.sum() + c.sum(), lambda h, c: h.sum(), lambda h, c: c.sum()):
         compiled, plain = (
@@ -218,7 +218,7 @@ def test_gradients_agree_with_finite_differences(backend, skip):
 
 
 @COMPILED
-def test_gradients_that_nobody_asks_for_are_left_out(backend):
+def test_gradients_that_are_not_needed_are_not_computed(backend):
     arguments = inputs(5, 3, 8)
     full = [a.clone().requires_grad_() for a in arguments]
     expected = torch.autograd.grad(recurrence(*full, backend=backend)[0].square().sum(), full)
@@ -231,7 +231,7 @@ def test_gradients_that_nobody_asks_for_are_left_out(backend):
 
 @COMPILED
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
-def test_inference_gives_what_training_gives(backend, bidirectional):
+def test_inference_equals_training(backend, bidirectional):
     arguments, pad = inputs(7, 3, 20), scattered(7, 3)
     h, c = recurrence(*arguments, pad=pad, bidirectional=bidirectional, backend=backend)
     trained = run(arguments, backend, pad=pad, bidirectional=bidirectional)

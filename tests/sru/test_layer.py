@@ -182,7 +182,7 @@ def test_the_initialisation_is_the_published_one():
     assert cell.bias.tolist() == [0.0] * 500 + [-3.0] * 500
 
 
-def test_the_forget_gate_starts_where_it_is_told():
+def test_the_forget_gate_starts_at_forget_bias():
     assert SRUCell(2, 2, forget_bias=2.0).bias.tolist() == [2.0, 2.0, 0.0, 0.0]
 
 

@@ -53,7 +53,7 @@ def test_the_transpose_is_torchs(shape):
 
 
 @on_amd
-def test_our_own_code_transposes_what_is_large_and_the_least_of_it(monkeypatch):
+def test_only_large_matrices_and_the_smaller_ones_are_transposed_by_the_kernel(monkeypatch):
     sizes, sound = [], cpu.transpose_matrix
     monkeypatch.setattr(cpu, "transpose_matrix", lambda matrix: sizes.append(tuple(matrix.shape)) or sound(matrix))
     for rows, columns, out in ((100, 8, 200), (400, 300, 200), (400, 200, 300), (1000, 100, 800)):
@@ -98,7 +98,7 @@ def test_autocast_and_transforms_keep_torchs_meaning():
     torch.testing.assert_close(per_sample[1], F.linear(x, weight), rtol=1e-5, atol=1e-5)
 
 
-def test_frozen_inputs_cost_no_gradient():
+def test_frozen_inputs_get_no_gradient():
     x, weight, _ = inputs((64, 8), 16)
     y = linear(x.detach(), weight)
     y.sum().backward()
@@ -112,7 +112,7 @@ def test_the_same_call_gives_the_same_bits():
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
-def test_what_no_gradient_needs_may_be_changed():
+def test_inputs_that_no_gradient_needs_may_be_changed():
     x, weight, _ = inputs((64, 8), 16)
     y = linear(x.detach(), weight)
     with torch.no_grad():

@@ -22,7 +22,7 @@ def test_projection_is_a_matrix_before_the_others():
 
 
 @pytest.mark.parametrize("sizes", [(4, 6), (6, 6)])
-def test_a_module_takes_the_place_of_the_matrices(sizes):
+def test_a_module_replaces_the_matrices(sizes):
     cell = SRUCell(*sizes).double()
     module = nn.Linear(sizes[0], cell.matrices * 6, bias=False).double()
     with torch.no_grad():  # column by column
@@ -35,7 +35,7 @@ def test_a_module_takes_the_place_of_the_matrices(sizes):
     assert module.weight.grad.abs().sum() > 0
 
 
-def test_modules_are_one_a_layer():
+def test_every_layer_gets_its_own_module():
     first, second = nn.Linear(4, 24), nn.Linear(6, 18)
     stack = SRU(4, 6, 2, transform_module=[first, second])
     assert stack[0].transform_module is first
@@ -164,7 +164,7 @@ def test_the_official_names_of_our_options():
         ({"whatever": 1}, "it takes input_size, hidden_size"),
     ],
 )
-def test_an_unknown_argument_is_answered(options, message):
+def test_an_unknown_argument_is_refused_with_a_hint(options, message):
     with pytest.raises(TypeError, match=message.replace("?", r"\?")):
         SRU(4, 4, **options)
 
@@ -178,7 +178,7 @@ def test_an_unknown_argument_is_answered(options, message):
         ({"training": True}, "has no argument training: it takes x, c0, mask_pad"),
     ],
 )
-def test_an_unknown_argument_of_a_call_is_answered(network, arguments, message):
+def test_an_unknown_argument_of_a_call_is_refused_with_a_hint(network, arguments, message):
     with pytest.raises(TypeError, match=re.escape(f"{type(network).__name__}.forward {message}")):
         network(torch.zeros(3, 2, 4), **arguments)
 
@@ -209,17 +209,17 @@ def test_an_unknown_argument_of_a_call_is_answered(network, arguments, message):
         ({"dtype": torch.int64}, "dtype must be a floating-point type"),
     ],
 )
-def test_a_wrong_option_is_refused_at_the_door(options, message):
+def test_a_wrong_option_is_refused_by_the_constructor(options, message):
     with pytest.raises(ValueError, match=message):
         SRU(**{"input_size": 4, "hidden_size": 4, "num_layers": 2} | options)
 
 
-def test_a_module_must_be_one():
+def test_a_transform_module_must_be_a_module():
     with pytest.raises(TypeError, match=r"transform_module must be a torch.nn.Module, not <class"):
         SRU(4, 4, 2, transform_module=nn.Linear)
 
 
-def test_what_is_printed_can_be_typed():
+def test_the_printed_layer_is_valid_python():
     cell = SRUCell(4, 6, bidirectional=True, highway_bias=-2.0, projection_size=3, activation="tanh")
     text = str(cell)
     assert text == "SRUCell(4, 6, bidirectional=True, projection_size=3, activation='tanh', highway_bias=-2.0)"
@@ -232,7 +232,7 @@ def test_the_signature_of_the_stack_names_every_option():
     assert set(inspect.signature(SRUCell).parameters) <= names
 
 
-def test_parameters_are_made_where_and_as_they_are_wanted():
+def test_parameters_have_the_given_device_and_dtype():
     stack = SRU(4, 6, 2, proj_input_to_hidden_first=True, layer_norm=True, v1=True, device="meta", dtype=torch.float64)
     tensors = [*stack.parameters(), *stack.buffers()]
     assert {(t.device.type, t.dtype) for t in tensors} == {("meta", torch.float64)}
@@ -248,7 +248,7 @@ def test_an_input_of_another_dtype_is_refused():
             SRU(4, 4, **options)(torch.zeros(3, 2, 4, dtype=torch.float64))
 
 
-def test_alpha_is_what_the_buffer_holds():
+def test_alpha_is_the_value_of_the_buffer():
     """Whoever writes the buffer: DDP's broadcast, an average of models, another network's parameters."""
     x = torch.randn(5, 2, 4)
     deep, plain = SRU(4, 4, 1, highway_bias=-3.0), SRU(4, 4, 1)
@@ -270,7 +270,7 @@ def test_a_file_with_a_state_in_the_gates_does_not_fit_a_cell_without():
 
 
 @pytest.mark.parametrize(("value", "message"), [([float("nan")], "positive number"), ([1.0, 1.0], "size mismatch")])
-def test_a_spoilt_alpha_is_refused(value, message):
+def test_an_invalid_alpha_is_refused(value, message):
     state = SRU(4, 4, 1).state_dict() | {"layers.0.scale_x": torch.tensor(value)}
     with pytest.raises((ValueError, RuntimeError), match=message):
         SRU(4, 4, 1).load_state_dict(state)
@@ -282,7 +282,7 @@ def test_a_half_precision_file_keeps_alpha():
     assert stack[0].alpha == SRU(4, 4)[0].alpha
 
 
-def test_resetting_draws_again():
+def test_reset_parameters_draws_again():
     with torch.device("meta"):
         empty = SRU(4, 4, 1, v1=True).to_empty(device="cpu")
     empty.reset_parameters()

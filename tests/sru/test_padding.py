@@ -129,7 +129,7 @@ def test_torchs_packed_sequences_agree(name, bidirectional, dtype):
 @pytest.mark.parametrize(
     ("name", "value"), [*((n, 1e30) for n in ENCODERS), *((n, float("nan")) for n in ENCODERS if n != "sru")]
 )
-def test_nothing_that_stands_in_the_padding_is_read(name, value, bidirectional):
+def test_values_in_the_padding_are_not_read(name, value, bidirectional):
     encoder, x, pad = network(name, bidirectional).float(), torch.randn(7, 5, 5), padding(LENGTHS)
     found = []
     for number in (0.0, value):
@@ -154,7 +154,7 @@ def test_a_batch_without_padding_needs_no_mask(name, bidirectional):
 
 @BOTH_WAYS
 @pytest.mark.parametrize("name", [name for name in ENCODERS if not name.startswith(("cnn", "lstm_one"))])
-def test_dropout_knows_the_padding(name, bidirectional):
+def test_dropout_keeps_padding_at_zero(name, bidirectional):
     encoder, pad = network(name, bidirectional, dropout=0.5).train(), padding(LENGTHS)
     x = torch.randn(7, 5, 5, dtype=torch.float64, requires_grad=True)
     h, _ = encoder(x, None, pad)

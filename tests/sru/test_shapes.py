@@ -134,7 +134,7 @@ def test_an_input_may_lie_in_memory_in_any_way():
 
 @BOTH_WAYS
 @pytest.mark.parametrize("compatible", [False, True])
-def test_what_comes_out_goes_back_in(bidirectional, compatible):
+def test_the_returned_state_can_be_passed_back(bidirectional, compatible):
     stack = network(bidirectional=bidirectional, nn_rnn_compatible_return=compatible)
     x = torch.randn(9, 2, 4, dtype=torch.float64)
     h, c = stack(x)
@@ -200,7 +200,7 @@ def test_a_cell_takes_one_step_too():
         ),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_with_the_right_one(options, state, error, message):
+def test_a_state_of_the_wrong_shape_is_refused_with_the_right_shape(options, state, error, message):
     stack = SRU(4, 6, 3, **options)
     with pytest.raises(error, match=message):
         stack(torch.zeros(5, 2, 4), state)
@@ -241,7 +241,7 @@ def test_a_wrong_call_is_refused(call, message):
         (lambda s, x: s(x.long()), "x is torch.int64"),
     ],
 )
-def test_what_is_no_tensor_is_refused(call, message):
+def test_an_input_that_is_not_a_tensor_is_refused(call, message):
     with pytest.raises(TypeError, match=message):
         call(SRU(4, 4), torch.zeros(5, 3, 4))
 

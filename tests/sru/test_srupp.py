@@ -96,7 +96,7 @@ def test_segments_with_memory_are_one_sequence(options):
     torch.testing.assert_close(state[0], c)
 
 
-def test_both_directions_see_all_steps_unless_told_otherwise():
+def test_both_directions_see_all_steps_by_default():
     assert pp(SRUppEncoder).causal
     network, x = pp(SRUppEncoder, bidirectional=True), torch.randn(5, 2, 6, dtype=torch.float64)
     assert not network.causal
@@ -181,7 +181,7 @@ def test_padding_equals_each_sequence_alone(form, bidirectional):
         torch.testing.assert_close(c[:, i : i + 1], c_alone)
 
 
-def test_a_row_that_sees_nothing_is_no_nan():
+def test_a_step_that_sees_nothing_is_not_nan():
     network, x = pp(), torch.randn(5, 2, 6, dtype=torch.float64, requires_grad=True)
     pad = torch.zeros(5, 2, dtype=torch.bool)
     pad[:, 1] = True
@@ -206,7 +206,7 @@ def test_a_row_that_sees_nothing_is_no_nan():
     ],
     ids=str,
 )
-def test_the_layers_that_are_told_to_attend(options, attending):
+def test_the_chosen_layers_attend(options, attending):
     network = SRUpp(6, 8, 4, 4, **options)
     assert [i for i in range(4) if hasattr(network[i].transform_module, "alpha")] == attending
     assert network(torch.randn(3, 2, 6))[0].shape == (3, 2, 8)
@@ -244,18 +244,18 @@ def test_a_bad_argument_is_named():
     network, x = SRUpp(6, 8, 4), torch.randn(5, 2, 6)
     for arguments, message in [
         ({"attn_mask": torch.zeros(5, 4)}, r"attn_mask must be \(5, 5\) or \(2, 5, 5\), memory's steps first"),
-        ({"memory": [x]}, "one tensor for each of 2 layers, not 1"),
-        ({"memory": [x, x]}, r"memory of layer 1 must be \(M, 2, 8\), not \(5, 2, 6\)"),
+        ({"memory": [x, x]}, r"memory of layer 1 must be \(5, 2, 8\), not \(5, 2, 6\)"),
         ({"memory_mask_pad": x}, "memory_mask_pad needs memory"),
-        ({"memory": [x, torch.zeros(3, 2, 8)]}, r"the same number of steps for each layer, not \[5, 3\]"),
+        ({"memory": [x, torch.zeros(3, 2, 8)]}, r"memory of layer 1 must be \(5, 2, 8\), not \(3, 2, 8\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             network(x, **arguments)
     for arguments, message in [
         ({"attn_msk": None}, "did you mean attn_mask"),
         ({"attn_mask": torch.zeros(5, 5).int()}, "attn_mask must be bool.*not torch.int32"),
-        ({"memory": [None, x]}, "memory must be a list of tensors"),
-        ({"memory": [x.long(), x.long()]}, "memory must be of a floating dtype"),
+        ({"memory": [x]}, "memory must be a list of 2 floating-point tensors"),
+        ({"memory": [None, x]}, "memory must be a list of 2 floating-point tensors"),
+        ({"memory": [x.long(), x.long()]}, "memory must be a list of 2 floating-point tensors"),
     ]:
         with pytest.raises(TypeError, match=message):
             network(x, **arguments)

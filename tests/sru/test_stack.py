@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sru.layer
-from sru import SRU
+from sru import SRU, plain_stack
 from sru.kernels import cpu_step, stack
 
 OPTIONS = {
@@ -34,10 +34,10 @@ def inputs(net: SRU, steps: int = 5, batch: int = 3) -> tuple[torch.Tensor, torc
 @pytest.fixture
 def one_by_one(monkeypatch):
     """A function that has the layers of stacks called, or not."""
-    sound = SRU.plain_layers
+    sound = plain_stack.find_layers
 
     def switch(to: bool) -> None:
-        monkeypatch.setattr(SRU, "plain_layers", (lambda *_: None) if to else sound)
+        monkeypatch.setattr(plain_stack, "find_layers", (lambda *_: None) if to else sound)
 
     return switch
 
@@ -52,7 +52,7 @@ def results(net, x, c0, pad=None, seed=1):
 
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_values_and_gradients_are_those_of_the_layers(name, padded, one_by_one):
+def test_values_and_gradients_equal_those_of_the_layers(name, padded, one_by_one):
     net = network(OPTIONS[name])
     x, c0 = inputs(net)
     pad = torch.arange(5)[:, None] >= torch.tensor([5, 2, 0]) if padded else None
@@ -68,7 +68,7 @@ def stack_made(h: torch.Tensor) -> bool:
     return h.grad_fn.name() == "_StackBackward"
 
 
-def test_gradients_are_those_of_small_differences():
+def test_gradients_of_a_stack_agree_with_finite_differences():
     net = network({})
     x, c0 = inputs(net)
     torch.autograd.gradcheck(lambda x, c0, *_: net(x, c0), (x, c0, *net.parameters()))
@@ -88,7 +88,7 @@ def test_many_gradients_at_once_are_one_after_another():
 
 
 @pytest.mark.parametrize("frozen", ["layers.0.weight", "layers.1.weight", "layers.2.bias", "layers.0"])
-def test_what_is_frozen_gets_no_gradient_and_the_rest_does(frozen, one_by_one):
+def test_frozen_parameters_get_no_gradient(frozen, one_by_one):
     net = network({})
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
@@ -100,7 +100,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_does(frozen, one_by_one):
 
 
 @pytest.mark.parametrize(("steps", "batch"), [(0, 3), (5, 0), (1, 1), (1, 9)])
-def test_sizes_at_the_edges_give_what_the_layers_give(steps, batch, one_by_one):
+def test_empty_and_single_steps_equal_those_of_the_layers(steps, batch, one_by_one):
     net = network({})
     found = results(net, *inputs(net, steps, batch))
     one_by_one(True)
@@ -110,7 +110,7 @@ def test_sizes_at_the_edges_give_what_the_layers_give(steps, batch, one_by_one):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_what_waits_for_a_call_of_a_layer_gets_it():
+def test_hooks_and_subclasses_of_layers_are_called():
     net = network({})
     seen = []
     handle = net[1].register_forward_hook(lambda *_: seen.append(1))
@@ -129,7 +129,7 @@ def test_what_waits_for_a_call_of_a_layer_gets_it():
     assert seen == [1, 2]
 
 
-def test_a_weight_changed_behind_the_forward_pass_is_refused():
+def test_a_weight_changed_before_backward_is_refused():
     net = network({})
     h, _ = net(inputs(net)[0])
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_a_weight_changed_behind_the_forward_pass_is_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("batch", [1, 2, cpu_step.MAX_SEQUENCES, cpu_step.MAX_SEQUENCES + 1])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_step_of_few_sequences_is_a_step_of_the_sequence(name, batch, dtype, monkeypatch):
+def test_one_step_of_few_sequences_equals_the_ordinary_call(name, batch, dtype, monkeypatch):
     net = network(OPTIONS[name], dtype).eval()
     calls, sound = [], cpu_step.run
     monkeypatch.setattr(cpu_step, "run", lambda *args: calls.append((found := sound(*args)) is not None) or found)
@@ -154,7 +154,7 @@ def test_a_step_of_few_sequences_is_a_step_of_the_sequence(name, batch, dtype, m
             torch.testing.assert_close(got, expected)
 
 
-def test_a_step_heeds_new_weights_views_and_the_state_it_is_given():
+def test_one_step_uses_new_weights_views_and_the_given_state():
     net = network({"input_size": 12}, torch.float32).eval()
     with torch.no_grad():
         wide = torch.randn(1, 2, 24)
@@ -173,7 +173,7 @@ def test_a_step_heeds_new_weights_views_and_the_state_it_is_given():
     torch.testing.assert_close(c, last)
 
 
-def test_steps_of_many_threads_do_not_meet():
+def test_steps_in_many_threads_do_not_disturb_each_other():
     from concurrent.futures import ThreadPoolExecutor
 
     net = network({"input_size": 12}, torch.float32).eval()
@@ -219,7 +219,7 @@ def test_under_autocast_products_are_in_bfloat16_and_the_rest_is_float32(name, o
     assert error(found[0]) < 1.5 * error(found[1])
 
 
-def test_under_autocast_halves_come_in_and_a_gradient_has_a_gradient():
+def test_under_autocast_bfloat16_input_has_second_derivatives():
     net = network({}, torch.float32)
     x, c0 = inputs(net)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -236,7 +236,7 @@ def test_under_autocast_halves_come_in_and_a_gradient_has_a_gradient():
     assert (second.double() - right).abs().max() < 0.1 * right.abs().max()
 
 
-def test_what_is_not_numbers_in_one_precision_goes_by_the_layers():
+def test_mixed_precision_input_runs_layer_by_layer():
     net = network({}, torch.float32)
     x = torch.randn(4, 2, 7)
     parameters = [p for layer in net.layers for p in (layer.weight, layer.v, layer.bias, layer.scale_x)]
@@ -250,11 +250,12 @@ def test_what_is_not_numbers_in_one_precision_goes_by_the_layers():
 
 
 def by_the_layers(net: SRU) -> bool:
-    return net.plain_layers(torch.zeros(1, 1, net.input_size, dtype=net[0].bias.dtype), None) is None
+    x = torch.zeros(1, 1, net.input_size, dtype=net[0].bias.dtype)
+    return plain_stack.find_layers(net.layers, net.num_layers, x, None, net.output_size, net.bidirectional) is None
 
 
 @torch.no_grad()
-def test_a_stack_that_was_changed_by_hand_goes_by_its_layers():
+def test_a_stack_changed_by_hand_runs_layer_by_layer():
     def append(net):
         net.layers.append(sru.SRUCell(12, 12, dtype=torch.float64))
 
@@ -314,7 +315,7 @@ def test_a_gradient_under_vmap():
         torch.testing.assert_close(found, torch.autograd.grad(h, x, grad, retain_graph=True)[0])
 
 
-def test_a_matrix_before_the_layers_decides_what_they_get():
+def test_a_matrix_before_the_layers_determines_their_input():
     net = network({"proj_input_to_hidden_first": True})
     x = torch.randn(1, 2, 7, dtype=torch.float64)
     assert stack_made(net(x)[0])

@@ -162,7 +162,7 @@ def test_functional_gradients_are_the_ordinary_ones():
     torch.testing.assert_close(members[1], loss({name: 2 * p for name, p in parameters.items()}, x))
 
 
-def test_functional_gradients_of_gradients_are_not_passed_over():
+def test_functional_second_derivatives_raise_an_error():
     x = torch.randn(5, 3, 4, dtype=torch.float64)
 
     def loss(stack, x):
@@ -210,7 +210,7 @@ def test_a_recorded_graph_computes():
     torch.testing.assert_close(graph(other), stack(other)[0])
 
 
-def test_a_tensor_of_two_tensors_is_computed_twice():
+def test_a_tensor_subclass_of_two_tensors_is_computed_twice():
     u, v, b, c0 = (torch.randn(s) for s in ((5, 2, 4, 6), (2, 6), (2, 6), (2, 6)))
     two = TwoTensor(u, 2 * u)
     h, _ = recurrence(two, None, *(TwoTensor(a, a) for a in (v, b, c0)))
@@ -303,7 +303,7 @@ def test_a_traced_network_runs_for_the_length_that_it_was_traced_with():
 # Copies
 
 
-def test_copies_are_whole():
+def test_copies_and_pickles_are_complete():
     stack, x = SRU(4, 6, 2, **EVERY_OPTION).eval(), torch.randn(5, 2, 4)
     file = io.BytesIO()
     torch.save(stack.state_dict(), file)

@@ -114,7 +114,7 @@ def test_step_by_step_is_one_call(name):
 
 
 @EVERY
-def test_what_stands_in_the_padding_of_a_source_is_not_read(name):
+def test_values_in_the_padding_of_a_source_are_not_read(name):
     made, x, source, pad = decoder(name), rand(3, 2, 5), rand(4, 2, 7), padding(4, 2)
     expected, _ = made(x, None, None, made.read(source, pad))
     source[pad] = math.nan
@@ -157,7 +157,7 @@ class Caller(nn.Module):
         return self.call(self.module, *inputs)
 
 
-def test_an_empty_source_is_nothing():
+def test_an_empty_source_adds_nothing():
     q, k = rand(2, 4, 6), rand(3, 2, 6)
     a = attend_source(q, k, k, torch.tensor([[True, False]] * 3), 2)
     assert not a[:, :2].any()
@@ -166,13 +166,13 @@ def test_an_empty_source_is_nothing():
     assert attend_source(q[:, :0], k[:, :0], k[:, :0], None, 2).shape == (2, 0, 6)
 
 
-def test_a_source_is_softmax_of_likeness():
+def test_attention_to_a_source_is_a_softmax_of_products():
     q, k, v = rand(2, 1, 4), rand(3, 1, 4), rand(3, 1, 4)
     weights = (q[:, 0] @ k[:, 0].t() / 2).softmax(1)
     torch.testing.assert_close(attend_source(q, k, v, None, 1)[:, 0], weights @ v[:, 0])
 
 
-def test_srupp_sums_what_it_sees_of_the_source():
+def test_srupp_adds_the_attention_to_the_source():
     """One layer by the formulas of sru/attention.py."""
     made, x, source = decoder("srupp", num_layers=1), rand(3, 1, 5), rand(4, 1, 7)
     module = made[0].transform_module
@@ -206,7 +206,7 @@ def test_a_bounded_memory_sees_the_last_steps(memory_length):
         torch.testing.assert_close(whole(x[first : t + 1], start)[0][-1], found[t])
 
 
-def test_numbers_of_steps_go_on_behind_padding():
+def test_positions_continue_after_padding():
     encoder = Transformer(5, 6, num_heads=2).double().eval()
     x = rand(6, 2, 5)
     _, state = encoder(x[:4], None, padding(4, 2))
@@ -216,7 +216,7 @@ def test_numbers_of_steps_go_on_behind_padding():
     torch.testing.assert_close(h[:, 1:], expected[2:])
 
 
-def test_a_model_that_is_both_ways_has_no_step():
+def test_a_bidirectional_transformer_has_no_step():
     with pytest.raises(ValueError, match="a bidirectional Transformer needs the whole sequence"):
         Transformer(5, 6, num_heads=2, bidirectional=True).step(torch.randn(2, 5))
 
@@ -269,7 +269,7 @@ def test_another_networks_state_is_refused():
         encoder(x[..., :4])
 
 
-def test_a_scaling_of_no_highway_is_refused():
+def test_rescale_without_a_highway_is_refused():
     with pytest.raises(ValueError, match="rescale=False has no highway to scale; type has_skip_term=true"):
         TransformerSRU(5, 6, num_heads=2, rescale=False)
     made = [TransformerSRU(5, 6, num_heads=2, has_skip_term=True, rescale=rescale) for rescale in (True, False)]
@@ -293,7 +293,7 @@ def test_a_gpu_gives_the_same(name):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_keeps_the_mean_and_drops_its_part(p):
+def test_dropout_keeps_the_mean_and_drops_the_given_share(p):
     x = torch.ones(501, 201, requires_grad=True)
     y = dropout(x, p, True)
     assert float((y == 0).float().mean()) == pytest.approx(p, abs=0.01)
@@ -307,7 +307,7 @@ def test_dropout_keeps_the_mean_and_drops_its_part(p):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_dropout_leaves_what_it_should(dtype):
+def test_dropout_at_the_edges_of_its_arguments(dtype):
     x = torch.randn(7, 3, dtype=dtype)
     assert torch.equal(dropout(x, 0.5, False), x)
     assert torch.equal(dropout(x, 0.0, True), x)

@@ -104,7 +104,7 @@ def test_a_bidirectional_step_sees_all_of_its_segment_and_the_memory():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_softmax_is_never_over_nothing(causal):
+def test_no_step_is_masked_completely(causal):
     """What it gives then, 0 or no number, depends on torch's version and the device."""
     pad = torch.arange(5)[:, None] >= torch.tensor([5, 2, 0])
     hidden = mask(3, 2, pad, sequence(3, 3), causal=causal).expand(3, 1, 3, 5)
@@ -306,30 +306,29 @@ def test_a_bad_argument_is_named():
         (lambda: network(x[..., :5]), r"x must be \(T, B, 6\), time first, not \(5, 2, 5\)"),
         (lambda: network.step(x), r"x must be \(B, 6\), not \(5, 2, 6\)"),
         (lambda: network(x, memory[:1]), "one item for each of 2 layers, not 1"),
-        (lambda: network(x[:, :1], memory), r"state of layer 0 must be \(M, 1, 8\) for this x, not \(5, 2, 8\)"),
+        (lambda: network(x[:, :1], memory), r"state of layer 0 must be \(5, 1, 8\) for this x, not \(5, 2, 8\)"),
         (lambda: network(x, [memory[0], x]), r"state of layer 1 must be \(5, 2, 8\) for this x, not \(5, 2, 6\)"),
         (lambda: network(x, [memory[0], memory[1][1:]]), r"layer 1 must be \(5, 2, 8\) for this x, not \(4, 2, 8\)"),
         (lambda: network(x, [memory[0], memory[1][0]]), r"layer 1 must be \(5, 2, 8\) for this x, not \(2, 8\)"),
         (
             lambda: network(x, [*memory, x[:2, :, 0] > 0]),
-            r"the state's padding must be \(5, 2\) for this x, not \(2, 2\)",
+            r"the state's padding must be \(5, 2\) of bool for this x, not \(2, 2\)",
         ),
         (
             lambda: xl(bidirectional=True).step(x[0]),
             "a bidirectional TransformerXL needs the whole sequence: it has no",
         ),
-        (lambda: network.step(x[0, :1], pairs), r"state of layer 0 must be \(M, 1, 8\) for this x, not \(1, 2, 8\)"),
+        (lambda: network(x, memory[0][:1]), "the list, one item for each of 2 layers, not Tensor"),
+        (lambda: network.step(x[0, :1], pairs), r"state of layer 0 must be \(1, 1, 8\) for this x, not \(1, 2, 8\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
     for call, message in [
         (lambda: network(x.double()), "x is torch.float64, the layer torch.float32"),
         (lambda: network(None), "x must be a tensor, not NoneType"),
-        (lambda: network(x, memory[0]), "one item per layer, that a call, not step, returned, not Tensor"),
-        (lambda: network(x, pairs), "that a call, not step, returned, not list of tuple"),
-        (lambda: network.step(x[0], x), "that a call or step returned, not Tensor"),
-        (lambda: network.step(x[0], [memory[0], pairs[0]]), "returned, not list of Tensor, tuple"),
-        (lambda: network(x, [a.long() for a in memory]), "not list of Tensor"),
+        (lambda: network(x, pairs), "each item of the state must be as a call, not step, returned it"),
+        (lambda: network.step(x[0], [memory[0], pairs[0]]), "each item of the state must be as a call or step"),
+        (lambda: network(x, [a.long() for a in memory]), "each item of the state must be as a call, not step"),
     ]:
         with pytest.raises(TypeError, match=message):
             call()
