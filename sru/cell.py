@@ -16,6 +16,7 @@ from sru.checks import (
     check_input,
     check_mask,
     check_probabilities,
+    check_rescale,
     check_sizes,
     check_state,
     refuse,
@@ -60,7 +61,8 @@ class SRUCell(nn.Module):
             eight steps, which trains better when embeddings start at random (docs/tasks/classification.md).
         has_skip_term: False removes the highway: h_t = r_t * g(c_t).
         project_skip: project the highway by a fourth matrix even if the sizes are equal (speech networks of 2017).
-        rescale: the scaling correction alpha = sqrt(1 + 2 exp(highway_bias)); False sets alpha to 1 (section 3.2).
+        rescale: the scaling correction alpha = sqrt(1 + 2 exp(highway_bias)), which keeps the variance if there is no
+            dropout; False sets alpha to 1 (section 3.2); "dropout" keeps it with dropout, see `initial_alpha`.
         has_vc_term: False removes v * c_{t-1} from both gates, as in the cell of 2017.
         weight_c_init: v starts uniformly within plus or minus this; None for the published square root of 3/2.
         zoneout: probability that a state keeps its value at a step; in evaluation, the mean over these draws.
@@ -93,7 +95,7 @@ class SRUCell(nn.Module):
         forget_bias: float = 0.0,
         has_skip_term: bool = True,
         project_skip: bool = False,
-        rescale: bool = True,
+        rescale: bool | str = True,
         has_vc_term: bool = True,
         weight_c_init: float | None = None,
         zoneout: float = 0.0,
@@ -105,7 +107,8 @@ class SRUCell(nn.Module):
     ) -> None:
         super().__init__()
         check_flags(bidirectional=bidirectional, layer_norm=layer_norm, normalize_after=normalize_after)
-        check_flags(project_skip=project_skip, has_skip_term=has_skip_term, rescale=rescale, has_vc_term=has_vc_term)
+        check_flags(project_skip=project_skip, has_skip_term=has_skip_term, has_vc_term=has_vc_term)
+        check_rescale(rescale)
         check_sizes(1, input_size=input_size, hidden_size=hidden_size)
         check_sizes(0, projection_size=projection_size)
         activation, has_vc_term, projection_size, transform_module = translate_options(
@@ -175,8 +178,22 @@ class SRUCell(nn.Module):
         return self.initial_alpha() if self.scale_x.is_meta else self.scale_x.item()
 
     def initial_alpha(self) -> float:
-        """The initial scale_x, rounded to float32 as in the official package, in any dtype of the layer."""
-        return float(np.float32(math.sqrt(1 + 2 * math.exp(self.highway_bias)) if self.rescale else 1.0))
+        """The initial scale_x, rounded to float32 as in the official package, in any dtype of the layer.
+
+        With r = sigmoid(highway_bias), q = 1 - p the probability that dropout keeps a value, m its mask (0 or 1 / q)
+        and X = alpha x, h = X + m r (c - X). For x and c of mean 0 that do not depend on each other
+
+            Var[h] = alpha^2 (1 - 2 r + r^2 / q) Var[x] + r^2 / q Var[c],
+
+        and the initial weights make Var[c] = q Var[x]. Var[h] = Var[x] gives the alpha below; the published one is that
+        of p = 0, where (1 - r^2) / (1 - r)^2 = 1 + 2 exp(highway_bias).
+        """
+        if not self.rescale:
+            return 1.0
+        r, keep = 1 / (1 + math.exp(-self.highway_bias)), 1 - self.dropout
+        if self.rescale == "dropout" and self.dropout:
+            return float(np.float32(math.sqrt((1 - r * r) / (1 - 2 * r + r * r / keep))))
+        return float(np.float32(math.sqrt(1 + 2 * math.exp(self.highway_bias))))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before, base = self.scale_x, cast(Any, super())

@@ -41,6 +41,12 @@ def check_flags(**flags: Any) -> None:
             raise ValueError(f"{name} must be True or False, not {value!r}")
 
 
+def check_rescale(value: Any) -> None:
+    """Raise ValueError for a scaling correction that is neither a bool nor "dropout"."""
+    if value != "dropout" and (not isinstance(value, numbers.Integral) or value not in (0, 1)):
+        raise ValueError(f'rescale must be True, False or "dropout", not {value!r}')
+
+
 def check_heads(hidden_size: int, num_heads: int) -> None:
     """Raise ValueError if the features cannot be divided among the heads."""
     if hidden_size % num_heads:

@@ -76,7 +76,7 @@ class SRU(nn.Module):
         forget_bias: float = 0.0,
         has_skip_term: bool = True,
         project_skip: bool = False,
-        rescale: bool = True,
+        rescale: bool | str = True,
         has_vc_term: bool = True,
         weight_c_init: float | None = None,
         zoneout: float = 0.0,

@@ -57,7 +57,7 @@ class SRUpp(SourceReader, SRU):
         proj_input_to_hidden_first: bool = False,
         has_skip_term: bool = True,
         highway_bias: float = -2.0,
-        rescale: bool = False,
+        rescale: bool | str = False,
         weight_c_init: float | None = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

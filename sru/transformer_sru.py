@@ -33,7 +33,7 @@ class TransformerSRU(Transformer):
         dropout: float = 0.0,
         sru_dropout: float | None = None,
         has_skip_term: bool = False,
-        rescale: bool = True,
+        rescale: bool | str = True,
         has_vc_term: bool = True,
         highway_bias: float = 0.0,
         forget_bias: float = 0.0,

@@ -11,7 +11,7 @@ import pytest
 
 # The tests' tensors are small: a second thread mostly waits. Before torch, which reads it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# oneDNN keeps a compiled product for each of the last 1,024 shapes, about 0.1 MB each; the tests have thousands of shapes.
+# oneDNN keeps a compiled product of about 0.1 MB for each of the last 1,024 shapes, and the tests have as many.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 import torch
 

@@ -195,6 +195,41 @@ def test_the_scaling_correction_keeps_the_variance_of_a_deep_stack():
     assert ratio[False] < 0.1
 
 
+@pytest.mark.parametrize(
+    ("dropout", "highway_bias", "most"), [(0.2, 0.0, 30), (0.2, -1.0, 2), (0.5, 0.0, 5), (0.5, -1.0, 5), (0.5, -3.0, 2)]
+)
+def test_the_correction_for_dropout_keeps_the_deviation_of_a_deep_stack_in_training(dropout, highway_bias, most):
+    """In the mean over masks and weights, behind 20 layers; the gates vary, which the derivation leaves out."""
+    torch.manual_seed(0)
+    x = torch.randn(30, 16, 128)
+    options = {"dropout": dropout, "highway_bias": highway_bias}
+    deviations = [SRU(128, 128, 20, rescale="dropout", **options)(x)[0].std().item() for _ in range(3)]
+    assert 0.5 < sum(deviations) / 3 < most
+
+
+def test_the_correction_for_dropout_is_the_published_one_in_a_layer_without_dropout():
+    network = SRU(6, 6, 3, dropout=0.5, highway_bias=-1.0, rescale="dropout")
+    r = 1 / (1 + math.e)
+    expected = math.sqrt((1 - r**2) / (1 - 2 * r + r**2 / 0.5))
+    assert [layer.alpha for layer in network.layers] == pytest.approx([expected] * 2 + [math.sqrt(1 + 2 / math.e)])
+    other = SRU(6, 6, 3, dropout=0.5)
+    other.load_state_dict(network.state_dict())  # alpha goes with the parameters
+    x = torch.randn(4, 2, 6)
+    torch.testing.assert_close(other.eval()(x)[0], network.eval()(x)[0])
+    with pytest.raises(ValueError, match="rescale must be True, False or \"dropout\", not 'droput'"):
+        SRU(6, 6, rescale="droput")
+
+
+def test_one_layer_keeps_the_variance_that_the_derivation_assumes():
+    """h = X + m r (c - X) with constant gates, c of variance (1 - p) Var[x]: Monte Carlo over masks and inputs."""
+    torch.manual_seed(0)
+    for p, b in [(0.2, 0.0), (0.5, 0.0), (0.5, -1.0), (0.8, 1.0)]:
+        alpha, r = SRUCell(4, 4, dropout=p, highway_bias=b, rescale="dropout").alpha, 1 / (1 + math.exp(-b))
+        x, c = alpha * torch.randn(10**6), (1 - p) ** 0.5 * torch.randn(10**6)
+        mask = (torch.rand(10**6) < 1 - p) / (1 - p)
+        assert (x + mask * r * (c - x)).var() == pytest.approx(1, rel=0.02)
+
+
 def test_dropout_draws_one_mask_for_all_steps_of_a_sequence():
     torch.manual_seed(0)
     cell = SRUCell(4, 64, dropout=0.5, has_skip_term=False)
