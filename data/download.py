@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import pooch
 import requests
 from tqdm import tqdm
 
@@ -135,25 +134,8 @@ def download(path: Path, packing: str, url: str, checksum: str | None) -> Path:
     """Downloads `url` to `path` + `packing`. A broken transfer stays in .part, and the next call continues it."""
     target = path.with_name(path.name + packing)
     part = target.with_name(target.name + ".part")
-
-    def downloader(url: str, output_file: str, _pooch: object) -> None:
-        transfer(url, part)
-        found = None
-        with contextlib.suppress(ValueError):  # a damaged archive
-            found = digest(part, packing, kind_of(checksum or ""))
-        if found is None or found != (checksum or found):
-            part.unlink()
-            raise ValueError(
-                f"the download of {path} was not the right file and is deleted: expected "
-                f"{checksum or 'a complete archive'}, got {found or 'a damaged archive'}."
-            )
-        if checksum is None:
-            path.with_name(path.name + ".sha256").write_text(found + "\n")
-        os.replace(part, output_file)
-
-    pooch.get_logger().setLevel("WARNING")  # at INFO it prints advice for programmers
     try:
-        pooch.retrieve(url, None, fname=target.name, path=path.parent, downloader=downloader)
+        transfer(url, part)
     except requests.RequestException as error:
         # The innermost reason; requests wraps it in four layers of class names.
         reason = re.split(r": |\] |, '", str(error))[-1].strip("()'\" ")
@@ -165,11 +147,19 @@ def download(path: Path, packing: str, url: str, checksum: str | None) -> Path:
             f"cannot download {url} to {path}: {reason}. Run the same command again (the download continues), "
             f"or put the file there by hand. {NO_NETWORK}"
         ) from error
-    except ValueError as error:
+    found = None
+    with contextlib.suppress(ValueError):  # a damaged archive
+        found = digest(part, packing, kind_of(checksum or ""))
+    if found is None or found != (checksum or found):
+        part.unlink()
         raise ValueError(
-            f"{error} It came from {url}. Run the same command again; if that fails too, the file at this address has "
-            f"changed: put the right one at {path}."
-        ) from error
+            f"the download of {path} was not the right file and is deleted: expected "
+            f"{checksum or 'a complete archive'}, got {found or 'a damaged archive'}. It came from {url}. Run the same "
+            f"command again; if that fails too, the file at this address has changed: put the right one at {path}."
+        )
+    if checksum is None:
+        path.with_name(path.name + ".sha256").write_text(found + "\n")
+    os.replace(part, target)
     return target
 
 
