@@ -110,7 +110,6 @@ def test_a_damaged_cache_is_built_again(tmp_path, file, damage):
 
 def test_what_a_killed_process_left_is_not_used(tmp_path, monkeypatch):
     def killed(place, *_):
-        place.mkdir()
         (place / "all").write_bytes(b"half")
         raise KeyboardInterrupt
 
