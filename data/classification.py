@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from data.base import DataModule, require_whole
+from data.base import DataModule
 from data.batching import FixedBatches, rank_and_world_size
 from data.download import fetch, read_bytes
 from data.text import word_vectors
@@ -82,7 +82,6 @@ class SentenceClassification(DataModule[FixedBatches]):
         clean: bool = True,
     ) -> None:
         super().__init__()
-        require_whole(batch_size=batch_size, min_count=min_count)
         self.root, self.cache = Path(root).expanduser(), Path(cache).expanduser()
         self.labels = list(labels)
         self.files = files
@@ -243,8 +242,6 @@ def split_examples(files: Mapping[str, list[Item]], fold: int) -> dict[str, list
 
     ValueError if a split is empty.
     """
-    if fold not in range(FOLDS):
-        raise ValueError(f"data.fold={fold} is not one of 0 to {FOLDS - 1}")
     generator = random.Random(SPLIT_SEED)
     if set(files) == {"train", "val", "test"}:
         if fold != 0:

@@ -11,7 +11,6 @@ import numpy as np
 from data.audio import synthesis
 from data.audio.fbank import write
 from data.audio.feature_table import Utterance
-from data.base import require_whole
 from data.download import fetch, require_writable, unpack_archive
 from data.speech import Recordings
 
@@ -55,7 +54,6 @@ class SpokenDigits(Recordings):
         whole = len(lengths) == 2 and all(type(n) is int for n in lengths) and 1 <= lengths[0] <= lengths[1]
         if digits is not None and not whole:
             raise ValueError(f"data.digits={digits} must be two whole numbers, such as [3,7], or null")
-        require_whole(repeats=repeats)
         self.digits, self.repeats = lengths or None, repeats
 
     def utterances(self) -> dict[str, list[Utterance]]:

@@ -62,7 +62,7 @@ class ImageSequences(DataModule[Batches]):
         super().__init__()
         if order not in ORDERS:
             raise ValueError(f"data.order={order} must be one of {', '.join(ORDERS)}")
-        require_whole(num_val=num_val, batch_size=batch_size)
+        require_whole(num_val=num_val)
         if num_train is not None:
             require_whole(num_train=num_train)
         self.folder = Path(root).expanduser() / folder

@@ -12,7 +12,7 @@ from torch import Tensor
 from data.audio.fbank import Frontend, Part, StepStream, check_frontend, read
 from data.audio.feature_table import Recorded, Utterance, perturb, prepare
 from data.audio.labels import BLANK, UNITS, Symbols, frames_needed
-from data.base import DataModule, require_whole
+from data.base import DataModule
 from data.batching import Batches
 
 log = logging.getLogger(__name__)
@@ -113,14 +113,8 @@ class Recordings(DataModule[Batches]):
         if unit not in (*UNITS, LABEL):
             raise ValueError(f"data.unit={unit} must be one of {', '.join((*UNITS, LABEL))}")
         check_frontend(rate, num_mels, stack, level)
-        require_whole(vocab_size=vocab_size, frames_per_batch=frames_per_batch)
-        require_whole(eval_frames_per_batch=eval_frames_per_batch)
-        if type(lowercase) is not bool:
-            raise ValueError(f"data.lowercase={lowercase} must be true or false")
         if not are_numbers(speeds, 0.5, 2) or not speeds:
             raise ValueError(f"data.speeds={speeds} must be a list of numbers, 0.5 to 2: type 'data.speeds=[1.0]'")
-        if not are_numbers([volume], 0, 60):
-            raise ValueError(f"data.volume={volume} must be dB, 0 to 60")
         if noise is not None and not (are_numbers(noise, -20, 100) and len(noise) == 2 and noise[0] <= noise[1]):
             raise ValueError(f"data.noise={noise} must be two numbers in dB, such as [5,40], or null")
         self.cache = Path(cache).expanduser()

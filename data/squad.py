@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from data import download
-from data.base import DataModule, require_whole
+from data.base import DataModule
 from data.batching import Batches
 from data.text import squad_tables, word_vectors
 from data.text.spacy_tagger import Tagger
@@ -70,13 +70,10 @@ class QuestionAnswering(DataModule[Batches]):
                 raise ValueError(f"data.{split}={name} must name a file in SQuAD's format: type data.{split}=FILE.json")
         if tagger not in ("spacy", "none"):
             raise ValueError(f"data.tagger={tagger} must be spacy or none")
-        if not isinstance(lowercase, bool):
-            raise ValueError(f"data.lowercase={lowercase} must be true or false")
         if tagger == "spacy" and (not isinstance(spacy_model, str) or not spacy_model):
             raise ValueError(
                 f"data.spacy_model={spacy_model} must name a pipeline, such as en_core_web_sm, or its folder"
             )
-        require_whole(window=window, batch_size=batch_size, eval_batch_size=eval_batch_size)
         self.spacy_model = spacy_model if tagger == "spacy" else None
         self.vectors, self.lowercase, self.min_count, self.window = vectors, lowercase, min_count, window
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed

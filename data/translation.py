@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data import download
-from data.base import DataModule, require_whole
+from data.base import DataModule
 from data.batching import Batches
 from data.text import sentence_pairs
 from data.text.sentence_pairs import Pairs
@@ -79,8 +79,6 @@ class ParallelText(DataModule[Batches]):
                 )
         if subword not in KINDS:
             raise ValueError(f"data.subword={subword} must be one of {', '.join(KINDS)}")
-        require_whole(vocab_size=vocab_size, max_length=max_length)
-        require_whole(tokens_per_batch=tokens_per_batch, eval_tokens_per_batch=eval_tokens_per_batch)
         if tokens_per_batch <= max_length:
             raise ValueError(
                 f"data.tokens_per_batch={tokens_per_batch} does not hold one sentence of data.max_length={max_length} "

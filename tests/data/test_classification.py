@@ -177,12 +177,6 @@ def test_too_few_examples_to_hold_a_tenth_out_are_told(files, fold, message):
     assert split_examples({"train": [1, 2, 3, 4, 5, 6], "test": [2]}, 5)["val"]
 
 
-@pytest.mark.parametrize("fold", [-1, 10])
-def test_a_fold_out_of_range_is_refused(fold):
-    with pytest.raises(ValueError, match=rf"data.fold={fold} is not one of 0 to 9"):
-        split_examples({"all": [1, 2]}, fold)
-
-
 def test_the_seed_of_a_run_moves_no_example_to_another_split(tmp_path):
     one, other = corpus(tmp_path, seed=1), corpus(tmp_path, seed=2)
     assert one.model_kwargs["vocab_size"] == other.model_kwargs["vocab_size"]

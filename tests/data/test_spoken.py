@@ -389,7 +389,6 @@ def test_speakers_and_strings_of_digits(fsdd):
     for options, message in (
         ({"digits": [3]}, "must be two whole numbers"),
         ({"digits": [5, 3]}, "must be two whole numbers"),
-        ({"repeats": 0}, "data.repeats=0 must be a whole number, 1 or more"),
         ({"speakers": {"test": ["bob"]}}, "must name different speakers for val and test"),
         ({"speakers": {"val": ["bob"], "test": ["bob"]}}, "different speakers for val and test"),
         ({"speakers": {"val": "bob", "test": ["cleo"]}}, "must name different speakers for val and test"),

@@ -212,13 +212,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     ("options", "message"),
     [
         ({"unit": "letters"}, r"data\.unit=letters is not one of bytes, characters, words"),
-        ({"batch_size": 0}, r"data\.batch_size=0 must be a whole number, 1 or more"),
-        ({"unroll": -1}, r"data\.unroll=-1 must be a whole number, 1 or more"),
-        ({"eval_unroll": 0}, r"data\.eval_unroll=0 must be a whole number, 1 or more"),
-        ({"eval_batch_size": 0}, r"data\.eval_batch_size=0 must be a whole number, 1 or more"),
-        ({"unroll": 2.5}, r"data\.unroll=2\.5 must be a whole number, 1 or more"),
         ({"valid_bytes": "5k"}, r"data\.valid_bytes=5k must be a whole number, 2 "),
-        ({"min_count": 0}, r"data\.min_count=0 must be a whole number, 1 or more"),
         ({"path": None}, r"type data\.path=FILE"),
         (
             {"path": None, "files": {"all": {"name": "a"}, "test": {"name": "b"}}},
