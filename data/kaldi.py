@@ -16,6 +16,7 @@ from data.audio.utterance_batches import Batch, FrameConfig, Streams
 from data.base import DataModule, require_whole
 from data.batching import Batches, rank_and_world_size
 from data.cache import prepare_folder
+from data.download import find_below
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +98,12 @@ class Kaldi(DataModule):
 
     def locate(self, split: str) -> Path:
         """The folder of a split."""
-        name = str(self.names[split])
-        for path in (self.root / name, Path(name).expanduser()):
-            if path.is_dir():
-                return path
-        raise FileNotFoundError(
-            f"data.{split}={name} is not a folder, neither below {self.root} nor here; type the path of a Kaldi "
-            "folder with feats.scp and ali.scp (docs/kaldi.md), or data=frames_sample to try it without one"
+        advice = (
+            "type the path of a Kaldi folder with feats.scp and ali.scp (docs/kaldi.md), or data=frames_sample to try "
+            "it without one"
+        )
+        return find_below(
+            self.root, split, str(self.names[split]), advice, lambda path: path if path.is_dir() else None
         )
 
     def train_loader(self) -> Streams:

@@ -10,7 +10,7 @@ from typing import Any
 from data.audio.fbank import Part
 from data.audio.feature_table import Utterance
 from data.cache import lock, require_writable
-from data.download import fetch, load_from_hub, unpack_archive
+from data.download import fetch, find_below, load_from_hub, read_bytes, unpack_archive
 from data.speech import Recordings
 from data.text.lines import decode, lines_of
 
@@ -33,23 +33,20 @@ class Manifest(Recordings):
                 raise ValueError(f"data.{split}={name} must be a file of JSON lines: type data.{split}=FILE.jsonl")
 
     def utterances(self) -> dict[str, list[Utterance]]:
-        splits = {split: read_manifest(self.locate(split, name)) for split, name in self.names.items()}
+        advice = f"type the path of a file of JSON lines, such as {EXAMPLE}"
+        splits = {
+            split: read_manifest(find_below(self.root, split, name, advice)) for split, name in self.names.items()
+        }
         for split, own in splits.items():
             if not own:
                 raise ValueError(f"data.{split}={self.names[split]} lists no recording: a line is {EXAMPLE}")
         return splits
 
-    def locate(self, split: str, name: str) -> Path:
-        for path in (self.root / name, Path(name).expanduser()):
-            if path.is_file():
-                return path
-        raise FileNotFoundError(f"data.{split}={name}: there is no such file, neither in {self.root} nor here")
-
 
 def read_manifest(path: Path) -> list[Utterance]:
     """The recordings of a manifest; ValueError with the first wrong line."""
     found = []
-    for number, line in enumerate(lines_of(decode(path.read_bytes(), path)), start=1):
+    for number, line in enumerate(lines_of(decode(read_bytes(path), path)), start=1):
         if not line.strip():
             continue
         try:

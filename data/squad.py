@@ -127,18 +127,11 @@ class QuestionAnswering(DataModule[Batches]):
     def locate(self, split: str) -> Path:
         """The file of a split; downloaded if it is absent and in `files`."""
         name = self.names[split]
-        path = self.root / "squad" / Path(name).expanduser()
         if name in self.files:
-            source = self.files[name]
-            if "hub" in source:
-                return download.find(path) or download.fetch_from_hub(path, source["hub"], squad_of)
-            return download.fetch(path, source["url"], source.get("sha256") or source.get("md5"))
-        for candidate in (path, Path(name).expanduser()):
-            if (present := download.find(candidate)) is not None:
-                return present
-        raise FileNotFoundError(
-            f"data.{split}={name} is not a file, neither in {self.root / 'squad'} nor here; type the path of a file in "
-            f"SQuAD's format{', or one of ' + ', '.join(self.files) + ', which are downloaded' if self.files else ''}"
+            return download.fetch_source(self.root / "squad" / name, self.files[name], squad_of)
+        known = f", or one of {', '.join(self.files)}, which are downloaded" if self.files else ""
+        return download.find_below(
+            self.root / "squad", split, name, f"type the path of a file in SQuAD's format{known}"
         )
 
     @property

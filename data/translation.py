@@ -136,7 +136,13 @@ class ParallelText(DataModule[Batches]):
         prefix = self.names[split]
         names = [f"{prefix}.{language}" for language in self.languages.values()]
         if all(name in self.files for name in names):
-            return self.download(names[0]), self.download(names[1])
+            source, target = (
+                download.fetch_source(
+                    self.root / name, self.files[name], partial(sentences_of, language=name.rpartition(".")[2])
+                )
+                for name in names
+            )
+            return source, target
         for folder in (self.root, Path()):
             paths = [folder / Path(name).expanduser() for name in names]
             present = [download.find(path) for path in paths]
@@ -153,14 +159,6 @@ class ParallelText(DataModule[Batches]):
             f"type the path of two such files without the language"
             + (f", or one of {', '.join(known)}, which are downloaded" if known else "")
         )
-
-    def download(self, name: str) -> Path:
-        """A file in `files`, downloaded if absent."""
-        path, known = self.root / name, self.files[name]
-        if "hub" in known:
-            rows_to_lines = partial(sentences_of, language=name.rpartition(".")[2])
-            return download.find(path) or download.fetch_from_hub(path, known["hub"], rows_to_lines)
-        return download.fetch(path, known["url"], known.get("sha256"))
 
     def training_rows(self, pairs: Pairs) -> np.ndarray:
         """The numbers of the pairs to train on."""

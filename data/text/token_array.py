@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from data.cache import prepare_folder
-from data.download import fetch, fetch_from_hub, find, open_unpacked, unpacking
+from data.download import fetch_source, find, open_unpacked, unpacking
 from data.text import lines
 from data.text.columns import Numbering
 
@@ -36,7 +36,7 @@ class Source:
 
     name: of the file, plain or with .gz, .xz or .zip appended; with `members`, of a folder or its .tar.gz.
     url, sha256, md5: download address, and the checksum of the unpacked content (of a .tar.gz: of the archive).
-    hub: keywords of datasets.load_dataset for a dataset with a row for each line; see `fetch_from_hub`.
+    hub: keywords of datasets.load_dataset for a dataset with a row for each line; see `data.download`.
     members: pattern of folder/file below `name`; there must be `shards` of them. They are read in order of name.
     first_of: another source; if this file is absent, the first `tokens` bytes of that source are used.
     tokens: the published size.
@@ -63,10 +63,8 @@ class Source:
         present = find(path)
         if present is None and self.first_of is not None:
             return Source(root=self.root, **self.first_of).locate(check)[0], self.tokens
-        if present is None and self.hub is not None:
-            fetch_from_hub(path, self.hub)
         if present is None or check:
-            present = fetch(path, self.url, self.sha256 or self.md5)
+            present = fetch_source(path, vars(self))
         return present, None
 
     def identity(self) -> list[Any]:

@@ -415,7 +415,7 @@ def test_a_checkpoint_of_other_frames_is_refused(tmp_path, corpus, changed):
     [
         ({"cmvn": "speakers"}, r"data\.cmvn=speakers must be one of null, utterance, speaker, global"),
         ({"num_targets": 2.5}, r"data\.num_targets=2\.5"),
-        ({"train": "nowhere"}, r"data\.train=nowhere is not a folder"),
+        ({"train": "nowhere"}, r"data\.train=nowhere is neither in .* nor here"),
     ],
 )
 def test_options_are_checked(corpus, options, expected):

@@ -31,7 +31,7 @@ def test_a_manifest_lists_recordings(tmp_path):
     (found,) = data.utterances()["train"]
     assert found == Utterance("train-1", (tmp_path / "sound/a.wav",), "ami oso", "anna")
     data.setup()
-    with pytest.raises(FileNotFoundError, match=r"data\.train=none.jsonl: there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"data\.train=none.jsonl is neither in .* nor here; .*JSON lines"):
         Manifest(train="none.jsonl", val="dev.jsonl", test="test.jsonl", **options).utterances()
     with pytest.raises(ValueError, match=r"data\.val=None must be a file of JSON lines"):
         Manifest(train="train.jsonl", val=None, test="test.jsonl", **options)

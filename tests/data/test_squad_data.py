@@ -170,7 +170,7 @@ def test_a_file_is_found_in_the_root_or_by_its_path(tmp_path, monkeypatch, suffi
         monkeypatch.chdir(tmp_path)
         data = QuestionAnswering(root=str(tmp_path), cache=str(tmp_path / "cache"), train=name, val=name, test=name)
         assert data.model_kwargs["num_features"] == 3
-    with pytest.raises(FileNotFoundError, match=r"data\.train=yours is not a file, neither in .*squad nor here"):
+    with pytest.raises(FileNotFoundError, match=r"data\.train=yours is neither in .*squad nor here"):
         QuestionAnswering(root=str(tmp_path), cache=str(tmp_path), train="yours", val=name, test=name).setup()
 
 
