@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.base import DataModule
-from data.batching import FixedBatches, rank_and_world_size
+from data.batching import FixedBatches, pad_columns, rank_and_world_size
 from data.download import fetch, read_bytes
 from data.text import word_vectors
 from data.text.lines import lines_of, refuse_nul, strip_byte_order_mark
@@ -181,12 +181,8 @@ class SentenceClassification(DataModule[FixedBatches]):
     def collate(self, sentences: Sequence[list[str]]) -> Tensor:
         """Word indices (T, B), each sentence at the end of its column."""
         index = self.vocabulary.index
-        tokens = torch.full((max(map(len, sentences)), len(sentences)), index[word_vectors.PAD])
-        for column, words in enumerate(sentences):
-            if words:
-                numbers = [index.get(word, index[word_vectors.UNK]) for word in words]
-                tokens[-len(words) :, column] = torch.tensor(numbers)
-        return tokens
+        backwards = [[index.get(word, index[word_vectors.UNK]) for word in words[::-1]] for words in sentences]
+        return torch.from_numpy(pad_columns(backwards, index[word_vectors.PAD])[::-1].copy())
 
     def batches(self, examples: Sequence[Example]) -> FixedBatches[tuple[Tensor, Tensor]]:
         """Batches as tensors; they are the same in every epoch.

@@ -13,7 +13,7 @@ from data.audio.fbank import Frontend, Part, StepStream, check_frontend, read
 from data.audio.feature_table import Recorded, Utterance, perturb, prepare
 from data.audio.labels import BLANK, UNITS, Symbols, frames_needed
 from data.base import DataModule
-from data.batching import Batches
+from data.batching import Batches, pad_columns
 
 log = logging.getLogger(__name__)
 
@@ -209,21 +209,14 @@ class Recordings(DataModule[Batches]):
         frontend, symbols = self.vocabulary.frontend, self.vocabulary.symbols
         names, texts, frames = zip(*(recorded[row] for row in rows), strict=True)
         sequences = [frontend.normalise(own) for own in frames]
-        # A recording that is shorter than a step is a step of padding.
-        x = torch.zeros(max(1, *map(len, sequences)), len(rows), frontend.size)
-        pad = torch.ones(x.shape[:2], dtype=torch.bool)
-        for column, steps in enumerate(sequences):
-            x[: len(steps), column] = torch.from_numpy(steps)
-            pad[: len(steps), column] = False
+        x = torch.from_numpy(pad_columns(sequences, 0, np.float32))
+        pad = torch.arange(len(x))[:, None] >= torch.tensor([*map(len, sequences)])
         if symbols is None:
             classes = {label: number for number, label in enumerate(self.vocabulary.labels)}
             return x, torch.tensor([classes[text] for text in texts]), pad
         encoded = [symbols.encode(text) for text in texts]
-        lengths = torch.tensor([len(numbers) for numbers in encoded])
-        targets = torch.full((len(rows), max(1, int(lengths.max()))), BLANK)
-        for target, numbers in zip(targets, encoded, strict=True):
-            target[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
-        return Batch(x, pad, targets, lengths, [*map(Item, names, texts)])
+        targets = torch.from_numpy(pad_columns(encoded, BLANK).T.copy())
+        return Batch(x, pad, targets, torch.tensor([*map(len, encoded)]), [*map(Item, names, texts)])
 
     def batches(self, split: str, rows: np.ndarray, budget: int, seed: int | None = None) -> Batches[Any]:
         recorded = self.splits[split]

@@ -101,7 +101,7 @@ class QuestionAnswering(DataModule[Batches]):
                     f"{f'{expected:,}' if expected else '1 or more'}: type data.{split}=FILE for another file"
                 )
         views = {path: View(self.vocabulary, reading) for path, reading in readings.items()}
-        if self.checkpoint_vocabulary is None and not training_windows(views[paths["train"]]):
+        if self.checkpoint_vocabulary is None and not views[paths["train"]].training_windows():
             raise ValueError(f"data.train={self.names['train']} has no question with an answer to learn from")
         self.splits = {split: views[path] for split, path in paths.items()}
 
@@ -140,7 +140,7 @@ class QuestionAnswering(DataModule[Batches]):
 
     def train_loader(self) -> Batches[Batch]:
         view = self.splits["train"]
-        return self.batches(view, training_windows(view), self.batch_size, self.seed)
+        return self.batches(view, view.training_windows(), self.batch_size, self.seed)
 
     def evaluation(self, split: str) -> Batches[Batch]:
         view = self.splits[split]
@@ -188,10 +188,6 @@ def vocabulary(train: Reading, readings: Sequence[Reading], lowercase: bool, min
     ]
 
 
-def training_windows(view: View) -> list[Window]:
-    return [window for i in range(len(view.reading)) if (window := view.training_window(i)) is not None]
-
-
 def report_lines(path: Path, report: Mapping[str, Any]) -> Iterator[str]:
     """The size and the faults of a file, for the log."""
     counts = {
@@ -213,15 +209,10 @@ def squad_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
     """The rows of rajpurkar/squad on the hub in the format of the official file."""
     articles: dict[str, dict[str, list[Any]]] = {}
     for row in rows:
-        answers = row["answers"]
-        pairs = zip(answers["answer_start"], answers["text"], strict=True)
-        articles.setdefault(row["title"], {}).setdefault(row["context"], []).append(
-            {
-                "answers": [{"answer_start": start, "text": answer} for start, answer in pairs],
-                "question": row["question"],
-                "id": row["id"],
-            }
-        )
+        pairs = zip(row["answers"]["answer_start"], row["answers"]["text"], strict=True)
+        answers = [{"answer_start": start, "text": answer} for start, answer in pairs]
+        question = {"answers": answers, "question": row["question"], "id": row["id"]}
+        articles.setdefault(row["title"], {}).setdefault(row["context"], []).append(question)
     data = [
         {"title": title, "paragraphs": [{"context": context, "qas": qas} for context, qas in paragraphs.items()]}
         for title, paragraphs in articles.items()

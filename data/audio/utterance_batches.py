@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.audio.kaldi_ark import Archive
 from data.audio.kaldi_frames import Frames
-from data.batching import Batches, StatefulLoader
+from data.batching import Batches, StatefulLoader, pad_columns
 
 
 class Batch(NamedTuple):
@@ -74,13 +74,9 @@ class FrameConfig:
     def batch(self, frames: Frames, rows: list[int]) -> Batch:
         """A batch of whole utterances."""
         sequences = [self.sequence(frames, i) for i in rows]
-        lengths = torch.tensor([len(x) for x, _ in sequences])
-        x = torch.zeros(int(lengths.max()), len(rows), self.input_size)
-        targets = torch.full(x.shape[:2], -1)
-        for column, (features, wanted) in enumerate(sequences):
-            x[: len(features), column] = torch.from_numpy(features)
-            targets[: len(wanted), column] = torch.from_numpy(wanted)
-        pad = torch.arange(len(x))[:, None] >= lengths
+        x = torch.from_numpy(pad_columns([features for features, _ in sequences], 0, np.float32))
+        targets = torch.from_numpy(pad_columns([wanted for _, wanted in sequences], -1))
+        pad = torch.arange(len(x))[:, None] >= torch.tensor([len(features) for features, _ in sequences])
         return Batch(x, targets, pad, torch.ones(len(rows), dtype=torch.bool), tuple(frames.keys[i] for i in rows))
 
     def batches(self, frames: Frames, budget: int) -> Batches[Batch]:
