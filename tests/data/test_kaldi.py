@@ -154,7 +154,7 @@ def test_an_archive_runs_nothing(tmp_path, monkeypatch, kind, file):
     assert not (tmp_path / "executed").exists()
 
 
-def test_utterances_without_their_part_are_left_out_and_told_of(tmp_path):
+def test_incomplete_utterances_are_left_out_and_reported(tmp_path):
     feats, ali = features() | {"c": np.ones((6, 3), np.float32), "d": np.ones((0, 3), np.float32)}, alignments()
     del ali["a1"]
     folder = write(tmp_path / "x", feats, ali | {"c": np.array([1, 1], np.int32), "d": np.zeros(0, np.int32)})
@@ -177,7 +177,7 @@ def test_utterances_without_their_part_are_left_out_and_told_of(tmp_path):
     assert "1 without targets, not scored" in some.report
 
 
-def test_alignments_of_a_chain_model_are_told_of(tmp_path):
+def test_alignments_of_a_chain_model_are_recognised(tmp_path):
     ali = {key: np.zeros(-(-length // 3), np.int32) for key, length in LENGTHS.items() if length > 1}
     with pytest.raises(
         ValueError, match=r"no utterance can be used: .*about 3 frames for each target: .* chain model are subsampled"
@@ -240,13 +240,13 @@ def damage(folder, what):
         ("scanned", "ali.ark is damaged"),
     ],
 )
-def test_what_is_wrong_is_said_before_a_network_is_built(tmp_path, what, expected):
+def test_a_fault_of_a_folder_is_named_when_it_is_opened(tmp_path, what, expected):
     damage(tmp_path / "x", what)
     with pytest.raises((ValueError, FileNotFoundError), match=expected):
         frames(tmp_path / "x")
 
 
-def test_targets_beyond_the_hmms_are_refused(tmp_path, corpus):
+def test_targets_beyond_those_of_the_hmm_are_refused(tmp_path, corpus):
     assert frames(write(tmp_path / "x"), num_targets=9).counts.shape == (9,)
     with pytest.raises(ValueError, match=r"has the target 3, outside 0 to 2; type data\.num_targets=4"):
         frames(tmp_path / "x", num_targets=3)
@@ -255,7 +255,7 @@ def test_targets_beyond_the_hmms_are_refused(tmp_path, corpus):
         corpus().setup()
 
 
-def test_a_number_that_is_none_is_named_where_it_lies(tmp_path):
+def test_the_frame_of_a_nan_is_named(tmp_path):
     feats = features()
     feats["a2"][5, 1] = np.nan
     found = frames(write(tmp_path / "x", feats, alignments()))
@@ -385,7 +385,7 @@ def test_processes_share_the_streams(corpus):
         assert torch.equal(whole.x, torch.cat([half.x for half in halves], dim=1))
 
 
-def test_what_is_too_short_for_its_streams_is_told(corpus):
+def test_too_few_segments_for_the_streams_are_refused(corpus):
     with pytest.raises(ValueError, match=r"9 segments of data\.segment=4 are too few for 10 streams; .*batch_size=9"):
         corpus(batch_size=10).setup()
 
@@ -423,7 +423,7 @@ def test_options_are_checked(corpus, options, expected):
         corpus(**options).setup()
 
 
-def test_an_archive_is_there_when_it_is_whole(tmp_path):
+def test_an_archive_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "x.ark"
     with Archive(path) as archive:
         archive.write("b", np.ones((2, 3), np.float32))
