@@ -65,6 +65,7 @@ class SentenceClassification(DataModule[FixedBatches]):
     MODEL_KWARGS = ("vocab_size", "num_classes", "vectors", "pad")
     FIXED_BY_CHECKPOINT = ("vectors", "min_count", "lowercase")
     SPLIT_OPTIONS = ("fold",)
+    ADDED_STATE = ("vector_size",)
 
     def __init__(
         self,
@@ -219,10 +220,6 @@ class SentenceClassification(DataModule[FixedBatches]):
         self.setup()
         known = self.vocabulary
         return {"vocabulary": known.words, "labels": known.labels, "vector_size": known.vector_size}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in DataModule; older checkpoints lack `vector_size`."""
-        super().load_state_dict({"vector_size": self.state_dict()["vector_size"]} | state_dict)
 
     @staticmethod
     def vocabulary_of(state_dict: dict[str, Any]) -> Vocabulary:

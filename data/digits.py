@@ -3,7 +3,6 @@
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,6 @@ class SpokenDigits(Recordings):
     def __init__(
         self,
         *,
-        root: str,
         url: str,
         archive: str,
         speakers: Mapping[str, Sequence[str]] | None = None,
@@ -42,7 +40,6 @@ class SpokenDigits(Recordings):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.folder = Path(root).expanduser() / "fsdd"
         self.url, self.archive = url, archive
         if speakers is not None and not are_speakers(speakers):
             raise ValueError(
@@ -57,7 +54,7 @@ class SpokenDigits(Recordings):
         self.digits, self.repeats = lengths or None, repeats
 
     def utterances(self) -> dict[str, list[Utterance]]:
-        folder = self.folder
+        folder = self.root / "fsdd"
         if not (folder / "recordings").is_dir():
             archive = fetch(folder / self.archive, self.url)
             folder = unpack_archive(archive, self.cache / "fsdd" / str(archive.stat().st_size), (".wav",))
@@ -130,9 +127,6 @@ class SpokenWords(Recordings):
     """
 
     COUNTS = (("train", 400, range(8)), ("val", 40, range(8, 10)), ("test", 40, range(10, 12)))
-
-    def __init__(self, *, root: str = "", **options: Any) -> None:
-        super().__init__(**options)
 
     def utterances(self) -> dict[str, list[Utterance]]:
         is_single = self.unit == "label"

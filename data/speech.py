@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.audio.fbank import Frontend, Part, StepStream, check_frontend, read
 from data.audio.feature_table import Recorded, Utterance, perturb, prepare
-from data.audio.labels import BLANK, UNITS, Symbols, frames_needed
+from data.audio.labels import BLANK, UNITS, Symbols, least_steps
 from data.base import DataModule
 from data.batching import Batches, pad_columns
 
@@ -71,7 +71,7 @@ class Recordings(DataModule[Batches]):
     A batch is a `Batch`; with unit=label it is (x (T, B, n), labels (B,), pad (T, B)), and a recording's text is its
     class. Features are computed once for all runs (data/audio/feature_table.py).
 
-    cache: folder for the features.
+    cache: folder for the features. root: folder of the corpora, may be read-only.
     rate, num_mels, stack, level: see data.audio.fbank.Frontend; a step of the network is `stack` frames of 10 ms.
     unit: characters, words, bpe or unigram (`vocab_size` subwords), or label.
     lowercase: convert transcripts to lower case.
@@ -95,6 +95,7 @@ class Recordings(DataModule[Batches]):
         self,
         *,
         cache: str,
+        root: str = "",
         rate: int = 16000,
         num_mels: int = 80,
         stack: int = 3,
@@ -117,7 +118,7 @@ class Recordings(DataModule[Batches]):
             raise ValueError(f"data.speeds={speeds} must be a list of numbers, 0.5 to 2: type 'data.speeds=[1.0]'")
         if noise is not None and not (are_numbers(noise, -20, 100) and len(noise) == 2 and noise[0] <= noise[1]):
             raise ValueError(f"data.noise={noise} must be two numbers in dB, such as [5,40], or null")
-        self.cache = Path(cache).expanduser()
+        self.root, self.cache = Path(root).expanduser(), Path(cache).expanduser()
         self.options: dict[str, Any] = {"rate": rate, "num_mels": num_mels, "stack": stack, "level": level}
         self.unit, self.vocab_size, self.lowercase = unit, vocab_size, lowercase
         self.noise = None if noise is None else (float(noise[0]), float(noise[1]))
@@ -197,7 +198,7 @@ class Recordings(DataModule[Batches]):
         """The numbers of the recordings with enough steps for their symbols."""
         symbols = self.vocabulary.symbols
         steps = self.vocabulary.frontend.steps(recorded.sizes)
-        needed = [1 if symbols is None else frames_needed(symbols.encode(text)) for text in recorded.texts]
+        needed = [1 if symbols is None else least_steps(symbols.encode(text)) for text in recorded.texts]
         fits = steps >= np.maximum(needed, 1)
         if short := len(fits) - int(fits.sum()):
             effect = "left out" if split == "train" else "not part of the loss"

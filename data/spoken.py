@@ -24,9 +24,8 @@ class Manifest(Recordings):
     "channel", and unknown keys with numbers are refused; others are ignored.
     """
 
-    def __init__(self, *, root: str, train: str, val: str, test: str, **options: Any) -> None:
+    def __init__(self, *, train: str, val: str, test: str, **options: Any) -> None:
         super().__init__(**options)
-        self.root = Path(root).expanduser()
         self.names = {"train": train, "val": val, "test": test}
         for split, name in self.names.items():
             if not isinstance(name, str):
@@ -144,17 +143,9 @@ class LibriSpeech(Recordings):
     """
 
     def __init__(
-        self,
-        *,
-        root: str,
-        train: str,
-        val: str,
-        test: str,
-        parts: Mapping[str, Mapping[str, Any]],
-        **options: Any,
+        self, *, train: str, val: str, test: str, parts: Mapping[str, Mapping[str, Any]], **options: Any
     ) -> None:
         super().__init__(**options)
-        self.root = Path(root).expanduser()
         self.names = {split: names.split("+") for split, names in (("train", train), ("val", val), ("test", test))}
         self.parts = parts
         for split, names in self.names.items():
@@ -197,7 +188,6 @@ class HubSpeech(Recordings):
     def __init__(
         self,
         *,
-        root: str = "",
         rows: Mapping[str, Mapping[str, Any]],
         audio: str = "audio",
         text: str = "text",
@@ -248,15 +238,14 @@ class SpeechCommands(Recordings):
     """
 
     def __init__(
-        self, *, root: str, url: str, sha256: str, archive: str, words: Sequence[str] | None = None, **options: Any
+        self, *, url: str, sha256: str, archive: str, words: Sequence[str] | None = None, **options: Any
     ) -> None:
         super().__init__(**options)
-        self.folder = Path(root).expanduser() / "speech_commands"
         self.url, self.sha256, self.archive = url, sha256, archive
         self.words = None if words is None else [*words]
 
     def utterances(self) -> dict[str, list[Utterance]]:
-        folder = self.folder
+        folder = self.root / "speech_commands"
         if not (folder / "testing_list.txt").is_file():
             place = self.cache / "speech_commands" / self.sha256[:16]
             if not place.is_dir():

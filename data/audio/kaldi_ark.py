@@ -78,10 +78,7 @@ def read_table(path: Path, copy: str) -> tuple[dict[str, Place], dict[str, int]]
 
 def lines_of(path: Path) -> list[str]:
     """The lines of one of Kaldi's text files, without empty ones."""
-    try:
-        return [line for line in lines.lines_of(lines.decode(path.read_bytes(), path)) if line.strip()]
-    except OSError as error:
-        raise FileNotFoundError(f"{path} cannot be read: {error.strerror}") from error
+    return [line for line in lines.lines_of(lines.decode(path.read_bytes(), path)) if line.strip()]
 
 
 def scan_archive(path: Path) -> dict[str, Place]:

@@ -176,12 +176,10 @@ class View:
             features += [vectors[of_passages(name)] for name, vectors in self.one_hot.items()]
         question = self.numbers[q]
         question[0, question[0] == 0] = self.unknown  # an empty question becomes one unknown word
-        first, last = (
-            np.array([relative(int(questions[name][number]), window) for number, *window in windows])
-            for name in ("first", "last")
-        )
-        missing = (first < 0) | (last < 0)  # no answer, or only partly in the window
-        first[missing] = last[missing] = -1
+        numbers, begins, ends = np.array(windows).T
+        first, last = questions["first"][numbers], questions["last"][numbers]
+        is_inside = (begins <= first) & (last < ends)
+        first, last = np.where(is_inside, first - begins, -1), np.where(is_inside, last - begins, -1)
         items = [
             Item(
                 questions["id"][number].as_py(),
@@ -208,9 +206,3 @@ def one_hot(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
         if name in known:
             rows[row, known.index(name)] = 1
     return rows
-
-
-def relative(token: int, window: Sequence[int]) -> int:
-    """The position of a passage's token in the window; -1 if it is not in the window."""
-    begin, end = window
-    return token - begin if begin <= token < end else -1

@@ -19,15 +19,12 @@ from data.download import fetch_source, find, open_unpacked, unpacking
 from data.text import lines
 from data.text.columns import Numbering
 
-UNITS = ("bytes", "characters", "words")
+UNITS = {"bytes": np.uint8, "characters": np.uint32, "words": np.uint32}  # the types of their codes
 EOS, UNK = "<eos>", "<unk>"  # the end of a line, and words outside the vocabulary
 FORMAT = 1  # version of the prepared folder; increase it when its content changes
 VOCABULARY = "vocabulary.json"
 BLOCK = 1 << 15  # bytes read at once; larger blocks fragment the heap, which then grows with the text
 CODES = {"bytes": 256, "characters": sys.maxunicode + 1}  # the number of different ones
-CODE_TYPES = {"bytes": np.uint8, "characters": np.uint32, "words": np.uint32}
-
-Piece = np.ndarray | list[bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +67,7 @@ class Source:
     def identity(self) -> list[Any]:
         """Paths, sizes and times, which change with the content."""
         path, limit = self.locate(check=False)
-        files = self.find_members(path) if path.is_dir() else [path]
-        stats = [(file.resolve(), file.stat()) for file in files]
+        stats = [(file.resolve(), file.stat()) for file in (self.find_members(path) if path.is_dir() else [path])]
         states = [(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file, stat in stats]
         return [states, limit, self.members, self.shards, self.tokens]
 
@@ -124,19 +120,17 @@ def blocks(stream: IO[bytes], path: Path, limit: int | None = None) -> Iterator[
         yield block
 
 
-def pieces(source: Iterable[bytes], unit: str, name: str) -> Iterator[Piece]:
-    """For each block, the codes of its bytes or characters, or its words; the end of a line is the word <eos>.
+def encode(source: Iterable[bytes], unit: str, name: str, numbering: Numbering) -> Iterator[np.ndarray]:
+    """For each block, the codes of its bytes, characters, or words by `numbering`; a line ends with the word <eos>.
 
     Characters and words have lines that end with LF, see data/text/lines.py; bytes are not changed.
     """
-    if unit != "bytes":
-        source = lines.with_line_feeds(source, name, "; data.unit=bytes reads any file")
+    if unit == "bytes":
+        yield from (np.frombuffer(block, UNITS[unit]) for block in source)
+        return
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest, last, first = b"", b"\n", 1
-    for block in itertools.chain(source, [b""]):
-        if unit == "bytes":
-            yield np.frombuffer(block, np.uint8)
-            continue
+    for block in itertools.chain(lines.with_line_feeds(source, name, "; data.unit=bytes reads any file"), [b""]):
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
@@ -144,13 +138,14 @@ def pieces(source: Iterable[bytes], unit: str, name: str) -> Iterator[Piece]:
             raise lines.not_utf8_error(error, name, line, ", or type data.unit=bytes, which reads any file") from None
         first += block.count(b"\n")
         if unit == "characters":
-            yield np.frombuffer(text.encode("utf-32-le"), np.uint32)
+            yield np.frombuffer(text.encode("utf-32-le"), UNITS[unit])
             continue
         last = block[-1:] or last
         block = rest + (block or (b"" if last == b"\n" else b"\n"))  # the last line may lack its LF
         cut = max(block.rfind(b" "), block.rfind(b"\n")) + 1
         rest = block[cut:]
-        yield words_of(block[:cut])
+        words = words_of(block[:cut])
+        yield np.fromiter(map(numbering.__getitem__, words), UNITS[unit], len(words))
 
 
 def words_of(text: bytes) -> list[bytes]:
@@ -224,6 +219,10 @@ def build(
     for source in sources.values():
         source.locate(check=True)
     numbering = Numbering({EOS.encode(): 0})
+
+    def token_of(code: int) -> Any:
+        return code if unit == "bytes" else chr(code) if unit == "characters" else list(numbering)[code].decode()
+
     texts: dict[str, np.ndarray] = {}
     spans: dict[str, dict[str, slice]] = {}  # the place of each file in the codes of its source
     counts: dict[str, np.ndarray] = {}
@@ -231,7 +230,7 @@ def build(
         codes = place / f"{key}.codes"
         spans[key] = write_codes(codes, source, unit, numbering)
         source.check({name: span.stop - span.start for name, span in spans[key].items()}, unit)
-        texts[key] = np.memmap(codes, CODE_TYPES[unit], "r")
+        texts[key] = np.memmap(codes, UNITS[unit], "r")
         counts[key] = count_codes(texts[key], CODES.get(unit, len(numbering)))
         if unit == "words" and counts[key][0] == len(texts[key]):
             raise ValueError(f"{source.locate(check=False)[0]} has no words, only blank lines: name a file with text")
@@ -244,19 +243,17 @@ def build(
         occurring = np.arange(len(numbering))
     else:
         occurring = np.flatnonzero(sum(counts.values()))
-        tokens = known or (occurring.tolist() if unit == "bytes" else list(map(chr, occurring)))
+        tokens = known or list(map(token_of, occurring.tolist()))
         codes_of_tokens = tokens if unit == "bytes" else list(map(ord, tokens))
     numbers = np.full(CODES.get(unit, len(numbering)), tokens.index(UNK) if UNK in tokens else -1)
     numbers[codes_of_tokens] = range(len(tokens))
-    if len(unknown := occurring[numbers[occurring] < 0]):
-        if unit == "words":
-            raise ValueError(
-                f"validation or test contains {list(numbering)[unknown[0]].decode()!r}, training does not, and there "
-                f"is no {UNK}: train with data.min_count=2, which makes rare words {UNK}"
-            )
-        names = ", ".join(repr(code if unit == "bytes" else chr(code)) for code in unknown[:5].tolist())
+    if unknown := occurring[numbers[occurring] < 0][:5].tolist():
+        names = ", ".join(repr(token_of(code)) for code in unknown)
+        owner = "training part" if known is None else "checkpoint"
+        advice = f"train with data.min_count=2, which makes rare words {UNK}, " if unit == "words" else ""
         raise ValueError(
-            f"the text has {unit} that the checkpoint's vocabulary has not, {names}: name another text, or remove them"
+            f"the text has {unit} that the {owner}'s vocabulary has not, {names}: {advice}"
+            "name another text, or remove them"
         )
     numbers = numbers.astype(dtype_of(len(tokens)))
     for key, text in texts.items():
@@ -274,11 +271,9 @@ def write_codes(path: Path, source: Source, unit: str, numbering: Numbering) -> 
     with open(path, "wb") as file:
         for name, stream in source.streams():
             start = end
-            for piece in pieces(stream, unit, name):
-                if not isinstance(piece, np.ndarray):
-                    piece = np.fromiter(map(numbering.__getitem__, piece), CODE_TYPES[unit], len(piece))
-                file.write(piece.tobytes())
-                end += len(piece)
+            for codes in encode(stream, unit, name, numbering):
+                file.write(codes.tobytes())
+                end += len(codes)
             spans[name] = slice(start, end)
     return spans
 

@@ -92,7 +92,7 @@ def load_vectors(words: list[str], source: str, folder: Path, cache: Path, *, un
 
 
 def locate(source: str, folder: Path) -> tuple[Path, str]:
-    """The file of vectors and, for a .zip, the name of its member; downloads an absent GloVe archive."""
+    """The file of vectors and, for a GloVe archive, the name of its member; downloads an absent GloVe archive."""
     if source in GLOVE:
         archive, url, sha256 = GLOVE[source]
         unpacked = find(folder / f"{source}.txt")
@@ -110,13 +110,7 @@ def locate(source: str, folder: Path) -> tuple[Path, str]:
     path = find(Path(source).expanduser())
     if path is None:
         raise FileNotFoundError(f"data.vectors={source} is neither a file nor one of {', '.join([*GLOVE, 'word2vec'])}")
-    if path.suffix != ".zip":
-        return path, ""
-    with unpacking(path), zipfile.ZipFile(path) as archive_file:
-        members = archive_file.namelist()
-    if len(members) != 1:
-        raise ValueError(f"{path} holds {len(members)} files ({', '.join(members[:5])}): unpack the one you want")
-    return path, members[0]
+    return path, ""
 
 
 def write_subset(subset: Path, path: Path, member: str, wanted: set[bytes]) -> None:

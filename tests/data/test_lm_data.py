@@ -228,7 +228,9 @@ def test_rare_words_are_unknown_everywhere(tmp_path):
 
 
 def test_a_word_that_training_lacks_is_refused_where_nothing_is_unknown(tmp_path):
-    with pytest.raises(ValueError, match=r"contains 'new', training does not, .*data\.min_count=2"):
+    with pytest.raises(
+        ValueError, match=r"words that the training part's vocabulary has not, 'new'.*data\.min_count=2"
+    ):
         words_of(tmp_path, train="a b a b a b\n", val="a new\n").setup()
 
 
@@ -271,7 +273,9 @@ def test_one_text_by_words_has_the_vocabulary_of_what_trains(tmp_path, monkeypat
     other.setup()
     assert other.vocabulary.tokens == ["<unk>"]
     assert len(other.splits["train"]) == 2
-    with pytest.raises(ValueError, match=r"contains 'late', training does not, .*data\.min_count=2"):
+    with pytest.raises(
+        ValueError, match=r"words that the training part's vocabulary has not, 'late'.*data\.min_count=2"
+    ):
         Text(cache=str(tmp_path / "cache"), path=str(tmp_path / "a.txt"), test_bytes=4, min_count=1, **OWN).setup()
     given = Text(cache=str(tmp_path / "cache"), path=str(tmp_path / "a.txt"), **OWN)
     given.checkpoint_vocabulary = data.vocabulary

@@ -10,7 +10,7 @@ from test_fbank import RATE, said, write
 
 from data.audio import synthesis
 from data.audio.feature_table import Utterance, perturb
-from data.audio.labels import Symbols, frames_needed
+from data.audio.labels import Symbols, least_steps
 from data.speech import Recordings
 
 
@@ -79,7 +79,7 @@ def test_subwords_read_and_write():
 
 
 def test_ctc_needs_a_step_for_each_symbol_and_between_equal_neighbours():
-    assert [frames_needed(numbers) for numbers in ([], [1], [1, 2], [1, 1], [1, 1, 1, 2])] == [0, 1, 2, 3, 6]
+    assert [least_steps(numbers) for numbers in ([], [1], [1, 2], [1, 1], [1, 1, 1, 2])] == [0, 1, 2, 3, 6]
 
 
 # Batches
