@@ -88,12 +88,10 @@ class SpokenDigits(Recordings):
 
 def are_speakers(speakers: Any) -> bool:
     """Whether it has lists of names for `val` and `test` without a common name."""
-    if not isinstance(speakers, Mapping) or {*speakers} != {"val", "test"}:
+    lists = [*speakers.values()] if isinstance(speakers, Mapping) and {*speakers} == {"val", "test"} else [""]
+    if not all(isinstance(names, Sequence) and not isinstance(names, str) for names in lists):
         return False
-    names = [*speakers.values()]
-    if not all(isinstance(each, Sequence) and not isinstance(each, str) for each in names):
-        return False
-    return all(isinstance(name, str) for each in names for name in each) and not {*names[0]} & {*names[1]}
+    return all(isinstance(name, str) for names in lists for name in names) and not {*lists[0]} & {*lists[1]}
 
 
 def strings(recordings: Iterable[Utterance], digits: Sequence[int], repeats: int) -> list[Utterance]:

@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import requests
 from tqdm import tqdm
@@ -36,6 +36,7 @@ NO_NETWORK = (
     "data=digits."
 )
 Content = Callable[[Iterable[Mapping[str, Any]]], Iterator[bytes]]  # the lines of a file from the rows of a dataset
+Found = TypeVar("Found")
 OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".zip": open_member}
 
 
@@ -44,7 +45,7 @@ def find(path: Path) -> Path | None:
     return next((p for p in (path.parent / f"{path.name}{suffix}" for suffix in OPENERS) if p.is_file()), None)
 
 
-def find_below(folder: Path, option: str, name: str, advice: str, find: Callable[[Path], Path | None] = find) -> Path:
+def find_below(folder: Path, option: str, name: str, advice: str, find: Callable[[Path], Found | None]) -> Found:
     """What `find` finds at `folder`/`name` or at `name`; FileNotFoundError with `advice` if there is neither."""
     for path in (folder / Path(name).expanduser(), Path(name).expanduser()):
         if present := find(path):

@@ -10,7 +10,7 @@ from typing import Any
 from data.audio.fbank import Part
 from data.audio.feature_table import Utterance
 from data.cache import lock, require_writable
-from data.download import fetch, find_below, load_from_hub, read_bytes, unpack_archive
+from data.download import fetch, find, find_below, load_from_hub, read_bytes, unpack_archive
 from data.speech import Recordings
 from data.text.lines import decode, lines_of
 
@@ -33,9 +33,8 @@ class Manifest(Recordings):
 
     def utterances(self) -> dict[str, list[Utterance]]:
         advice = f"type the path of a file of JSON lines, such as {EXAMPLE}"
-        splits = {
-            split: read_manifest(find_below(self.root, split, name, advice)) for split, name in self.names.items()
-        }
+        paths = {split: find_below(self.root, split, name, advice, find) for split, name in self.names.items()}
+        splits = {split: read_manifest(path) for split, path in paths.items()}
         for split, own in splits.items():
             if not own:
                 raise ValueError(f"data.{split}={self.names[split]} lists no recording: a line is {EXAMPLE}")
@@ -48,11 +47,11 @@ def read_manifest(path: Path) -> list[Utterance]:
     for number, line in enumerate(lines_of(decode(read_bytes(path), path)), start=1):
         if not line.strip():
             continue
+        where = f"{path}:{number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}): a line is {EXAMPLE}") from error
-        where = f"{path}:{number}"
+            raise ValueError(f"{where}: not JSON ({error}): a line is {EXAMPLE}") from error
         if isinstance(row, dict) and row.get("audio_filepath") is not None:
             if row.get("audio") not in (None, row["audio_filepath"]):
                 raise ValueError(f"{where}: 'audio' and 'audio_filepath' name two files: leave one out")

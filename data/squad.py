@@ -110,8 +110,7 @@ class QuestionAnswering(DataModule[Batches]):
         if self.vectors is None:
             words = vocabulary(train, [train], self.lowercase, self.min_count)
         else:
-            words = vocabulary(train, readings, self.lowercase, 1)
-            folder = self.root / "vectors"
+            words, folder = vocabulary(train, readings, self.lowercase, 1), self.root / "vectors"
             self.embedding = word_vectors.load_vectors(words, self.vectors, folder, self.cache, unit_length=False)
         return Reader(
             words=words,
@@ -130,9 +129,8 @@ class QuestionAnswering(DataModule[Batches]):
         if name in self.files:
             return download.fetch_source(self.root / "squad" / name, self.files[name], squad_of)
         known = f", or one of {', '.join(self.files)}, which are downloaded" if self.files else ""
-        return download.find_below(
-            self.root / "squad", split, name, f"type the path of a file in SQuAD's format{known}"
-        )
+        advice = f"type the path of a file in SQuAD's format{known}"
+        return download.find_below(self.root / "squad", split, name, advice, download.find)
 
     @property
     def model_kwargs(self) -> dict[str, Any]:

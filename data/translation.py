@@ -143,22 +143,23 @@ class ParallelText(DataModule[Batches]):
                 for name in names
             )
             return source, target
-        for folder in (self.root, Path()):
-            paths = [folder / Path(name).expanduser() for name in names]
-            present = [download.find(path) for path in paths]
-            if present[0] and present[1]:
-                return present[0], present[1]
-            if one := present[0] or present[1]:
+
+        def find_both(path: Path) -> tuple[Path, Path] | None:
+            paths = [path.parent / f"{path.name}.{language}" for language in self.languages.values()]
+            source, target = map(download.find, paths)
+            if source and target:
+                return source, target
+            if source or target:
                 raise FileNotFoundError(
-                    f"data.{split}={prefix}: {paths[present.index(None)]} is missing beside {one}; put it "
-                    "there (plain, .gz, .xz or .zip), or name other languages by data.source and data.target"
+                    f"data.{split}={prefix}: {paths[1] if source else paths[0]} is missing beside {source or target}; "
+                    "put it there (plain, .gz, .xz or .zip), or name other languages by data.source and data.target"
                 )
-        known = sorted({name.rpartition(".")[0] for name in self.files})
-        raise FileNotFoundError(
-            f"data.{split}={prefix}: there are no files {names[0]} and {names[1]}, neither in {self.root} nor here; "
-            f"type the path of two such files without the language"
-            + (f", or one of {', '.join(known)}, which are downloaded" if known else "")
-        )
+            return None
+
+        known = ", ".join(sorted({name.rpartition(".")[0] for name in self.files}))
+        advice = f"type the path of the files {names[0]} and {names[1]} without the language"
+        advice += f", or one of {known}, which are downloaded" if known else ""
+        return download.find_below(self.root, split, prefix, advice, find_both)
 
     def training_rows(self, pairs: Pairs) -> np.ndarray:
         """The numbers of the pairs to train on."""

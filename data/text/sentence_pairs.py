@@ -46,23 +46,23 @@ class Text(NamedTuple):
 def check_text(path: Path) -> Text:
     """Reads a file once; ValueError with the place of bytes that are not UTF-8."""
     digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8-sig")()
-    counts, last, is_text = {b"\n": 0, b"\r": 0}, b"", True
+    feeds = returns = 0
+    last, is_text = "", True
     try:
         with open_unpacked(path) as file, unpacking(path):
             while block := file.read(BLOCK):
                 digest.update(block)
-                counts = {end: count + block.count(end) for end, count in counts.items()}
+                feeds, returns = feeds + block.count(b"\n"), returns + block.count(b"\r")
                 text = decoder.decode(block)
-                last = text[-1:].encode() or last
+                last = text[-1:] or last
                 is_text = is_text and "\0" not in text
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         is_text = False
     if not is_text:
-        for _ in lines_of(path):  # raises at the place
-            pass
-    end = b"\n" if counts[b"\n"] else b"\r"
-    return Text(path, digest.hexdigest(), counts[end] + (last not in (b"", end)))
+        list(lines_of(path))  # raises at the place
+    ends = feeds or returns
+    return Text(path, digest.hexdigest(), ends + (last not in ("", "\n" if feeds else "\r")))
 
 
 def require_pairs(name: str, source: Text, target: Text) -> None:

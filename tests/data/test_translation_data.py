@@ -263,7 +263,12 @@ def test_a_missing_side_is_named(tmp_path):
 
 
 def test_a_prefix_without_files_is_named(tmp_path):
-    refused(tmp_path, FileNotFoundError, r"data\.test=no: there are no files no\.en and no\.de, neither in", test="no")
+    refused(
+        tmp_path,
+        FileNotFoundError,
+        r"data\.test=no is neither in .* nor here; type the path of the files no\.en and no\.de",
+        test="no",
+    )
     known = {"x/train.en": {"url": "u", "sha256": "s"}, "x/train.de": {"url": "u", "sha256": "s"}}
     refused(tmp_path, FileNotFoundError, r"or one of x/train, which are downloaded", test="no", files=known)
 
