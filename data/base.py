@@ -16,6 +16,7 @@ class DataModule(pl.LightningDataModule, Generic[Loader]):
     MODEL_KWARGS: the keyword arguments of the task that the data determine.
     FIXED_BY_CHECKPOINT: options that evaluation takes from the checkpoint's run.
     SPLIT_OPTIONS: options that choose the examples; with FIXED_BY_CHECKPOINT they are named if a resume is refused.
+    ADDED_STATE: entries of `state_dict` that older checkpoints lack.
     load: downloads and reads the corpus; sets `vocabulary` and `splits`.
     train_loader, evaluation: the batches of a split.
     state_dict: what a checkpoint stores to identify the data and to apply the network to new input.
@@ -27,6 +28,7 @@ class DataModule(pl.LightningDataModule, Generic[Loader]):
 
     FIXED_BY_CHECKPOINT: tuple[str, ...] = ()
     SPLIT_OPTIONS: tuple[str, ...] = ()
+    ADDED_STATE: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +74,7 @@ class DataModule(pl.LightningDataModule, Generic[Loader]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """ValueError if the checkpoint was trained on other data."""
-        now = self.state_dict()
+        now = {k: value for k, value in self.state_dict().items() if k in state_dict or k not in self.ADDED_STATE}
         changed = [name for name, value in now.items() if not is_equal(value, state_dict.get(name))]
         if changed:
             differences = "; ".join(difference(name, state_dict.get(name), now[name]) for name in changed)

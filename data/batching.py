@@ -18,6 +18,14 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
+def pad_columns(rows: Sequence[Any], fill: float, dtype: Any = np.int64) -> np.ndarray:
+    """(T, B, ...): the rows as columns, with `fill` after their ends; T is the longest length, at least 1."""
+    array = np.full((max(1, *map(len, rows)), len(rows), *np.shape(rows[0])[1:]), fill, dtype)
+    for column, row in enumerate(rows):
+        array[: len(row), column] = row
+    return array
+
+
 class StatefulLoader:
     """A loader that resumes within an epoch; Lightning calls `state_dict` and `load_state_dict`."""
 

@@ -1,6 +1,7 @@
 """Prepared data on the disk: one process builds them, the others wait; damaged ones are built again."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from typing import TypeVar
 from filelock import FileLock
 
 Content = TypeVar("Content")
+CHECKSUMS = "checksums.json"
 
 
 def open_or_build(
@@ -41,6 +43,26 @@ def open_or_build(
             content = open_prepared(place)
     assert content is not None
     return content
+
+
+def prepare_folder(place: Path, build: Callable[[Path], None]) -> Path:
+    """The folder with the files that `build` writes into an empty one; their checksums are verified at each call."""
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        build(folder)
+        checksums = {path.name: checksum(path) for path in sorted(folder.iterdir())}
+        (folder / CHECKSUMS).write_text(json.dumps(checksums))
+
+    def find_whole(folder: Path) -> Path | None:
+        try:
+            checksums = json.loads((folder / CHECKSUMS).read_bytes())
+            is_whole = checksums and checksums == {name: checksum(folder / name) for name in checksums}
+        except (OSError, ValueError, TypeError):
+            return None
+        return folder if is_whole else None
+
+    return open_or_build(place, find_whole, write)
 
 
 def remove(path: Path) -> None:

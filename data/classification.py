@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from data.base import DataModule, require_whole
-from data.batching import FixedBatches, rank_and_world_size
+from data.base import DataModule
+from data.batching import FixedBatches, pad_columns, rank_and_world_size
 from data.download import fetch, read_bytes
 from data.text import word_vectors
 from data.text.lines import lines_of, refuse_nul, strip_byte_order_mark
@@ -65,6 +65,7 @@ class SentenceClassification(DataModule[FixedBatches]):
     MODEL_KWARGS = ("vocab_size", "num_classes", "vectors", "pad")
     FIXED_BY_CHECKPOINT = ("vectors", "min_count", "lowercase")
     SPLIT_OPTIONS = ("fold",)
+    ADDED_STATE = ("vector_size",)
 
     def __init__(
         self,
@@ -82,7 +83,6 @@ class SentenceClassification(DataModule[FixedBatches]):
         clean: bool = True,
     ) -> None:
         super().__init__()
-        require_whole(batch_size=batch_size, min_count=min_count)
         self.root, self.cache = Path(root).expanduser(), Path(cache).expanduser()
         self.labels = list(labels)
         self.files = files
@@ -182,12 +182,8 @@ class SentenceClassification(DataModule[FixedBatches]):
     def collate(self, sentences: Sequence[list[str]]) -> Tensor:
         """Word indices (T, B), each sentence at the end of its column."""
         index = self.vocabulary.index
-        tokens = torch.full((max(map(len, sentences)), len(sentences)), index[word_vectors.PAD])
-        for column, words in enumerate(sentences):
-            if words:
-                numbers = [index.get(word, index[word_vectors.UNK]) for word in words]
-                tokens[-len(words) :, column] = torch.tensor(numbers)
-        return tokens
+        backwards = [[index.get(word, index[word_vectors.UNK]) for word in words[::-1]] for words in sentences]
+        return torch.from_numpy(pad_columns(backwards, index[word_vectors.PAD])[::-1].copy())
 
     def batches(self, examples: Sequence[Example]) -> FixedBatches[tuple[Tensor, Tensor]]:
         """Batches as tensors; they are the same in every epoch.
@@ -225,10 +221,6 @@ class SentenceClassification(DataModule[FixedBatches]):
         known = self.vocabulary
         return {"vocabulary": known.words, "labels": known.labels, "vector_size": known.vector_size}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in DataModule; older checkpoints lack `vector_size`."""
-        super().load_state_dict({"vector_size": self.state_dict()["vector_size"]} | state_dict)
-
     @staticmethod
     def vocabulary_of(state_dict: dict[str, Any]) -> Vocabulary:
         return Vocabulary(state_dict["vocabulary"], state_dict["labels"], state_dict.get("vector_size"))
@@ -243,8 +235,6 @@ def split_examples(files: Mapping[str, list[Item]], fold: int) -> dict[str, list
 
     ValueError if a split is empty.
     """
-    if fold not in range(FOLDS):
-        raise ValueError(f"data.fold={fold} is not one of 0 to {FOLDS - 1}")
     generator = random.Random(SPLIT_SEED)
     if set(files) == {"train", "val", "test"}:
         if fold != 0:

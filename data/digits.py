@@ -3,7 +3,6 @@
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import numpy as np
 from data.audio import synthesis
 from data.audio.fbank import write
 from data.audio.feature_table import Utterance
-from data.base import require_whole
 from data.download import fetch, require_writable, unpack_archive
 from data.speech import Recordings
 
@@ -34,7 +32,6 @@ class SpokenDigits(Recordings):
     def __init__(
         self,
         *,
-        root: str,
         url: str,
         archive: str,
         speakers: Mapping[str, Sequence[str]] | None = None,
@@ -43,7 +40,6 @@ class SpokenDigits(Recordings):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.folder = Path(root).expanduser() / "fsdd"
         self.url, self.archive = url, archive
         if speakers is not None and not are_speakers(speakers):
             raise ValueError(
@@ -55,11 +51,10 @@ class SpokenDigits(Recordings):
         whole = len(lengths) == 2 and all(type(n) is int for n in lengths) and 1 <= lengths[0] <= lengths[1]
         if digits is not None and not whole:
             raise ValueError(f"data.digits={digits} must be two whole numbers, such as [3,7], or null")
-        require_whole(repeats=repeats)
         self.digits, self.repeats = lengths or None, repeats
 
     def utterances(self) -> dict[str, list[Utterance]]:
-        folder = self.folder
+        folder = self.root / "fsdd"
         if not (folder / "recordings").is_dir():
             archive = fetch(folder / self.archive, self.url)
             folder = unpack_archive(archive, self.cache / "fsdd" / str(archive.stat().st_size), (".wav",))
@@ -93,12 +88,10 @@ class SpokenDigits(Recordings):
 
 def are_speakers(speakers: Any) -> bool:
     """Whether it has lists of names for `val` and `test` without a common name."""
-    if not isinstance(speakers, Mapping) or {*speakers} != {"val", "test"}:
+    lists = [*speakers.values()] if isinstance(speakers, Mapping) and {*speakers} == {"val", "test"} else [""]
+    if not all(isinstance(names, Sequence) and not isinstance(names, str) for names in lists):
         return False
-    names = [*speakers.values()]
-    if not all(isinstance(each, Sequence) and not isinstance(each, str) for each in names):
-        return False
-    return all(isinstance(name, str) for each in names for name in each) and not {*names[0]} & {*names[1]}
+    return all(isinstance(name, str) for names in lists for name in names) and not {*lists[0]} & {*lists[1]}
 
 
 def strings(recordings: Iterable[Utterance], digits: Sequence[int], repeats: int) -> list[Utterance]:
@@ -132,9 +125,6 @@ class SpokenWords(Recordings):
     """
 
     COUNTS = (("train", 400, range(8)), ("val", 40, range(8, 10)), ("test", 40, range(10, 12)))
-
-    def __init__(self, *, root: str = "", **options: Any) -> None:
-        super().__init__(**options)
 
     def utterances(self) -> dict[str, list[Utterance]]:
         is_single = self.unit == "label"

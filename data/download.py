@@ -11,9 +11,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-import pooch
 import requests
 from tqdm import tqdm
 
@@ -36,12 +35,22 @@ NO_NETWORK = (
     "with task=translation by data=translation_sample, with task=speech by data=speech_sample, and with task=image by "
     "data=digits."
 )
+Content = Callable[[Iterable[Mapping[str, Any]]], Iterator[bytes]]  # the lines of a file from the rows of a dataset
+Found = TypeVar("Found")
 OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".zip": open_member}
 
 
 def find(path: Path) -> Path | None:
     """The first of `path`, `path`.gz, `path`.xz and `path`.zip that exists, or None."""
-    return next((p for p in (path.with_name(path.name + suffix) for suffix in OPENERS) if p.is_file()), None)
+    return next((p for p in (path.parent / f"{path.name}{suffix}" for suffix in OPENERS) if p.is_file()), None)
+
+
+def find_below(folder: Path, option: str, name: str, advice: str, find: Callable[[Path], Found | None]) -> Found:
+    """What `find` finds at `folder`/`name` or at `name`; FileNotFoundError with `advice` if there is neither."""
+    for path in (folder / Path(name).expanduser(), Path(name).expanduser()):
+        if present := find(path):
+            return present
+    raise FileNotFoundError(f"data.{option}={name} is neither in {folder} nor here; {advice}")
 
 
 def own_file(option: str, name: Any) -> Path:
@@ -75,6 +84,18 @@ def unpacking(path: Path):
         raise ValueError(
             f"{path} is damaged ({error}): replace it with a complete file; another data.root=DIR downloads it again"
         ) from error
+
+
+def wikitext_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
+    """The lines of WikiText from its rows on the hub; a row without text is the line " "."""
+    return ((row["text"] or " \n").encode() for row in rows)
+
+
+def fetch_source(path: Path, source: Mapping[str, Any], content: Content = wikitext_lines) -> Path:
+    """`fetch` by the url and the sha256 or md5 of a source, or `fetch_from_hub` by its `hub`."""
+    if source.get("hub") and find(path) is None:
+        fetch_from_hub(path, source["hub"], content)
+    return fetch(path, source.get("url"), source.get("sha256") or source.get("md5"))
 
 
 def fetch(path: Path, url: str | None = None, checksum: str | None = None) -> Path:
@@ -135,25 +156,8 @@ def download(path: Path, packing: str, url: str, checksum: str | None) -> Path:
     """Downloads `url` to `path` + `packing`. A broken transfer stays in .part, and the next call continues it."""
     target = path.with_name(path.name + packing)
     part = target.with_name(target.name + ".part")
-
-    def downloader(url: str, output_file: str, _pooch: object) -> None:
-        transfer(url, part)
-        found = None
-        with contextlib.suppress(ValueError):  # a damaged archive
-            found = digest(part, packing, kind_of(checksum or ""))
-        if found is None or found != (checksum or found):
-            part.unlink()
-            raise ValueError(
-                f"the download of {path} was not the right file and is deleted: expected "
-                f"{checksum or 'a complete archive'}, got {found or 'a damaged archive'}."
-            )
-        if checksum is None:
-            path.with_name(path.name + ".sha256").write_text(found + "\n")
-        os.replace(part, output_file)
-
-    pooch.get_logger().setLevel("WARNING")  # at INFO it prints advice for programmers
     try:
-        pooch.retrieve(url, None, fname=target.name, path=path.parent, downloader=downloader)
+        transfer(url, part)
     except requests.RequestException as error:
         # The innermost reason; requests wraps it in four layers of class names.
         reason = re.split(r": |\] |, '", str(error))[-1].strip("()'\" ")
@@ -165,11 +169,19 @@ def download(path: Path, packing: str, url: str, checksum: str | None) -> Path:
             f"cannot download {url} to {path}: {reason}. Run the same command again (the download continues), "
             f"or put the file there by hand. {NO_NETWORK}"
         ) from error
-    except ValueError as error:
+    found = None
+    with contextlib.suppress(ValueError):  # a damaged archive
+        found = digest(part, packing, kind_of(checksum or ""))
+    if found is None or found != (checksum or found):
+        part.unlink()
         raise ValueError(
-            f"{error} It came from {url}. Run the same command again; if that fails too, the file at this address has "
-            f"changed: put the right one at {path}."
-        ) from error
+            f"the download of {path} was not the right file and is deleted: expected "
+            f"{checksum or 'a complete archive'}, got {found or 'a damaged archive'}. It came from {url}. Run the same "
+            f"command again; if that fails too, the file at this address has changed: put the right one at {path}."
+        )
+    if checksum is None:
+        path.with_name(path.name + ".sha256").write_text(found + "\n")
+    os.replace(part, target)
     return target
 
 
@@ -202,11 +214,6 @@ def transfer(url: str, part: Path) -> None:
                 raise
 
 
-def wikitext_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
-    """The lines of WikiText from its rows on the hub; a row without text is the line " "."""
-    return ((row["text"] or " \n").encode() for row in rows)
-
-
 def load_from_hub(rows: Mapping[str, Any], advice: str = "") -> Any:
     """datasets.load_dataset(**rows); ConnectionError with `advice` if it fails."""
     from datasets import load_dataset
@@ -221,16 +228,12 @@ def load_from_hub(rows: Mapping[str, Any], advice: str = "") -> Any:
         ) from error
 
 
-def fetch_from_hub(
-    path: Path,
-    rows: Mapping[str, Any],
-    content: Callable[[Iterable[Mapping[str, Any]]], Iterator[bytes]] = wikitext_lines,
-) -> Path:
+def fetch_from_hub(path: Path, rows: Mapping[str, Any], content: Content) -> None:
     """Writes `content(rows)` of a dataset on the hub to `path`, if absent; `rows` are keywords of load_dataset."""
     require_writable(path.parent)
     with lock(path, path.with_name(f".{path.name}.lock")):
         if find(path) is not None:
-            return path
+            return
         dataset = load_from_hub(rows, f", or put the file at {path} by hand")
         part = path.with_name(path.name + ".part")
         try:
@@ -240,7 +243,6 @@ def fetch_from_hub(
             part.unlink()
             raise ValueError(f"the rows of {' '.join(map(str, rows.values()))} on the hub have no {error}") from error
         os.replace(part, path)
-    return path
 
 
 def unpack_archive(archive: Path, folder: Path, suffixes: tuple[str, ...]) -> Path:

@@ -46,6 +46,7 @@ class ImageSequences(DataModule[Batches]):
 
     MODEL_KWARGS = ("input_size", "num_classes")
     SPLIT_OPTIONS = ("order", "num_train", "num_val")
+    ADDED_STATE = ("white",)
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class ImageSequences(DataModule[Batches]):
         super().__init__()
         if order not in ORDERS:
             raise ValueError(f"data.order={order} must be one of {', '.join(ORDERS)}")
-        require_whole(num_val=num_val, batch_size=batch_size)
+        require_whole(num_val=num_val)
         if num_train is not None:
             require_whole(num_train=num_train)
         self.folder = Path(root).expanduser() / folder
@@ -153,10 +154,6 @@ class ImageSequences(DataModule[Batches]):
         order, _, num_classes, white = self.vocabulary
         sizes = {split: list(images.shape) for split, (images, _) in self.splits.items()}
         return {"order": order, "num_classes": num_classes, "sizes": sizes, "white": white}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in DataModule; older checkpoints lack `white`."""
-        super().load_state_dict({"white": self.state_dict()["white"]} | state_dict)
 
     @staticmethod
     def vocabulary_of(state_dict: dict[str, Any]) -> Form:

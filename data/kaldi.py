@@ -1,6 +1,7 @@
 """Kaldi folders for hybrid DNN-HMM recognisers: frames with targets (SRU 2017, section 4.5)."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,8 @@ from data.audio.kaldi_frames import NORMALISATIONS, Frames
 from data.audio.utterance_batches import Batch, FrameConfig, Streams
 from data.base import DataModule, require_whole
 from data.batching import Batches, rank_and_world_size
-from data.cache import lock, require_writable
+from data.cache import prepare_folder
+from data.download import find_below
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +59,6 @@ class Kaldi(DataModule):
         seed: int = 1234,
     ) -> None:
         super().__init__()
-        require_whole(0, delay=delay, right=right)
-        require_whole(batch_size=batch_size, segment=segment, eval_frames_per_batch=eval_frames_per_batch)
         if num_targets is not None:
             require_whole(num_targets=num_targets)
         if cmvn not in NORMALISATIONS:
@@ -72,13 +72,13 @@ class Kaldi(DataModule):
     def load(self) -> None:
         """Reads tables, headers and targets; `splits` are `Frames`."""
         if self.checkpoint_vocabulary is not None:
-            self.vocabulary = self.recipe = self.checkpoint_vocabulary
+            self.vocabulary = self.checkpoint_vocabulary
             self.splits = {split: self.frames(split, "some") for split in self.names}
             return
         options: dict[str, Any] = {"cmvn": self.cmvn, "num_targets": self.num_targets}
         train = Frames(self.locate("train"), name=f"data.train={self.names['train']}", scored="all", **options)
         stats = train.stats = train.global_stats(self.cache) if self.cmvn == "global" else None
-        self.vocabulary = self.recipe = FrameConfig(
+        self.vocabulary = FrameConfig(
             cmvn=self.cmvn,
             delay=self.delay,
             segment=self.segment,
@@ -94,23 +94,22 @@ class Kaldi(DataModule):
 
     def frames(self, split: str, scored: str) -> Frames:
         """The frames of a split, normalised as in training."""
-        return self.recipe.frames(self.locate(split), f"data.{split}={self.names[split]}", scored)
+        return self.vocabulary.frames(self.locate(split), f"data.{split}={self.names[split]}", scored)
 
     def locate(self, split: str) -> Path:
         """The folder of a split."""
-        name = str(self.names[split])
-        for path in (self.root / name, Path(name).expanduser()):
-            if path.is_dir():
-                return path
-        raise FileNotFoundError(
-            f"data.{split}={name} is not a folder, neither below {self.root} nor here; type the path of a Kaldi "
-            "folder with feats.scp and ali.scp (docs/kaldi.md), or data=frames_sample to try it without one"
+        advice = (
+            "type the path of a Kaldi folder with feats.scp and ali.scp (docs/kaldi.md), or data=frames_sample to try "
+            "it without one"
+        )
+        return find_below(
+            self.root, split, str(self.names[split]), advice, lambda path: path if path.is_dir() else None
         )
 
     def train_loader(self) -> Streams:
         rank, world_size = rank_and_world_size()
         train = self.splits["train"]
-        streams = Streams(self.recipe, train, self.batch_size, self.seed, rank=rank, world_size=world_size)
+        streams = Streams(self.vocabulary, train, self.batch_size, self.seed, rank=rank, world_size=world_size)
         if (total := int(streams.pieces.sum())) < self.batch_size * world_size:
             raise ValueError(
                 f"{train.report}: {total} segments of data.segment={self.segment} are too few for "
@@ -119,12 +118,12 @@ class Kaldi(DataModule):
         return streams
 
     def evaluation(self, split: str) -> Batches[Batch]:
-        return self.recipe.batches(self.splits[split], self.eval_frames_per_batch)
+        return self.vocabulary.batches(self.splits[split], self.eval_frames_per_batch)
 
     def state_dict(self) -> dict[str, Any]:
         self.setup()
         checks = {split: self.splits[split].check for split in ("train", "val")}  # the test folder may change
-        return vars(self.recipe) | {"files": checks}
+        return vars(self.vocabulary) | {"files": checks}
 
     @staticmethod
     def vocabulary_of(state_dict: dict[str, Any]) -> FrameConfig:
@@ -148,20 +147,15 @@ class SpokenWords(Kaldi):
     def load(self) -> None:
         """Writes absent folders first."""
         for split in self.UTTERANCES:
-            folder = Path(self.names[split])
-            if (folder / "feats.scp").exists():
-                continue
-            require_writable(folder)
-            with lock(folder):
-                if not (folder / "feats.scp").exists():  # another process may have written it meanwhile
-                    self.write(split, folder)
+            prepare_folder(Path(self.names[split]), partial(self.write, split))
         super().load()
 
     def write(self, split: str, folder: Path) -> None:
-        """Writes the archives of a split; the features are complete last."""
+        """Writes the archives of a split."""
         frontend = Frontend(rate=synthesis.RATE, num_mels=40)  # frames of 25 ms every 10 ms
-        place = f"../../{folder.parent.name}/{split}"  # relative to the table, so the cache can be moved
-        with (  # the last one is closed first
+        final = Path(self.names[split])
+        place = f"../../{final.parent.name}/{final.name}"  # relative to the table, so the cache can be moved
+        with (
             Archive(folder / "feats.ark", f"{place}/feats.ark") as features,
             Archive(folder / "ali.ark", f"{place}/ali.ark") as alignments,
         ):

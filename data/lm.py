@@ -165,8 +165,6 @@ class Text(DataModule[Segments]):
         self.files: Mapping[str, Mapping[str, Any]] = own or files or {}
         if min_count is None:
             min_count = 2 if unit == "words" and own else 1
-        require_whole(batch_size=batch_size, unroll=unroll, min_count=min_count)
-        require_whole(eval_batch_size=eval_batch_size, eval_unroll=eval_unroll)
         self.held_out = {"valid_bytes": valid_bytes, "test_bytes": test_bytes}
         require_whole(2, **{name: size for name, size in self.held_out.items() if size is not None})
         if not self.files:

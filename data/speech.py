@@ -11,9 +11,9 @@ from torch import Tensor
 
 from data.audio.fbank import Frontend, Part, StepStream, check_frontend, read
 from data.audio.feature_table import Recorded, Utterance, perturb, prepare
-from data.audio.labels import BLANK, UNITS, Symbols, frames_needed
-from data.base import DataModule, require_whole
-from data.batching import Batches
+from data.audio.labels import BLANK, UNITS, Symbols, least_steps
+from data.base import DataModule
+from data.batching import Batches, pad_columns
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Recordings(DataModule[Batches]):
     A batch is a `Batch`; with unit=label it is (x (T, B, n), labels (B,), pad (T, B)), and a recording's text is its
     class. Features are computed once for all runs (data/audio/feature_table.py).
 
-    cache: folder for the features.
+    cache: folder for the features. root: folder of the corpora, may be read-only.
     rate, num_mels, stack, level: see data.audio.fbank.Frontend; a step of the network is `stack` frames of 10 ms.
     unit: characters, words, bpe or unigram (`vocab_size` subwords), or label.
     lowercase: convert transcripts to lower case.
@@ -95,6 +95,7 @@ class Recordings(DataModule[Batches]):
         self,
         *,
         cache: str,
+        root: str = "",
         rate: int = 16000,
         num_mels: int = 80,
         stack: int = 3,
@@ -113,17 +114,11 @@ class Recordings(DataModule[Batches]):
         if unit not in (*UNITS, LABEL):
             raise ValueError(f"data.unit={unit} must be one of {', '.join((*UNITS, LABEL))}")
         check_frontend(rate, num_mels, stack, level)
-        require_whole(vocab_size=vocab_size, frames_per_batch=frames_per_batch)
-        require_whole(eval_frames_per_batch=eval_frames_per_batch)
-        if type(lowercase) is not bool:
-            raise ValueError(f"data.lowercase={lowercase} must be true or false")
         if not are_numbers(speeds, 0.5, 2) or not speeds:
             raise ValueError(f"data.speeds={speeds} must be a list of numbers, 0.5 to 2: type 'data.speeds=[1.0]'")
-        if not are_numbers([volume], 0, 60):
-            raise ValueError(f"data.volume={volume} must be dB, 0 to 60")
         if noise is not None and not (are_numbers(noise, -20, 100) and len(noise) == 2 and noise[0] <= noise[1]):
             raise ValueError(f"data.noise={noise} must be two numbers in dB, such as [5,40], or null")
-        self.cache = Path(cache).expanduser()
+        self.root, self.cache = Path(root).expanduser(), Path(cache).expanduser()
         self.options: dict[str, Any] = {"rate": rate, "num_mels": num_mels, "stack": stack, "level": level}
         self.unit, self.vocab_size, self.lowercase = unit, vocab_size, lowercase
         self.noise = None if noise is None else (float(noise[0]), float(noise[1]))
@@ -203,7 +198,7 @@ class Recordings(DataModule[Batches]):
         """The numbers of the recordings with enough steps for their symbols."""
         symbols = self.vocabulary.symbols
         steps = self.vocabulary.frontend.steps(recorded.sizes)
-        needed = [1 if symbols is None else frames_needed(symbols.encode(text)) for text in recorded.texts]
+        needed = [1 if symbols is None else least_steps(symbols.encode(text)) for text in recorded.texts]
         fits = steps >= np.maximum(needed, 1)
         if short := len(fits) - int(fits.sum()):
             effect = "left out" if split == "train" else "not part of the loss"
@@ -215,21 +210,14 @@ class Recordings(DataModule[Batches]):
         frontend, symbols = self.vocabulary.frontend, self.vocabulary.symbols
         names, texts, frames = zip(*(recorded[row] for row in rows), strict=True)
         sequences = [frontend.normalise(own) for own in frames]
-        # A recording that is shorter than a step is a step of padding.
-        x = torch.zeros(max(1, *map(len, sequences)), len(rows), frontend.size)
-        pad = torch.ones(x.shape[:2], dtype=torch.bool)
-        for column, steps in enumerate(sequences):
-            x[: len(steps), column] = torch.from_numpy(steps)
-            pad[: len(steps), column] = False
+        x = torch.from_numpy(pad_columns(sequences, 0, np.float32))
+        pad = torch.arange(len(x))[:, None] >= torch.tensor([*map(len, sequences)])
         if symbols is None:
             classes = {label: number for number, label in enumerate(self.vocabulary.labels)}
             return x, torch.tensor([classes[text] for text in texts]), pad
         encoded = [symbols.encode(text) for text in texts]
-        lengths = torch.tensor([len(numbers) for numbers in encoded])
-        targets = torch.full((len(rows), max(1, int(lengths.max()))), BLANK)
-        for target, numbers in zip(targets, encoded, strict=True):
-            target[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
-        return Batch(x, pad, targets, lengths, [*map(Item, names, texts)])
+        targets = torch.from_numpy(pad_columns(encoded, BLANK).T.copy())
+        return Batch(x, pad, targets, torch.tensor([*map(len, encoded)]), [*map(Item, names, texts)])
 
     def batches(self, split: str, rows: np.ndarray, budget: int, seed: int | None = None) -> Batches[Any]:
         recorded = self.splits[split]

@@ -10,7 +10,7 @@ from typing import Any
 from data.audio.fbank import Part
 from data.audio.feature_table import Utterance
 from data.cache import lock, require_writable
-from data.download import fetch, load_from_hub, unpack_archive
+from data.download import fetch, find, find_below, load_from_hub, read_bytes, unpack_archive
 from data.speech import Recordings
 from data.text.lines import decode, lines_of
 
@@ -24,39 +24,34 @@ class Manifest(Recordings):
     "channel", and unknown keys with numbers are refused; others are ignored.
     """
 
-    def __init__(self, *, root: str, train: str, val: str, test: str, **options: Any) -> None:
+    def __init__(self, *, train: str, val: str, test: str, **options: Any) -> None:
         super().__init__(**options)
-        self.root = Path(root).expanduser()
         self.names = {"train": train, "val": val, "test": test}
         for split, name in self.names.items():
             if not isinstance(name, str):
                 raise ValueError(f"data.{split}={name} must be a file of JSON lines: type data.{split}=FILE.jsonl")
 
     def utterances(self) -> dict[str, list[Utterance]]:
-        splits = {split: read_manifest(self.locate(split, name)) for split, name in self.names.items()}
+        advice = f"type the path of a file of JSON lines, such as {EXAMPLE}"
+        paths = {split: find_below(self.root, split, name, advice, find) for split, name in self.names.items()}
+        splits = {split: read_manifest(path) for split, path in paths.items()}
         for split, own in splits.items():
             if not own:
                 raise ValueError(f"data.{split}={self.names[split]} lists no recording: a line is {EXAMPLE}")
         return splits
 
-    def locate(self, split: str, name: str) -> Path:
-        for path in (self.root / name, Path(name).expanduser()):
-            if path.is_file():
-                return path
-        raise FileNotFoundError(f"data.{split}={name}: there is no such file, neither in {self.root} nor here")
-
 
 def read_manifest(path: Path) -> list[Utterance]:
     """The recordings of a manifest; ValueError with the first wrong line."""
     found = []
-    for number, line in enumerate(lines_of(decode(path.read_bytes(), path)), start=1):
+    for number, line in enumerate(lines_of(decode(read_bytes(path), path)), start=1):
         if not line.strip():
             continue
+        where = f"{path}:{number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}): a line is {EXAMPLE}") from error
-        where = f"{path}:{number}"
+            raise ValueError(f"{where}: not JSON ({error}): a line is {EXAMPLE}") from error
         if isinstance(row, dict) and row.get("audio_filepath") is not None:
             if row.get("audio") not in (None, row["audio_filepath"]):
                 raise ValueError(f"{where}: 'audio' and 'audio_filepath' name two files: leave one out")
@@ -147,17 +142,9 @@ class LibriSpeech(Recordings):
     """
 
     def __init__(
-        self,
-        *,
-        root: str,
-        train: str,
-        val: str,
-        test: str,
-        parts: Mapping[str, Mapping[str, Any]],
-        **options: Any,
+        self, *, train: str, val: str, test: str, parts: Mapping[str, Mapping[str, Any]], **options: Any
     ) -> None:
         super().__init__(**options)
-        self.root = Path(root).expanduser()
         self.names = {split: names.split("+") for split, names in (("train", train), ("val", val), ("test", test))}
         self.parts = parts
         for split, names in self.names.items():
@@ -200,7 +187,6 @@ class HubSpeech(Recordings):
     def __init__(
         self,
         *,
-        root: str = "",
         rows: Mapping[str, Mapping[str, Any]],
         audio: str = "audio",
         text: str = "text",
@@ -251,15 +237,14 @@ class SpeechCommands(Recordings):
     """
 
     def __init__(
-        self, *, root: str, url: str, sha256: str, archive: str, words: Sequence[str] | None = None, **options: Any
+        self, *, url: str, sha256: str, archive: str, words: Sequence[str] | None = None, **options: Any
     ) -> None:
         super().__init__(**options)
-        self.folder = Path(root).expanduser() / "speech_commands"
         self.url, self.sha256, self.archive = url, sha256, archive
         self.words = None if words is None else [*words]
 
     def utterances(self) -> dict[str, list[Utterance]]:
-        folder = self.folder
+        folder = self.root / "speech_commands"
         if not (folder / "testing_list.txt").is_file():
             place = self.cache / "speech_commands" / self.sha256[:16]
             if not place.is_dir():

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from data import download
-from data.base import DataModule, require_whole
+from data.base import DataModule
 from data.batching import Batches
 from data.text import squad_tables, word_vectors
 from data.text.spacy_tagger import Tagger
@@ -70,13 +70,10 @@ class QuestionAnswering(DataModule[Batches]):
                 raise ValueError(f"data.{split}={name} must name a file in SQuAD's format: type data.{split}=FILE.json")
         if tagger not in ("spacy", "none"):
             raise ValueError(f"data.tagger={tagger} must be spacy or none")
-        if not isinstance(lowercase, bool):
-            raise ValueError(f"data.lowercase={lowercase} must be true or false")
         if tagger == "spacy" and (not isinstance(spacy_model, str) or not spacy_model):
             raise ValueError(
                 f"data.spacy_model={spacy_model} must name a pipeline, such as en_core_web_sm, or its folder"
             )
-        require_whole(window=window, batch_size=batch_size, eval_batch_size=eval_batch_size)
         self.spacy_model = spacy_model if tagger == "spacy" else None
         self.vectors, self.lowercase, self.min_count, self.window = vectors, lowercase, min_count, window
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
@@ -104,7 +101,7 @@ class QuestionAnswering(DataModule[Batches]):
                     f"{f'{expected:,}' if expected else '1 or more'}: type data.{split}=FILE for another file"
                 )
         views = {path: View(self.vocabulary, reading) for path, reading in readings.items()}
-        if self.checkpoint_vocabulary is None and not training_windows(views[paths["train"]]):
+        if self.checkpoint_vocabulary is None and not views[paths["train"]].training_windows():
             raise ValueError(f"data.train={self.names['train']} has no question with an answer to learn from")
         self.splits = {split: views[path] for split, path in paths.items()}
 
@@ -113,8 +110,7 @@ class QuestionAnswering(DataModule[Batches]):
         if self.vectors is None:
             words = vocabulary(train, [train], self.lowercase, self.min_count)
         else:
-            words = vocabulary(train, readings, self.lowercase, 1)
-            folder = self.root / "vectors"
+            words, folder = vocabulary(train, readings, self.lowercase, 1), self.root / "vectors"
             self.embedding = word_vectors.load_vectors(words, self.vectors, folder, self.cache, unit_length=False)
         return Reader(
             words=words,
@@ -130,19 +126,11 @@ class QuestionAnswering(DataModule[Batches]):
     def locate(self, split: str) -> Path:
         """The file of a split; downloaded if it is absent and in `files`."""
         name = self.names[split]
-        path = self.root / "squad" / Path(name).expanduser()
         if name in self.files:
-            source = self.files[name]
-            if "hub" in source:
-                return download.find(path) or download.fetch_from_hub(path, source["hub"], squad_of)
-            return download.fetch(path, source["url"], source.get("sha256") or source.get("md5"))
-        for candidate in (path, Path(name).expanduser()):
-            if (present := download.find(candidate)) is not None:
-                return present
-        raise FileNotFoundError(
-            f"data.{split}={name} is not a file, neither in {self.root / 'squad'} nor here; type the path of a file in "
-            f"SQuAD's format{', or one of ' + ', '.join(self.files) + ', which are downloaded' if self.files else ''}"
-        )
+            return download.fetch_source(self.root / "squad" / name, self.files[name], squad_of)
+        known = f", or one of {', '.join(self.files)}, which are downloaded" if self.files else ""
+        advice = f"type the path of a file in SQuAD's format{known}"
+        return download.find_below(self.root / "squad", split, name, advice, download.find)
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
@@ -150,7 +138,7 @@ class QuestionAnswering(DataModule[Batches]):
 
     def train_loader(self) -> Batches[Batch]:
         view = self.splits["train"]
-        return self.batches(view, training_windows(view), self.batch_size, self.seed)
+        return self.batches(view, view.training_windows(), self.batch_size, self.seed)
 
     def evaluation(self, split: str) -> Batches[Batch]:
         view = self.splits[split]
@@ -198,10 +186,6 @@ def vocabulary(train: Reading, readings: Sequence[Reading], lowercase: bool, min
     ]
 
 
-def training_windows(view: View) -> list[Window]:
-    return [window for i in range(len(view.reading)) if (window := view.training_window(i)) is not None]
-
-
 def report_lines(path: Path, report: Mapping[str, Any]) -> Iterator[str]:
     """The size and the faults of a file, for the log."""
     counts = {
@@ -223,15 +207,10 @@ def squad_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
     """The rows of rajpurkar/squad on the hub in the format of the official file."""
     articles: dict[str, dict[str, list[Any]]] = {}
     for row in rows:
-        answers = row["answers"]
-        pairs = zip(answers["answer_start"], answers["text"], strict=True)
-        articles.setdefault(row["title"], {}).setdefault(row["context"], []).append(
-            {
-                "answers": [{"answer_start": start, "text": answer} for start, answer in pairs],
-                "question": row["question"],
-                "id": row["id"],
-            }
-        )
+        pairs = zip(row["answers"]["answer_start"], row["answers"]["text"], strict=True)
+        answers = [{"answer_start": start, "text": answer} for start, answer in pairs]
+        question = {"answers": answers, "question": row["question"], "id": row["id"]}
+        articles.setdefault(row["title"], {}).setdefault(row["context"], []).append(question)
     data = [
         {"title": title, "paragraphs": [{"context": context, "qas": qas} for context, qas in paragraphs.items()]}
         for title, paragraphs in articles.items()

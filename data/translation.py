@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data import download
-from data.base import DataModule, require_whole
+from data.base import DataModule
 from data.batching import Batches
 from data.text import sentence_pairs
 from data.text.sentence_pairs import Pairs
@@ -79,8 +79,6 @@ class ParallelText(DataModule[Batches]):
                 )
         if subword not in KINDS:
             raise ValueError(f"data.subword={subword} must be one of {', '.join(KINDS)}")
-        require_whole(vocab_size=vocab_size, max_length=max_length)
-        require_whole(tokens_per_batch=tokens_per_batch, eval_tokens_per_batch=eval_tokens_per_batch)
         if tokens_per_batch <= max_length:
             raise ValueError(
                 f"data.tokens_per_batch={tokens_per_batch} does not hold one sentence of data.max_length={max_length} "
@@ -138,31 +136,30 @@ class ParallelText(DataModule[Batches]):
         prefix = self.names[split]
         names = [f"{prefix}.{language}" for language in self.languages.values()]
         if all(name in self.files for name in names):
-            return self.download(names[0]), self.download(names[1])
-        for folder in (self.root, Path()):
-            paths = [folder / Path(name).expanduser() for name in names]
-            present = [download.find(path) for path in paths]
-            if present[0] and present[1]:
-                return present[0], present[1]
-            if one := present[0] or present[1]:
-                raise FileNotFoundError(
-                    f"data.{split}={prefix}: {paths[present.index(None)]} is missing beside {one}; put it "
-                    "there (plain, .gz, .xz or .zip), or name other languages by data.source and data.target"
+            source, target = (
+                download.fetch_source(
+                    self.root / name, self.files[name], partial(sentences_of, language=name.rpartition(".")[2])
                 )
-        known = sorted({name.rpartition(".")[0] for name in self.files})
-        raise FileNotFoundError(
-            f"data.{split}={prefix}: there are no files {names[0]} and {names[1]}, neither in {self.root} nor here; "
-            f"type the path of two such files without the language"
-            + (f", or one of {', '.join(known)}, which are downloaded" if known else "")
-        )
+                for name in names
+            )
+            return source, target
 
-    def download(self, name: str) -> Path:
-        """A file in `files`, downloaded if absent."""
-        path, known = self.root / name, self.files[name]
-        if "hub" in known:
-            rows_to_lines = partial(sentences_of, language=name.rpartition(".")[2])
-            return download.find(path) or download.fetch_from_hub(path, known["hub"], rows_to_lines)
-        return download.fetch(path, known["url"], known.get("sha256"))
+        def find_both(path: Path) -> tuple[Path, Path] | None:
+            paths = [path.parent / f"{path.name}.{language}" for language in self.languages.values()]
+            source, target = map(download.find, paths)
+            if source and target:
+                return source, target
+            if source or target:
+                raise FileNotFoundError(
+                    f"data.{split}={prefix}: {paths[1] if source else paths[0]} is missing beside {source or target}; "
+                    "put it there (plain, .gz, .xz or .zip), or name other languages by data.source and data.target"
+                )
+            return None
+
+        known = ", ".join(sorted({name.rpartition(".")[0] for name in self.files}))
+        advice = f"type the path of the files {names[0]} and {names[1]} without the language"
+        advice += f", or one of {known}, which are downloaded" if known else ""
+        return download.find_below(self.root, split, prefix, advice, find_both)
 
     def training_rows(self, pairs: Pairs) -> np.ndarray:
         """The numbers of the pairs to train on."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from data.audio.fbank import WHOLE, Damaged, Frontend, Part, read, resample
@@ -66,39 +67,37 @@ class Recorded:
     """
 
     def __init__(self, places: Sequence[Path], tables: Sequence[pa.Table], metas: Sequence[dict[str, Any]]) -> None:
-        self.places = [place for place, table in zip(places, tables, strict=True) for _ in table.to_batches()]
-        self.batches = [batch for table in tables for batch in table.to_batches()]
-        self.starts = np.cumsum([0, *(len(batch) for batch in self.batches)])
+        self.places, self.ends = places, np.cumsum([*map(len, tables)])
+        self.ids, self.text_column, self.features = pa.concat_tables(tables).columns
         self.num_mels: int = metas[0]["num_mels"]
         count = max(1, sum(meta["frames"] for meta in metas))
         sums, squares = (np.sum([meta[name] for meta in metas], axis=0) / count for name in ("sums", "squares"))
         self.mean = sums.astype(np.float32)
         self.deviation = np.sqrt(np.maximum(squares - sums**2, 1e-4)).astype(np.float32)
         self.report = report(metas)
-        offsets = [np.frombuffer(batch.column(2).buffers()[1], np.int64)[: len(batch) + 1] for batch in self.batches]
-        self.sizes = np.concatenate([np.zeros(0, np.int64), *map(np.diff, offsets)]) // (2 * self.num_mels)
+        self.sizes = pc.binary_length(self.features).to_numpy() // (2 * self.num_mels)
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return len(self.ids)
 
     def __getitem__(self, i: int) -> tuple[str, str, np.ndarray]:
-        place = int(np.searchsorted(self.starts, i, side="right")) - 1
-        name, text, features = (column[i - self.starts[place]] for column in self.batches[place].columns)
+        name, text, features = (column[int(i)] for column in (self.ids, self.text_column, self.features))
         frames = np.frombuffer(features.as_buffer(), np.float16).reshape(-1, self.num_mels)
         if not np.isfinite(frames).all():
-            raise ValueError(f"{self.places[place]} is damaged: `rm -r {self.places[place]}` to compute it again")
+            place = self.places[int(np.searchsorted(self.ends, i, side="right"))]
+            raise ValueError(f"{place} is damaged: `rm -r {place}` to compute it again")
         return name.as_py(), text.as_py(), frames
 
     @property
     def texts(self) -> list[str]:
-        return [text for batch in self.batches for text in batch.column(1).to_pylist()]
+        return self.text_column.to_pylist()
 
     @property
     def checksum(self) -> str:
         """The checksum of names, texts and lengths."""
         digest = hashlib.sha256(self.sizes.tobytes())
-        for i in (0, 1):
-            digest.update(json.dumps([one for batch in self.batches for one in batch.column(i).to_pylist()]).encode())
+        for names in (self.ids.to_pylist(), self.texts):
+            digest.update(json.dumps(names).encode())
         return digest.hexdigest()
 
 
@@ -160,7 +159,7 @@ def write(utterances: Sequence[Utterance], frontend: Frontend, bar: tqdm, folder
     short: list[str] = []
     rates: dict[str, int] = {}
     stereo = frames = 0
-    sums, squares = np.zeros(frontend.num_mels), np.zeros(frontend.num_mels)
+    sums, squares = np.zeros((2, frontend.num_mels))
     with (
         ThreadPoolExecutor(available_cores()) as pool,
         pa.OSFile(str(folder / "features.arrow"), "wb") as file,

@@ -6,7 +6,6 @@ Nothing in these files is executed: commands in tables and pickles, which kaldii
 import os
 import re
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -19,10 +18,14 @@ VALUE_BYTES = {"FM": 4, "DM": 8, "CM": 1, "CM2": 2, "CM3": 1}  # of a matrix, co
 
 
 class Place(NamedTuple):
-    """The place of an object: a file, and the byte after its key."""
+    """The place of an object: a file, the byte after its key, and the key."""
 
     path: str
     offset: int
+    key: str
+
+    def __str__(self) -> str:
+        return f"utterance {self.key} at byte {self.offset:,}"
 
 
 class Head(NamedTuple):
@@ -67,7 +70,7 @@ def read_table(path: Path, copy: str) -> tuple[dict[str, Place], dict[str, int]]
         if known is None:
             absent[file] = absent.get(file, 0) + 1
         else:
-            places[key] = Place(known, offset)
+            places[key] = Place(known, offset, key)
     if not places and not absent:
         raise ValueError(f"{path} is empty: it has no utterance")
     return places, absent
@@ -75,10 +78,7 @@ def read_table(path: Path, copy: str) -> tuple[dict[str, Place], dict[str, int]]
 
 def lines_of(path: Path) -> list[str]:
     """The lines of one of Kaldi's text files, without empty ones."""
-    try:
-        return [line for line in lines.lines_of(lines.decode(path.read_bytes(), path)) if line.strip()]
-    except OSError as error:
-        raise FileNotFoundError(f"{path} cannot be read: {error.strerror}") from error
+    return [line for line in lines.lines_of(lines.decode(path.read_bytes(), path)) if line.strip()]
 
 
 def scan_archive(path: Path) -> dict[str, Place]:
@@ -97,86 +97,83 @@ def scan_archive(path: Path) -> dict[str, Place]:
                 raise ValueError(f"{path} is damaged, or not an archive: it has no key at byte {position:,}")
             if name in places:
                 raise ValueError(f"{path}: duplicate utterance {name}; remove one")
-            places[name] = Place(str(path), position + len(key) + 1)
-            position = places[name].offset + read_head(places[name], name, file).size
+            places[name] = Place(str(path), position + len(key) + 1, name)
+            position = places[name].offset + read_head(places[name], file).size
     if not places:
         raise ValueError(f"{path} is empty: it has no utterance")
     return places
 
 
-def read_head(place: Place, key: str, file: BinaryIO | None = None) -> Head:
+def read_head(place: Place, file: BinaryIO | None = None) -> Head:
     """The header at a place; ValueError unless it is a complete matrix or vector of whole numbers."""
     if file is None:
         with open(place.path, "rb") as opened:
-            return read_head(place, key, opened)
+            return read_head(place, opened)
     end = os.fstat(file.fileno()).st_size
     file.seek(place.offset)
     start = file.read(40)
     name, _, rest = start[2:].partition(b" ")
-    kind = name.decode("latin-1")
-    head = None
+    kind = name.decode("latin-1") if start[:2] == b"\0B" else ""
     if start[:3] == b"\0B\4" and len(start) >= 7:
         (rows,) = struct.unpack("<i", start[3:7])
         head = Head("ints", rows, 0, 7 + 5 * rows)
-    elif start[:2] == b"\0B" and kind in ("FM", "DM") and len(rest) >= 10:
+    elif kind in ("FM", "DM") and len(rest) >= 10:
         rows, columns = struct.unpack("<xixi", rest[:10])
         head = Head(kind, rows, columns, 13 + len(name) + VALUE_BYTES[kind] * rows * columns)
-    elif start[:2] == b"\0B" and kind in ("CM", "CM2", "CM3") and len(rest) >= 16:
+    elif kind in ("CM", "CM2", "CM3") and len(rest) >= 16:
         rows, columns = struct.unpack("<8xii", rest[:16])
         size = VALUE_BYTES[kind] * rows * columns + (8 * columns if kind == "CM" else 0)
         head = Head(kind, rows, columns, 19 + len(name) + size)
     elif re.match(rb" *[\[\d\n-]", start):  # text; kaldiio's own formats, such as PKL, begin with a word
-        text, values, is_matrix = read_numbers(place, key, file)
-        return Head("text", len(values), len(values[0]) if is_matrix and values else 0, len(text))
-    if head is None:
+        values, size = read_text(place, file)
+        return Head("text", len(values), values.shape[1] if values.ndim == 2 else 0, size)
+    else:
         raise ValueError(
-            f"{place.path} is damaged at byte {place.offset:,}, utterance {key}, or not an archive of matrices and "
-            f"whole numbers: found {start[:12]!r}"
+            f"{place.path} is damaged at byte {place.offset:,}, utterance {place.key}, or not an archive of matrices "
+            f"and whole numbers: found {start[:12]!r}"
         )
     if min(head.rows, head.columns) < 0 or place.offset + head.size > end:
         raise ValueError(
-            f"{place.path} is damaged: utterance {key} at byte {place.offset:,} says {head.rows} x {head.columns} "
-            f"values, {head.size:,} bytes, and the file ends after {end - place.offset:,}"
+            f"{place.path} is damaged: {place} says {head.rows} x {head.columns} values, {head.size:,} bytes, and the "
+            f"file ends after {end - place.offset:,}"
         )
     return head
 
 
-def read_numbers(place: Place, key: str, file: BinaryIO) -> tuple[bytes, list, bool]:
-    """An object in text format: its bytes, its words (of a matrix: rows of words), and whether it is a matrix."""
+def read_text(place: Place, file: BinaryIO) -> tuple[np.ndarray, int]:
+    """A vector or matrix in text format, and its length in bytes."""
     file.seek(place.offset)
-    pieces = [file.readline()]
-    is_open = b"[" in pieces[0]
-    while is_open and b"]" not in pieces[-1]:
-        pieces.append(file.readline())
-        if not pieces[-1]:
-            raise ValueError(f"{place.path} is damaged: utterance {key} at byte {place.offset:,} has no closing ]")
-    text = b"".join(pieces)
-    inner = text.partition(b"[")[2].partition(b"]")[0] if is_open else text
-    is_matrix = is_open and b"\n" in inner
-    return text, [row.split() for row in inner.split(b"\n") if row.split()] if is_matrix else inner.split(), is_matrix
+    text = file.readline()
+    while b"[" in text and b"]" not in text:
+        if not (line := file.readline()):
+            raise ValueError(f"{place.path} is damaged: {place} has no closing ]")
+        text += line
+    inner = text.partition(b"[")[2].partition(b"]")[0] if b"[" in text else text.strip()
+    rows = [row.split() for row in inner.split(b"\n")]
+    try:
+        return np.array([row for row in rows if row] if len(rows) > 1 else rows[0], np.float64), len(text)
+    except ValueError as error:
+        raise ValueError(f"{place.path} is damaged: {place} is not a matrix or vector ({error})") from error
 
 
-def read_matrix(place: Place, key: str, dtype: type = np.float32) -> np.ndarray:
+def read_matrix(place: Place, dtype: type = np.float32) -> np.ndarray:
     """The matrix (T, n) at a place; ValueError if it is something else."""
     from kaldiio.matio import read_matrix_or_vector
 
     with open(place.path, "rb") as file:
-        head = read_head(place, key, file)
+        head = read_head(place, file)
         if not head.columns:
-            raise ValueError(f"{place.path}: utterance {key} at byte {place.offset:,} is not a matrix with columns")
+            raise ValueError(f"{place.path}: {place} is not a matrix with columns")
         if head.kind == "text":
-            try:
-                return np.array(read_numbers(place, key, file)[1], dtype)
-            except ValueError as error:
-                raise ValueError(f"{place.path} is damaged: utterance {key} is not a matrix ({error})") from error
+            return read_text(place, file)[0].astype(dtype)
         file.seek(place.offset)
         return np.asarray(read_matrix_or_vector(file), dtype)
 
 
-def read_ints(place: Place, key: str) -> np.ndarray:
+def read_ints(place: Place) -> np.ndarray:
     """The whole numbers (T,) at a place, int32; ValueError if it is something else."""
     with open(place.path, "rb") as file:
-        head = read_head(place, key, file)
+        head = read_head(place, file)
         if head.kind == "ints":
             file.seek(place.offset + 7)
             # Each number is preceded by its size in bytes.
@@ -184,12 +181,11 @@ def read_ints(place: Place, key: str) -> np.ndarray:
             if (content["bytes"] == 4).all():
                 return np.ascontiguousarray(content["value"])
         elif head.kind == "text" and not head.columns:
-            words = read_numbers(place, key, file)[1]
-            if all(re.fullmatch(rb"-?\d{1,9}", word) for word in words):
-                return np.array(words, np.int32)
+            values = read_text(place, file)[0]
+            if (np.abs(values) < 2**31).all() and (values % 1 == 0).all():
+                return values.astype(np.int32)
     raise ValueError(
-        f"{place.path}: utterance {key} at byte {place.offset:,} is not a vector of whole numbers, one for each frame, "
-        "as written by ali-to-pdf"
+        f"{place.path}: {place} is not a vector of whole numbers, one for each frame, as written by ali-to-pdf"
     )
 
 
@@ -203,12 +199,12 @@ class Archive:
         if path.suffix != ".ark":
             raise ValueError(f"{path} must end in .ark; its table has the same name with .scp")
         self.path, self.name = path, name or str(path.absolute())
-        self.table = path.with_suffix(".scp")
+        self.scratch = path.with_name(f".{path.name}.tmp")
         self.places: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         try:
-            self.file = self.path.with_name(f".{self.path.name}.tmp").open("wb")
+            self.file = self.scratch.open("wb")
         except OSError as error:
             raise PermissionError(f"{self.path} cannot be written: {error.strerror}") from error
         return self
@@ -223,15 +219,16 @@ class Archive:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.file.close()
-        written, table = Path(self.file.name), self.table.with_name(f".{self.table.name}.tmp")
+        table = self.path.with_suffix(".scp")
+        part = table.with_name(f".{table.name}.tmp")
         try:
             if kind is None:
                 # Kaldi expects the order of LC_ALL=C.
-                lines: Iterator[str] = (f"{key} {self.name}:{self.places[key]}\n" for key in sorted(self.places))
-                table.write_text("".join(lines), encoding="utf-8")
-                self.table.unlink(missing_ok=True)  # a table never refers to another archive
-                os.replace(written, self.path)
-                os.replace(table, self.table)
+                entries = [f"{key} {self.name}:{self.places[key]}\n" for key in sorted(self.places)]
+                part.write_text("".join(entries), encoding="utf-8")
+                table.unlink(missing_ok=True)  # a table never refers to another archive
+                os.replace(self.scratch, self.path)
+                os.replace(part, table)
         finally:
-            written.unlink(missing_ok=True)
-            table.unlink(missing_ok=True)
+            self.scratch.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)

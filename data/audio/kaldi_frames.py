@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from data.audio.kaldi_ark import Place, lines_of, read_head, read_ints, read_matrix, read_table, scan_archive
-from data.cache import open_or_build
+from data.cache import prepare_folder
 
 log = logging.getLogger(__name__)
 
 NORMALISATIONS = (None, "utterance", "speaker", "global")
 MOST_TARGETS = 1_000_000
-SCORED = ("all", "some", "none")
+NO_TARGETS, OTHER_TARGETS = "without targets", "with another number of targets than of frames"
 
 
 class Frames:
@@ -60,42 +60,42 @@ class Frames:
         self.keys: list[str] = []
         self.places: list[Place] = []
         self.targets: list[Place | None] = []
-        lengths, counts, first, ratios = [], np.zeros(num_targets or 0, np.int64), None, []
+        lengths, counts, ratios = [], np.zeros(num_targets or 0, np.int64), []
         for key, place in places.items():
-            rows, columns = read_head(place, key)[1:3]
+            rows, columns = read_head(place)[1:3]
             if not rows:
                 left_out["without a frame"] += 1
                 continue
             if input_size is not None and columns != input_size:
-                other = f"those of {first} have {input_size}" if first else f"expected {input_size}"
+                other = f"those of {self.keys[0]} have {input_size}" if self.keys else f"expected {input_size}"
                 raise ValueError(
                     f"{name}: the frames of {key} have {columns} features, {other}; compute all features with the same "
                     "configuration"
                 )
-            input_size, first = columns, first or key
-            aligned = None
-            if scored != "none":
-                own = read_ints(targets[key], key) if key in targets else None
-                if own is not None and len(own) == rows:
-                    aligned = targets[key]
-                    counts = self.add_counts(own, counts, num_targets, key)
-                elif own is None:
-                    left_out["without targets"] += 1
-                else:
-                    left_out["with another number of targets than of frames"] += 1
-                    ratios.append(rows / max(1, len(own)))
-                if aligned is None and scored == "all":
-                    continue
+            target = targets.get(key)
+            own = None if target is None else read_ints(target)
+            if own is None and scored != "none":
+                left_out[NO_TARGETS] += 1
+            elif own is not None and len(own) != rows:
+                left_out[OTHER_TARGETS] += 1
+                ratios.append(rows / max(1, len(own)))
+                target = None
+            elif own is not None:
+                self.require_pdfs(key, own, num_targets)
+                counts = np.pad(counts, (0, max(0, int(own.max()) + 1 - len(counts))))
+                counts += np.bincount(own, minlength=len(counts))
+            if target is None and scored == "all":
+                continue
+            input_size = columns
             self.keys.append(key)
             self.places.append(place)
-            self.targets.append(aligned)
+            self.targets.append(target)
             lengths.append(rows)
         self.lengths, self.counts, self.input_size = np.array(lengths, np.int64), counts, input_size or 0
         self.report = f"{name} has {len(self.keys):,} utterances, {self.lengths.sum():,} frames"
-        kept = {"without targets", "with another number of targets than of frames"} if scored == "some" else set()
-        self.report += "".join(
-            f"; {count:,} {why}, {'not scored' if why in kept else 'left out'}" for why, count in left_out.items()
-        )
+        for why, count in left_out.items():
+            is_kept = scored == "some" and why in (NO_TARGETS, OTHER_TARGETS)
+            self.report += f"; {count:,} {why}, {'not scored' if is_kept else 'left out'}"
         if ratios and np.median(ratios) > 1.5:
             self.report += (
                 f" (about {np.median(ratios):.0f} frames for each target: alignments of a chain model are subsampled; "
@@ -124,67 +124,59 @@ class Frames:
             )
         return {}
 
-    def add_counts(self, targets: np.ndarray, counts: np.ndarray, num_targets: int | None, key: str) -> np.ndarray:
-        """Adds the targets of an utterance to the counts."""
-        low, high = int(targets.min()), int(targets.max())
-        if high >= MOST_TARGETS:
-            raise ValueError(
-                f"{self.name}: utterance {key} has the target {high}, which is too large for a pdf ({MOST_TARGETS:,})"
-            )
-        if low < 0 or (num_targets is not None and high >= num_targets):
-            message = f"{self.name}: utterance {key} has the target"
-            if low < 0 or num_targets is None:
-                raise ValueError(f"{message} {low}: targets must be 0 or more, as written by ali-to-pdf")
-            raise ValueError(
-                f"{message} {high}, outside 0 to {num_targets - 1}; type data.num_targets={high + 1} or more"
-            )
-        total = np.bincount(targets, minlength=len(counts))
-        total[: len(counts)] += counts
-        return total
+    def require_pdfs(self, key: str, targets: np.ndarray, num_targets: int | None) -> None:
+        """ValueError unless the targets of an utterance are numbers of pdfs."""
+        low, high, limit = int(targets.min()), int(targets.max()), num_targets or MOST_TARGETS
+        if low < 0 or high >= limit:
+            advice = "targets must be pdfs, as written by ali-to-pdf"
+            if num_targets and low >= 0:
+                advice = f"type data.num_targets={high + 1} or more"
+            wrong = low if low < 0 else high
+            raise ValueError(f"{self.name}: utterance {key} has the target {wrong}, outside 0 to {limit - 1}; {advice}")
 
     def find_speakers(self) -> None:
-        """Reads the speaker of each utterance; `stats_of(speaker)` are mean and scale."""
+        """Reads the speaker of each utterance, and the places of the speakers' sums."""
         for file in ("cmvn.scp", "utt2spk"):
             if not (self.folder / file).is_file():
                 raise FileNotFoundError(
                     f"{self.name}: data.cmvn=speaker needs {self.folder / file}; run compute-cmvn-stats for cmvn.scp, "
                     "or type data.cmvn=utterance"
                 )
-        sums, _ = read_table(self.folder / "cmvn.scp", "copy-matrix")
+        self.sums, _ = read_table(self.folder / "cmvn.scp", "copy-matrix")
         speakers = dict(line.split(maxsplit=1) for line in lines_of(self.folder / "utt2spk") if len(line.split()) == 2)
         for key in self.keys:
-            if speakers.get(key) not in sums:
+            if speakers.get(key) not in self.sums:
                 raise ValueError(
                     f"{self.folder}: the speaker {speakers.get(key)} of utterance {key} in utt2spk is not in cmvn.scp, "
                     "or its archive is missing"
                 )
         self.speakers = {key: speakers[key] for key in self.keys}
+        self.stats_of = lru_cache(maxsize=1024)(self.speaker_stats)
 
-        @lru_cache(maxsize=1024)
-        def stats(speaker: str) -> np.ndarray:
-            both = read_matrix(sums[speaker], speaker, np.float64)
-            if both.shape != (2, self.input_size + 1) or not both[0, -1] > 0:
-                raise ValueError(
-                    f"{self.folder / 'cmvn.scp'}: the sums of {speaker} must be 2 x {self.input_size + 1} with a count "
-                    f"above 0, not {' x '.join(map(str, both.shape))}"
-                )
-            squared = np.square(both[0, :-1]) / both[0, -1]
-            if not np.isfinite(both).all() or (squared > 1.001 * both[1, :-1] + 1e-3).any():
-                raise ValueError(
-                    f"{self.folder / 'cmvn.scp'}: the sums of {speaker} are impossible; compute them again by "
-                    "compute-cmvn-stats"
-                )
-            return mean_and_scale(both[0, :-1], both[1, :-1], both[0, -1])
-
-        self.stats_of = stats
+    def speaker_stats(self, speaker: str) -> np.ndarray:
+        """Mean and scale (2, input_size) of a speaker."""
+        both = read_matrix(self.sums[speaker], np.float64)
+        if both.shape != (2, self.input_size + 1) or not both[0, -1] > 0:
+            raise ValueError(
+                f"{self.folder / 'cmvn.scp'}: the sums of {speaker} must be 2 x {self.input_size + 1} with a count "
+                f"above 0, not {' x '.join(map(str, both.shape))}"
+            )
+        squared = np.square(both[0, :-1]) / both[0, -1]
+        if not np.isfinite(both).all() or (squared > 1.001 * both[1, :-1] + 1e-3).any():
+            raise ValueError(
+                f"{self.folder / 'cmvn.scp'}: the sums of {speaker} are impossible; compute them again by "
+                "compute-cmvn-stats"
+            )
+        return mean_and_scale(both[0, :-1], both[1, :-1], both[0, -1])
 
     def read(self, i: int) -> np.ndarray:
         """Features (T, input_size) of utterance i without normalisation, float32."""
-        x, key = read_matrix(self.places[i], self.keys[i]), self.keys[i]
+        place = self.places[i]
+        x = read_matrix(place)
         if not np.isfinite(x).all():
             raise ValueError(
-                f"{self.places[i].path}: the features of utterance {key} are not all numbers (NaN or infinity at frame "
-                f"{int(np.argwhere(~np.isfinite(x))[0, 0])}); remove {key} from {self.folder / 'feats.scp'}"
+                f"{place.path}: the features of utterance {place.key} are not all numbers (NaN or infinity at frame "
+                f"{int(np.argwhere(~np.isfinite(x))[0, 0])}); remove {place.key} from {self.folder / 'feats.scp'}"
             )
         return x
 
@@ -204,32 +196,23 @@ class Frames:
     def align(self, i: int) -> np.ndarray:
         """Targets (T,) of utterance i; -1 if it has none."""
         place = self.targets[i]
-        return np.full(self.lengths[i], -1) if place is None else read_ints(place, self.keys[i]).astype(np.int64)
+        return np.full(self.lengths[i], -1) if place is None else read_ints(place).astype(np.int64)
 
     def global_stats(self, cache: Path) -> np.ndarray:
         """Mean and scale (2, input_size) over all utterances, from the cache, or computed once."""
-        files = {path: (os.stat(path).st_size, os.stat(path).st_mtime_ns) for path, _ in self.places}
+        files = {path: (os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in {p.path for p in self.places}}
         content = repr((self.keys, self.places, sorted(files.items())))
-        path = cache / "kaldi" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npy"
 
-        def build(path: Path) -> None:
+        def build(folder: Path) -> None:
             log.info("%s: computing mean and variance of all frames, once", self.name)
             sums = np.zeros((2, self.input_size))
             for i in range(len(self)):
                 x = self.read(i).astype(np.float64)
                 sums += np.stack([x.sum(0), np.square(x).sum(0)])
-            with open(path, "wb") as file:
-                np.save(file, mean_and_scale(sums[0], sums[1], int(self.lengths.sum())))
+            np.save(folder / "stats.npy", mean_and_scale(sums[0], sums[1], int(self.lengths.sum())))
 
-        return open_or_build(path, read_cached, build)
-
-
-def read_cached(path: Path) -> np.ndarray | None:
-    """An array of the cache; None if it is absent or damaged."""
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
+        place = cache / "kaldi" / hashlib.sha256(content.encode()).hexdigest()[:32]
+        return np.load(prepare_folder(place, build) / "stats.npy")
 
 
 def mean_and_scale(sums: np.ndarray, squares: np.ndarray, count: float) -> np.ndarray:

@@ -64,6 +64,6 @@ def pieces(text: str, unit: str) -> Sequence[str]:
     return text.split() if unit == "words" else text
 
 
-def frames_needed(symbols: Sequence[int]) -> int:
+def least_steps(symbols: Sequence[int]) -> int:
     """The least number of steps for CTC: one for each symbol, and a blank between equal neighbours."""
     return len(symbols) + sum(a == b for a, b in pairwise(symbols))

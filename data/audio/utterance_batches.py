@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.audio.kaldi_ark import Archive
 from data.audio.kaldi_frames import Frames
-from data.batching import Batches, StatefulLoader
+from data.batching import Batches, StatefulLoader, pad_columns
 
 
 class Batch(NamedTuple):
@@ -74,13 +74,9 @@ class FrameConfig:
     def batch(self, frames: Frames, rows: list[int]) -> Batch:
         """A batch of whole utterances."""
         sequences = [self.sequence(frames, i) for i in rows]
-        lengths = torch.tensor([len(x) for x, _ in sequences])
-        x = torch.zeros(int(lengths.max()), len(rows), self.input_size)
-        targets = torch.full(x.shape[:2], -1)
-        for column, (features, wanted) in enumerate(sequences):
-            x[: len(features), column] = torch.from_numpy(features)
-            targets[: len(wanted), column] = torch.from_numpy(wanted)
-        pad = torch.arange(len(x))[:, None] >= lengths
+        x = torch.from_numpy(pad_columns([features for features, _ in sequences], 0, np.float32))
+        targets = torch.from_numpy(pad_columns([wanted for _, wanted in sequences], -1))
+        pad = torch.arange(len(x))[:, None] >= torch.tensor([len(features) for features, _ in sequences])
         return Batch(x, targets, pad, torch.ones(len(rows), dtype=torch.bool), tuple(frames.keys[i] for i in rows))
 
     def batches(self, frames: Frames, budget: int) -> Batches[Batch]:
@@ -105,11 +101,11 @@ class Streams(StatefulLoader):
     """
 
     def __init__(
-        self, recipe: FrameConfig, frames: Frames, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1
+        self, config: FrameConfig, frames: Frames, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1
     ) -> None:
-        self.recipe, self.frames, self.seed = recipe, frames, seed
+        self.config, self.frames, self.seed = config, frames, seed
         self.streams = range(rank * batch_size, (rank + 1) * batch_size)
-        self.pieces = -(-(frames.lengths + recipe.delay) // recipe.segment)
+        self.pieces = -(-(frames.lengths + config.delay) // config.segment)
         self.steps = -(-int(self.pieces.sum()) // (batch_size * world_size))
         super().__init__(self.steps)
 
@@ -121,10 +117,10 @@ class Streams(StatefulLoader):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.frames))
         ends = self.pieces[order].cumsum()
         current: dict[int, tuple[int, tuple[np.ndarray, np.ndarray]]] = {}  # by stream: its current utterance
-        segment, steps = self.recipe.segment, self.recipe.segment + self.recipe.right
+        segment, steps = self.config.segment, self.config.segment + self.config.right
         for position in positions:
             self.position = position + 1
-            x = np.zeros((steps, len(self.streams), self.recipe.input_size), np.float32)
+            x = np.zeros((steps, len(self.streams), self.config.input_size), np.float32)
             targets = np.full((segment, len(self.streams)), -1)
             lengths = np.zeros(len(self.streams), np.int64)
             begins = np.ones(len(self.streams), bool)
@@ -134,7 +130,7 @@ class Streams(StatefulLoader):
                 if place == len(order):  # the last streams may have fewer segments
                     continue
                 if current.get(stream, (-1,))[0] != place:
-                    current[stream] = place, self.recipe.sequence(self.frames, order[place])
+                    current[stream] = place, self.config.sequence(self.frames, order[place])
                 part = number - int(ends[place] - self.pieces[order[place]])
                 features, wanted = (a[part * segment :] for a in current[stream][1])
                 lengths[column] = min(len(features), steps)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.cache import checksum, open_or_build
+from data.cache import prepare_folder
 from data.download import open_unpacked, unpacking
 from data.text import lines
+from data.text.columns import Ragged
 from data.text.subwords import VERSION, Batch, Item, Subwords, batch_of, learn
 
 FORMAT = 1  # version of the prepared folders; increase it when their content changes
@@ -45,14 +46,15 @@ class Text(NamedTuple):
 def check_text(path: Path) -> Text:
     """Reads a file once; ValueError with the place of bytes that are not UTF-8."""
     digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8-sig")()
-    counts, last, is_text = {b"\n": 0, b"\r": 0}, b"", True
+    feeds = returns = 0
+    last, is_text = "", True
     try:
         with open_unpacked(path) as file, unpacking(path):
             while block := file.read(BLOCK):
                 digest.update(block)
-                counts = {end: count + block.count(end) for end, count in counts.items()}
+                feeds, returns = feeds + block.count(b"\n"), returns + block.count(b"\r")
                 text = decoder.decode(block)
-                last = text[-1:].encode() or last
+                last = text[-1:] or last
                 is_text = is_text and "\0" not in text
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
@@ -60,8 +62,8 @@ def check_text(path: Path) -> Text:
     if not is_text:
         for _ in lines_of(path):  # raises at the place
             pass
-    end = b"\n" if counts[b"\n"] else b"\r"
-    return Text(path, digest.hexdigest(), counts[end] + (last not in (b"", end)))
+    ends = feeds or returns
+    return Text(path, digest.hexdigest(), ends + (last not in ("", "\n" if feeds else "\r")))
 
 
 def require_pairs(name: str, source: Text, target: Text) -> None:
@@ -83,13 +85,6 @@ def key_of(*identity: Any) -> str:
 def subwords_of(files: Sequence[Text], cache: Path, kind: str, vocab_size: int) -> bytes:
     """The sentencepiece model of all these files, from the cache, or learnt from them."""
 
-    def open_prepared(place: Path) -> bytes | None:
-        try:
-            model, digest = (place / "model").read_bytes(), (place / "sha256").read_text()
-        except (OSError, ValueError):
-            return None
-        return model if hashlib.sha256(model).hexdigest() == digest else None
-
     def build(folder: Path) -> None:
         for file in files:
             if not any(map(str.strip, lines_of(file.path))):
@@ -98,27 +93,10 @@ def subwords_of(files: Sequence[Text], cache: Path, kind: str, vocab_size: int) 
                 )
         every = -(-sum(file.lines for file in files) // LEARNT)
         texts = (text for file in files for text in islice(lines_of(file.path), 0, None, every) if text.strip())
-        model = learn(texts, kind, vocab_size)
-        folder.mkdir()
-        (folder / "model").write_bytes(model)
-        (folder / "sha256").write_text(hashlib.sha256(model).hexdigest())
+        (folder / "model").write_bytes(learn(texts, kind, vocab_size))
 
     key = key_of(*(file.sha256 for file in files), kind, vocab_size)
-    return open_or_build(cache / "subwords" / key, open_prepared, build)
-
-
-class Ragged:
-    """Rows of different lengths: the concatenated `values`, and the `offsets` of the rows."""
-
-    def __init__(self, values: np.ndarray, offsets: np.ndarray) -> None:
-        self.values, self.offsets = values, offsets
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.values[self.offsets[row] : self.offsets[row + 1]]
-
-    @property
-    def sizes(self) -> np.ndarray:
-        return np.diff(self.offsets)
+    return (prepare_folder(cache / "subwords" / key, build) / "model").read_bytes()
 
 
 class Pairs:
@@ -144,28 +122,9 @@ class Pairs:
 
 def prepare(source: Text, target: Text, cache: Path, subwords: Subwords) -> Pairs:
     """The pairs of two files from the cache, or read and cut into subwords."""
-    dtype = np.uint16 if len(subwords) <= 1 << 16 else np.int32
-    types: dict[str, Any] = {f"{name}.values": np.uint8 if name.endswith("_text") else dtype for name in COLUMNS}
-    types |= {f"{name}.offsets": np.int64 for name in COLUMNS} | {"empty": np.int64}
-
-    def open_prepared(place: Path) -> Pairs | None:
-        try:
-            checksums = json.loads((place / "checksums.json").read_bytes())
-            if checksums != {name: checksum(place / name) for name in types}:
-                return None
-            arrays = {
-                name: np.memmap(place / name, kind, mode="r").view(np.ndarray)
-                if (place / name).stat().st_size
-                else np.empty(0, kind)
-                for name, kind in types.items()
-            }
-        except (OSError, ValueError):
-            return None
-        columns = {name: Ragged(arrays[f"{name}.values"], arrays[f"{name}.offsets"]) for name in COLUMNS}
-        return Pairs(columns, arrays["empty"], place.name)
+    number_type: Any = np.uint16 if len(subwords) <= 1 << 16 else np.int32
 
     def build(folder: Path) -> None:
-        folder.mkdir()
         empty = array("q")
         with ExitStack() as stack:
             files = {name: stack.enter_context(open(folder / f"{name}.values", "wb")) for name in COLUMNS}
@@ -174,7 +133,7 @@ def prepare(source: Text, target: Text, cache: Path, subwords: Subwords) -> Pair
             for row, texts in enumerate(tqdm(pairs, desc=source.path.name, unit=" pairs", delay=2)):
                 if not all(map(str.strip, texts)):
                     empty.append(row)
-                numbers = [np.array(subwords.encode(text), dtype) for text in texts]
+                numbers = [np.array(subwords.encode(text), number_type) for text in texts]
                 characters = [np.frombuffer(text.encode(), np.uint8) for text in texts]
                 for name, values in zip(COLUMNS, [*numbers, *characters], strict=True):
                     files[name].write(values.data)
@@ -182,8 +141,16 @@ def prepare(source: Text, target: Text, cache: Path, subwords: Subwords) -> Pair
         for name in COLUMNS:
             (folder / f"{name}.offsets").write_bytes(offsets[name].tobytes())
         (folder / "empty").write_bytes(empty.tobytes())
-        checksums = {name: checksum(folder / name) for name in types}
-        (folder / "checksums.json").write_text(json.dumps(checksums))
 
     key = key_of(source.sha256, target.sha256, hashlib.sha256(subwords.options["model"]).hexdigest())
-    return open_or_build(cache / "parallel" / key, open_prepared, build)
+    place = prepare_folder(cache / "parallel" / key, build)
+
+    def open_array(name: str, kind: Any) -> np.ndarray:
+        is_empty = not (place / name).stat().st_size  # an empty file cannot be mapped
+        return np.empty(0, kind) if is_empty else np.memmap(place / name, kind, mode="r").view(np.ndarray)
+
+    columns = {}
+    for name in COLUMNS:
+        kind = np.uint8 if name.endswith("_text") else number_type
+        columns[name] = Ragged(open_array(f"{name}.values", kind), open_array(f"{name}.offsets", np.int64))
+    return Pairs(columns, open_array("empty", np.int64), place.name)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.batching import pad_columns
 from data.text import squad_tables
 from data.text.lines import decode
 from data.text.spacy_tagger import Tagger
@@ -67,16 +68,9 @@ class Reader:
         window: int,
         vector_size: int | None,
     ) -> None:
-        self.options: dict[str, Any] = {
-            "words": list(words),
-            "lowercase": lowercase,
-            "tags": list(tags),
-            "entities": list(entities),
-            "spacy_model": spacy_model,
-            "identity": identity,
-            "window": window,
-            "vector_size": vector_size,
-        }
+        self.options: dict[str, Any] = {"words": list(words), "tags": list(tags), "entities": list(entities)}
+        self.options |= {"lowercase": lowercase, "window": window, "vector_size": vector_size}
+        self.options |= {"spacy_model": spacy_model, "identity": identity}
         self.index = {word: i for i, word in enumerate(words)}
         self.lowercase, self.window = lowercase, window
         self.tags, self.entities = list(tags), list(entities)
@@ -150,48 +144,42 @@ class View:
             for begin in [*range(0, size - self.window, half), size - self.window]
         ]
 
-    def training_window(self, question: int) -> Window | None:
-        """The window with the answer in its middle; None if the question or its answer is empty or too long."""
-        first, last = (int(self.reading.questions[name][question]) for name in ("first", "last"))
-        if first < 0 or not len(self.reading.questions["words"][question]) or last - first >= self.window:
-            return None
-        size = int(self.reading.passages["words"].sizes[self.reading.questions["passage"][question]])
-        begin = max(0, min((first + last + 1 - self.window) // 2, size - self.window))
-        return question, begin, min(size, begin + self.window)
+    def training_windows(self) -> list[Window]:
+        """For each question a window with the answer in its middle, unless one of them is empty, or too long."""
+        questions, windows = self.reading.questions, []
+        sizes = self.reading.passages["words"].sizes[questions["passage"]]
+        is_usable = (questions["first"] >= 0) & (questions["words"].sizes > 0)
+        is_usable &= questions["last"] - questions["first"] < self.window
+        for question in np.flatnonzero(is_usable).tolist():
+            middle = int(questions["first"][question] + questions["last"][question] + 1 - self.window) // 2
+            size = int(sizes[question])
+            begin = max(0, min(middle, size - self.window))
+            windows.append((question, begin, min(size, begin + self.window)))
+        return windows
 
     def batch(self, windows: Sequence[Window]) -> Batch:
         passages, questions = self.reading.passages, self.reading.questions
-        steps = max(1, *(end - begin for _, begin, end in windows))
-        words = questions["words"]
-        question_steps = max(1, *(len(words[number]) for number, _, _ in windows))
         owners = [int(questions["passage"][number]) for number, _, _ in windows]
 
-        def padded(name: str, fill: float, dtype: Any = np.int64) -> np.ndarray:
-            array = np.full((steps, len(windows)), fill, dtype)
-            for column, (_, begin, end) in enumerate(windows):
-                array[: end - begin, column] = passages[name][owners[column]][begin:end]
-            return array
+        def of_passages(name: str, fill: float = -1, dtype: Any = np.int64) -> np.ndarray:
+            rows = zip(owners, windows, strict=True)
+            return pad_columns([passages[name][owner][begin:end] for owner, (_, begin, end) in rows], fill, dtype)
 
-        def padded_questions(name: str) -> np.ndarray:
-            array = np.full((question_steps, len(windows)), -2)
-            for column, (number, _, _) in enumerate(windows):
-                row = questions[name][number]
-                array[: len(row), column] = row
-            return array
+        def of_questions(name: str) -> np.ndarray:
+            return pad_columns([questions[name][number] for number, _, _ in windows], -2)
 
-        p, q = padded("words", -1), padded_questions("words")
-        features = [occurs(p, q), occurs(self.lower[p], self.lower[q]), padded("frequencies", 0, np.float32)[..., None]]
+        p, q = of_passages("words"), of_questions("words")
+        frequencies = of_passages("frequencies", 0, np.float32)[..., None]
+        features = [occurs(p, q), occurs(self.lower[p], self.lower[q]), frequencies]
         if "lemmas" in passages:
-            features.append(occurs(padded("lemmas", -1), padded_questions("lemmas")))
-            features += [vectors[padded(name, -1)] for name, vectors in self.one_hot.items()]
+            features.append(occurs(of_passages("lemmas"), of_questions("lemmas")))
+            features += [vectors[of_passages(name)] for name, vectors in self.one_hot.items()]
         question = self.numbers[q]
         question[0, question[0] == 0] = self.unknown  # an empty question becomes one unknown word
-        first, last = (
-            np.array([relative(int(questions[name][number]), window) for number, *window in windows])
-            for name in ("first", "last")
-        )
-        missing = (first < 0) | (last < 0)  # no answer, or only partly in the window
-        first[missing] = last[missing] = -1
+        numbers, begins, ends = np.array(windows).T
+        first, last = questions["first"][numbers], questions["last"][numbers]
+        is_inside = (begins <= first) & (last < ends)
+        first, last = np.where(is_inside, first - begins, -1), np.where(is_inside, last - begins, -1)
         items = [
             Item(
                 questions["id"][number].as_py(),
@@ -218,9 +206,3 @@ def one_hot(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
         if name in known:
             rows[row, known.index(name)] = 1
     return rows
-
-
-def relative(token: int, window: Sequence[int]) -> int:
-    """The position of a passage's token in the window; -1 if it is not in the window."""
-    begin, end = window
-    return token - begin if begin <= token < end else -1

@@ -3,23 +3,28 @@
 import hashlib
 import json
 import re
-from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from data.cache import checksum, open_or_build
+from data.cache import prepare_folder
 from data.download import read_bytes
+from data.text.columns import Numbering, Ragged
 from data.text.spacy_tagger import Tagger
 
 FORMAT = 1  # version of the prepared folder; increase it when its content changes
 EXAMPLES = 5  # of misplaced answers in the log
 TABLES = ("passages", "questions")
-FILES = (*(f"{name}.arrow" for name in TABLES), "meta.json")
+TYPES = {  # of their columns; the others are texts
+    **dict.fromkeys(("words", "lemmas", "tags", "entities", "starts", "ends"), pa.list_(pa.int32())),
+    **dict.fromkeys(("passage", "first", "last"), pa.int32()),
+    "frequencies": pa.list_(pa.float32()),
+    "answers": pa.list_(pa.string()),
+}
 
 # Chinese and Japanese have no spaces: each character is a token.
 SIGNS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -35,24 +40,6 @@ TOKEN = re.compile(
 def spans_of(text: str) -> list[tuple[int, int]]:
     """(start, end) of each token in characters: words, numbers, marks. Hyphens separate words, as in some answers."""
     return [match.span() for match in TOKEN.finditer(text.replace("’", "'"))]
-
-
-class Lists:
-    """A column of lists; rows are views of one array."""
-
-    def __init__(self, column: pa.ListArray) -> None:
-        self.offsets = column.offsets.to_numpy()
-        self.values = column.values.to_numpy()
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.values[self.offsets[i] : self.offsets[i + 1]]
-
-    @property
-    def sizes(self) -> np.ndarray:
-        return np.diff(self.offsets)
 
 
 class Reading:
@@ -82,10 +69,10 @@ class Reading:
 
 
 def as_array(column: pa.ChunkedArray) -> Any:
-    """Numbers as a numpy array, lists of numbers as Lists, texts as an Arrow array."""
+    """Numbers as a numpy array, lists of numbers as Ragged, texts as an Arrow array."""
     chunk = column.chunk(0) if column.num_chunks else column.combine_chunks()  # an empty table has no chunk
     if pa.types.is_list(chunk.type) and not pa.types.is_string(chunk.type.value_type):
-        return Lists(chunk)
+        return Ragged(chunk.values.to_numpy(), chunk.offsets.to_numpy())
     return chunk.to_numpy() if pa.types.is_primitive(chunk.type) else chunk
 
 
@@ -93,33 +80,20 @@ def prepare(path: Path, cache: Path, tagger: Tagger | None) -> Reading:
     """The content of a file, plain or packed, from the cache, or read, tokenised and tagged."""
     content = read_bytes(path)
     identity = [FORMAT, TOKEN.pattern, hashlib.sha256(content).hexdigest(), tagger and tagger.identity]
-    place = cache / "squad" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
 
     def write(folder: Path) -> None:
         tables, meta = build(paragraphs_of(content, path.name), tagger, path.name)
-        folder.mkdir()
         for name, table in zip(TABLES, tables, strict=True):
             # The format of the datasets library: datasets.Dataset.from_file opens it too.
             with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
                 out.write_table(table)
         (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
-        (folder / "checksums.json").write_text(json.dumps({name: checksum(folder / name) for name in FILES}))
 
-    return open_or_build(place, open_prepared, write)
-
-
-def open_prepared(place: Path) -> Reading | None:
-    """The content of a prepared folder; None if it is absent or damaged."""
-    try:
-        if {name: checksum(place / name) for name in FILES} != json.loads((place / "checksums.json").read_bytes()):
-            return None
-        meta = json.loads((place / "meta.json").read_bytes())
-        passages, questions = (
-            pa.ipc.open_stream(pa.memory_map(str(place / f"{name}.arrow"))).read_all() for name in TABLES
-        )
-        return Reading(passages, questions, meta, place.name)
-    except (OSError, ValueError):
-        return None
+    place = prepare_folder(cache / "squad" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24], write)
+    passages, questions = (
+        pa.ipc.open_stream(pa.memory_map(str(place / f"{name}.arrow"))).read_all() for name in TABLES
+    )
+    return Reading(passages, questions, json.loads((place / "meta.json").read_bytes()), place.name)
 
 
 def paragraphs_of(content: bytes, name: str) -> Iterator[dict[str, Any]]:
@@ -164,75 +138,47 @@ def check_text(text: str, name: str) -> None:
         ) from error
 
 
-class Columns:
-    """Columns of lists of numbers, built row by row."""
-
-    def __init__(self, **types: str) -> None:
-        self.values = {name: array(type_) for name, type_ in types.items()}
-        self.offsets = {name: array("i", [0]) for name in types}
-
-    def add(self, **lists: Sequence[Any]) -> None:
-        for name, numbers in lists.items():
-            self.values[name].extend(numbers)
-            self.offsets[name].append(len(self.values[name]))
-
-    def tables(self) -> dict[str, pa.ListArray]:
-        return {
-            name: pa.ListArray.from_arrays(
-                np.frombuffer(self.offsets[name], np.int32), pa.array(np.frombuffer(values, values.typecode))
-            )
-            for name, values in self.values.items()
-        }
-
-
-class Numbering(dict[str, int]):
-    """Numbers texts in the order of their first look-up."""
-
-    def __missing__(self, key: str) -> int:
-        self[key] = len(self)
-        return self[key]
-
-
 def build(
-    paragraphs: Iterator[dict[str, Any]] | list[dict[str, Any]], tagger: Tagger | None, name: str = "text"
+    paragraphs: Iterable[dict[str, Any]], tagger: Tagger | None, name: str = "text"
 ) -> tuple[tuple[pa.Table, pa.Table], dict[str, Any]]:
     """Tables of passages and of questions, and the `meta` of `Reading`; ValueError for a duplicate id."""
-    forms, tags, entities = Numbering(), Numbering(), Numbering()
-    passages = Columns(words="i", starts="i", ends="i", frequencies="f")
-    questions = Columns(words="i")
-    texts: list[str] = []
-    rows: dict[str, list[Any]] = {key: [] for key in ("id", "passage", "text", "answers", "first", "last")}
+    numberings = {"lemmas": Numbering(), "tags": Numbering(), "entities": Numbering()}
+    forms = numberings["lemmas"]
+    passages: dict[str, list[Any]] = {key: [] for key in ("text", "words", "starts", "ends", "frequencies")}
+    questions: dict[str, list[Any]] = {
+        key: [] for key in ("id", "passage", "text", "answers", "first", "last", "words")
+    }
     misplaced: list[str] = []
-    unmatched: list[str] = []
-    places: dict[str, str] = {}
+    unmatched = 0
+    asked: dict[str, str] = {}  # by id
 
-    def words_of(text: str, spans: list[tuple[int, int]]) -> list[int]:
+    def words_of(text: str, spans: list[tuple[int, int]]) -> np.ndarray:
         plain = text.replace("’", "'")
-        return [forms[plain[start:end]] for start, end in spans]
+        return np.array([forms[plain[start:end]] for start, end in spans], np.int32)
 
     for paragraph in paragraphs:
         text = paragraph["context"]
         spans = spans_of(text)
-        words = words_of(text, spans)
         lower = [text[start:end].lower() for start, end in spans]
         counts = Counter(lower)
-        passages.add(
-            words=words,
-            starts=[start for start, _ in spans],
-            ends=[end for _, end in spans],
-            frequencies=[counts[word] / len(lower) for word in lower],
-        )
         first_at = {start: i for i, (start, _) in enumerate(spans)}
         last_at = {end: i for i, (_, end) in enumerate(spans)}
+        add_row(
+            passages,
+            text=text,
+            words=words_of(text, spans),
+            starts=np.array([*first_at], np.int32),
+            ends=np.array([*last_at], np.int32),
+            frequencies=np.array([counts[word] / len(lower) for word in lower], np.float32),
+        )
         for question in paragraph["qas"]:
             id_ = question["id"]
-            if id_ in places:
+            if id_ in asked:
                 raise ValueError(
-                    f"{name}: two questions have the id {id_!r}, {places[id_]!r:.60} and {question['question']!r:.60}; "
+                    f"{name}: two questions have the id {id_!r}, {asked[id_]!r:.60} and {question['question']!r:.60}; "
                     "predictions are matched by id: give each question its own"
                 )
-            places[id_] = question["question"]
-            questions.add(words=words_of(question["question"], spans_of(question["question"])))
+            asked[id_] = question["question"]
             span = None
             for answer in question["answers"]:
                 start, wanted = answer["answer_start"], answer["text"]
@@ -244,42 +190,47 @@ def build(
                 end = start + len(wanted.strip())
                 if span is None and start in first_at and end in last_at and start < end:
                     span = first_at[start], last_at[end]
-            if span is None and question["answers"]:
-                unmatched.append(id_)
-            rows["id"].append(id_)
-            rows["passage"].append(len(texts))
-            rows["text"].append(question["question"])
-            rows["answers"].append([answer["text"] for answer in question["answers"]])
-            rows["first"].append(-1 if span is None else span[0])
-            rows["last"].append(-1 if span is None else span[1])
-        texts.append(text)
-    columns = passages.tables(), questions.tables()
+            unmatched += span is None and bool(question["answers"])
+            first, last = span or (-1, -1)
+            add_row(
+                questions,
+                id=id_,
+                passage=len(passages["text"]) - 1,
+                text=question["question"],
+                answers=[answer["text"] for answer in question["answers"]],
+                first=first,
+                last=last,
+                words=words_of(question["question"], spans_of(question["question"])),
+            )
     if tagger is not None:
         written = list(forms)
-        for lists, wanted in zip(columns, (("lemmas", "tags", "entities"), ("lemmas",)), strict=True):
-            more = Columns(**dict.fromkeys(wanted, "i"))
-            numberings = {"lemmas": forms, "tags": tags, "entities": entities}
-            words_of_texts = [[written[number] for number in row.as_py()] for row in lists["words"]]
-            for annotation in tagger.annotate(words_of_texts):
-                more.add(**{key: [numberings[key][value] for value in annotation[key]] for key in wanted})
-            lists.update(more.tables())
-    types = {"passage": pa.int32(), "first": pa.int32(), "last": pa.int32(), "answers": pa.list_(pa.string())}
+        for columns, wanted in ((passages, ("lemmas", "tags", "entities")), (questions, ("lemmas",))):
+            columns |= {key: [] for key in wanted}
+            for annotation in tagger.annotate([[written[number] for number in row] for row in columns["words"]]):
+                numbers = {key: [numberings[key][value] for value in annotation[key]] for key in wanted}
+                add_row(columns, **{key: np.array(row, np.int32) for key, row in numbers.items()})
     meta = {
         "forms": list(forms),
-        "tags": list(tags),
-        "entities": list(entities),
+        "tags": list(numberings["tags"]),
+        "entities": list(numberings["entities"]),
         "report": {
-            "passages": len(texts),
-            "questions": len(rows["id"]),
-            "unanswered": sum(not answers for answers in rows["answers"]),
-            "unmatched": len(unmatched),
+            "passages": len(passages["text"]),
+            "questions": len(questions["id"]),
+            "unanswered": sum(not answers for answers in questions["answers"]),
+            "unmatched": unmatched,
             "misplaced": len(misplaced),
             "misplaced_examples": misplaced[:EXAMPLES],
-            "empty_passages": sum(not text.strip() for text in texts),
-            "empty_questions": sum(not text.strip() for text in rows["text"]),
+            "empty_passages": sum(not text.strip() for text in passages["text"]),
+            "empty_questions": sum(not text.strip() for text in questions["text"]),
         },
     }
-    return (
-        pa.table({"text": pa.array(texts, pa.string()), **columns[0]}),
-        pa.table({**{key: pa.array(row, types.get(key, pa.string())) for key, row in rows.items()}, **columns[1]}),
-    ), meta
+    return (table_of(passages), table_of(questions)), meta
+
+
+def add_row(columns: dict[str, list[Any]], **row: Any) -> None:
+    for name, value in row.items():
+        columns[name].append(value)
+
+
+def table_of(columns: dict[str, list[Any]]) -> pa.Table:
+    return pa.table({name: pa.array(rows, TYPES.get(name, pa.string())) for name, rows in columns.items()})

@@ -7,7 +7,6 @@ import itertools
 import json
 import sys
 import tarfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +14,17 @@ from typing import IO, Any
 
 import numpy as np
 
-from data.cache import checksum, open_or_build
-from data.download import fetch, fetch_from_hub, find, open_unpacked, unpacking
+from data.cache import prepare_folder
+from data.download import fetch_source, find, open_unpacked, unpacking
 from data.text import lines
+from data.text.columns import Numbering
 
-UNITS = ("bytes", "characters", "words")
+UNITS = {"bytes": np.uint8, "characters": np.uint32, "words": np.uint32}  # the types of their codes
 EOS, UNK = "<eos>", "<unk>"  # the end of a line, and words outside the vocabulary
 FORMAT = 1  # version of the prepared folder; increase it when its content changes
 VOCABULARY = "vocabulary.json"
 BLOCK = 1 << 15  # bytes read at once; larger blocks fragment the heap, which then grows with the text
-
-Piece = np.ndarray | list[bytes]
+CODES = {"bytes": 256, "characters": sys.maxunicode + 1}  # the number of different ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class Source:
 
     name: of the file, plain or with .gz, .xz or .zip appended; with `members`, of a folder or its .tar.gz.
     url, sha256, md5: download address, and the checksum of the unpacked content (of a .tar.gz: of the archive).
-    hub: keywords of datasets.load_dataset for a dataset with a row for each line; see `fetch_from_hub`.
+    hub: keywords of datasets.load_dataset for a dataset with a row for each line; see `data.download`.
     members: pattern of folder/file below `name`; there must be `shards` of them. They are read in order of name.
     first_of: another source; if this file is absent, the first `tokens` bytes of that source are used.
     tokens: the published size.
@@ -61,17 +60,14 @@ class Source:
         present = find(path)
         if present is None and self.first_of is not None:
             return Source(root=self.root, **self.first_of).locate(check)[0], self.tokens
-        if present is None and self.hub is not None:
-            fetch_from_hub(path, self.hub)
         if present is None or check:
-            present = fetch(path, self.url, self.sha256 or self.md5)
+            present = fetch_source(path, vars(self))
         return present, None
 
     def identity(self) -> list[Any]:
         """Paths, sizes and times, which change with the content."""
         path, limit = self.locate(check=False)
-        files = self.find_members(path) if path.is_dir() else [path]
-        stats = [(file.resolve(), file.stat()) for file in files]
+        stats = [(file.resolve(), file.stat()) for file in (self.find_members(path) if path.is_dir() else [path])]
         states = [(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file, stat in stats]
         return [states, limit, self.members, self.shards, self.tokens]
 
@@ -124,19 +120,17 @@ def blocks(stream: IO[bytes], path: Path, limit: int | None = None) -> Iterator[
         yield block
 
 
-def pieces(source: Iterable[bytes], unit: str, name: str) -> Iterator[Piece]:
-    """For each block, the codes of its bytes or characters, or its words; the end of a line is the word <eos>.
+def encode(source: Iterable[bytes], unit: str, name: str, numbering: Numbering) -> Iterator[np.ndarray]:
+    """For each block, the codes of its bytes, characters, or words by `numbering`; a line ends with the word <eos>.
 
     Characters and words have lines that end with LF, see data/text/lines.py; bytes are not changed.
     """
-    if unit != "bytes":
-        source = lines.with_line_feeds(source, name, "; data.unit=bytes reads any file")
+    if unit == "bytes":
+        yield from (np.frombuffer(block, UNITS[unit]) for block in source)
+        return
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest, last, first = b"", b"\n", 1
-    for block in itertools.chain(source, [b""]):
-        if unit == "bytes":
-            yield np.frombuffer(block, np.uint8)
-            continue
+    for block in itertools.chain(lines.with_line_feeds(source, name, "; data.unit=bytes reads any file"), [b""]):
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
@@ -144,13 +138,14 @@ def pieces(source: Iterable[bytes], unit: str, name: str) -> Iterator[Piece]:
             raise lines.not_utf8_error(error, name, line, ", or type data.unit=bytes, which reads any file") from None
         first += block.count(b"\n")
         if unit == "characters":
-            yield np.frombuffer(text.encode("utf-32-le"), np.uint32)
+            yield np.frombuffer(text.encode("utf-32-le"), UNITS[unit])
             continue
         last = block[-1:] or last
         block = rest + (block or (b"" if last == b"\n" else b"\n"))  # the last line may lack its LF
         cut = max(block.rfind(b" "), block.rfind(b"\n")) + 1
         rest = block[cut:]
-        yield words_of(block[:cut])
+        words = words_of(block[:cut])
+        yield np.fromiter(map(numbering.__getitem__, words), UNITS[unit], len(words))
 
 
 def words_of(text: bytes) -> list[bytes]:
@@ -182,39 +177,30 @@ def prepare(
 
     The vocabulary of bytes and characters contains all that occur in any source, sorted. That of words contains the
     words of `train` with at least `min_count` occurrences, most frequent first, ties in alphabetical order. All others
-    are <unk>, which exists if a source contains it or `min_count` is above 1. `known` replaces this vocabulary.
+    are <unk>, which exists if `train` contains it or `min_count` is above 1. `known` replaces this vocabulary.
     If the source is `all`, `train` is what `held_out`, the valid_bytes and test_bytes of `ends_of`, leaves.
     """
-    identity: list[Any] = [
-        FORMAT + (unit != "bytes"),
-        unit,
-        min_count,
-        {key: source.identity() for key, source in sources.items()},
-    ]
+    identities = {key: source.identity() for key, source in sources.items()}
+    identity: list[Any] = [FORMAT + (unit != "bytes"), unit, min_count, identities]
     if unit == "words" and "all" in sources:
         identity.append(held_out)
-
-    def open_prepared(place: Path) -> tuple[list[Any], dict[str, np.ndarray]] | None:
-        try:
-            checksums = json.loads((place / "checksums.json").read_bytes())
-            if {name: checksum(place / name) for name in (*sources, VOCABULARY)} != checksums:
-                return None
-            tokens = json.loads((place / VOCABULARY).read_bytes())
-        except (OSError, ValueError):
-            return None
-        return tokens, {key: np.memmap(place / key, dtype_of(len(tokens)), "r") for key in sources}
 
     def place_of(identity: list[Any]) -> Path:
         return folder / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
 
-    if known is not None:
-        content = open_prepared(place_of(identity))
-        if content is not None and content[0] == known:
-            return content
+    if known is not None and read_vocabulary(place_of(identity)) != known:
         identity.append(hashlib.sha256(json.dumps(known).encode()).hexdigest())
-    return open_or_build(
-        place_of(identity), open_prepared, lambda place: build(place, sources, unit, min_count, known, held_out)
-    )
+    place = prepare_folder(place_of(identity), lambda place: build(place, sources, unit, min_count, known, held_out))
+    tokens = read_vocabulary(place) or []
+    return tokens, {key: np.memmap(place / key, dtype_of(len(tokens)), "r") for key in sources}
+
+
+def read_vocabulary(place: Path) -> list[Any] | None:
+    """The tokens of a prepared folder; None if it is absent or damaged."""
+    try:
+        return json.loads((place / VOCABULARY).read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def build(
@@ -222,86 +208,90 @@ def build(
     sources: Mapping[str, Source],
     unit: str,
     min_count: int,
-    known: list[Any] | None = None,
-    held_out: tuple[int | None, int | None] = (None, None),
+    known: list[Any] | None,
+    held_out: tuple[int | None, int | None],
 ) -> None:
-    """Writes vocabulary and numbers. One pass counts and a second writes, so only the vocabulary is in memory."""
+    """Writes vocabulary and numbers, with only the vocabulary in memory.
+
+    The text is read once, into files of codes: bytes, characters, or words numbered as they occur. Then the codes are
+    counted, and replaced by the numbers of the vocabulary.
+    """
     for source in sources.values():
         source.locate(check=True)
-    counts: Counter[bytes] = Counter()
-    seen = np.zeros(sys.maxunicode + 1 if unit == "characters" else 256, bool)
-    sizes: dict[str, dict[str, int]] = {}
+    numbering = Numbering({EOS.encode(): 0})
+
+    def token_of(code: int) -> Any:
+        return code if unit == "bytes" else chr(code) if unit == "characters" else list(numbering)[code].decode()
+
+    texts: dict[str, np.ndarray] = {}
+    spans: dict[str, dict[str, slice]] = {}  # the place of each file in the codes of its source
+    counts: dict[str, np.ndarray] = {}
     for key, source in sources.items():
-        sizes[key] = {}
-        has_words = unit != "words"
-        for name, stream in source.streams():
-            sizes[key][name] = 0
-            for piece in pieces(stream, unit, name):
-                sizes[key][name] += len(piece)
-                has_words = has_words or any(word != EOS.encode() for word in piece)
-                if isinstance(piece, np.ndarray):
-                    seen[piece] = True
-                elif key == "train":
-                    counts.update(piece)
-        source.check(sizes[key], unit)
-        if not has_words:
+        codes = place / f"{key}.codes"
+        spans[key] = write_codes(codes, source, unit, numbering)
+        source.check({name: span.stop - span.start for name, span in spans[key].items()}, unit)
+        texts[key] = np.memmap(codes, UNITS[unit], "r")
+        counts[key] = count_codes(texts[key], CODES.get(unit, len(numbering)))
+        if unit == "words" and counts[key][0] == len(texts[key]):
             raise ValueError(f"{source.locate(check=False)[0]} has no words, only blank lines: name a file with text")
-    if unit == "words" and "all" in sources:  # the size of the training part is known now
-        left, _ = ends_of(sum(sizes["all"].values()), *held_out)
-        for name, stream in sources["all"].streams():
-            for piece in pieces(stream, unit, name):
-                counts.update(piece[: max(left, 0)])
-                left -= len(piece)
-    tokens: list[Any] = np.flatnonzero(seen).tolist() if unit == "bytes" else list(map(chr, np.flatnonzero(seen)))
     if unit == "words":
-        tokens = rank_words(counts, min_count)
-    if known is not None:
-        if unit != "words" and (unknown := [token for token in tokens if token not in {*known}]):
-            raise ValueError(
-                f"the text has {unit} that the checkpoint's vocabulary has not, {', '.join(map(repr, unknown[:5]))}: "
-                "name another text, or remove them"
-            )
-        tokens = known
-        seen[:] = False
-        seen[[token if unit == "bytes" else ord(token) for token in tokens if unit != "words"]] = True
-    dtype = dtype_of(len(tokens))
-    place.mkdir()
-    codes = (np.cumsum(seen) - 1).astype(dtype)
-    words = Numbers((word.encode(), i) for i, word in enumerate(tokens) if unit == "words")
-    for key, source in sources.items():
-        names = sorted(sizes[key])
-        starts = dict(zip(names, itertools.accumulate((sizes[key][name] for name in names), initial=0), strict=False))
+        if "all" in texts:
+            left, _ = ends_of(len(texts["all"]), *held_out)
+            counts["train"] = count_codes(texts["all"][:left], len(numbering))
+        tokens: list[Any] = known or rank_words(dict(zip(numbering, counts["train"].tolist(), strict=False)), min_count)
+        codes_of_tokens = [numbering[token.encode()] for token in tokens]
+        occurring = np.arange(len(numbering))
+    else:
+        occurring = np.flatnonzero(sum(counts.values()))
+        tokens = known or list(map(token_of, occurring.tolist()))
+        codes_of_tokens = tokens if unit == "bytes" else list(map(ord, tokens))
+    numbers = np.full(CODES.get(unit, len(numbering)), tokens.index(UNK) if UNK in tokens else -1)
+    numbers[codes_of_tokens] = range(len(tokens))
+    if unknown := occurring[numbers[occurring] < 0][:5].tolist():
+        names = ", ".join(repr(token_of(code)) for code in unknown)
+        owner = "training part" if known is None else "checkpoint"
+        advice = f"train with data.min_count=2, which makes rare words {UNK}, " if unit == "words" else ""
+        raise ValueError(
+            f"the text has {unit} that the {owner}'s vocabulary has not, {names}: {advice}"
+            "name another text, or remove them"
+        )
+    numbers = numbers.astype(dtype_of(len(tokens)))
+    for key, text in texts.items():
         with open(place / key, "wb") as file:
-            for name, stream in source.streams():  # an archive may have its files in any order
-                file.seek(starts[name] * np.dtype(dtype).itemsize)
-                for piece in pieces(stream, unit, name):
-                    if isinstance(piece, np.ndarray):
-                        file.write(codes[piece].tobytes())
-                    else:
-                        file.write(np.fromiter(map(words.__getitem__, piece), dtype, len(piece)).tobytes())
+            for _, span in sorted(spans[key].items()):  # an archive may have its files in any order
+                for i in range(span.start, span.stop, BLOCK):
+                    file.write(numbers[text[i : min(i + BLOCK, span.stop)]].tobytes())
+        (place / f"{key}.codes").unlink()
     (place / VOCABULARY).write_text(json.dumps(tokens, ensure_ascii=False, indent=0), encoding="utf-8")
-    checksums = {name: checksum(place / name) for name in (*sources, VOCABULARY)}
-    (place / "checksums.json").write_text(json.dumps(checksums))
 
 
-class Numbers(dict[bytes, int]):
-    """The numbers of words; unknown words have the number of <unk>."""
+def write_codes(path: Path, source: Source, unit: str, numbering: Numbering) -> dict[str, slice]:
+    """Writes the codes of a source's files to one file; returns their places in it, by name."""
+    spans, end = {}, 0
+    with open(path, "wb") as file:
+        for name, stream in source.streams():
+            start = end
+            for codes in encode(stream, unit, name, numbering):
+                file.write(codes.tobytes())
+                end += len(codes)
+            spans[name] = slice(start, end)
+    return spans
 
-    def __missing__(self, word: bytes) -> int:
-        if UNK.encode() not in self:
-            raise ValueError(
-                f"validation or test contains {word.decode()!r}, training does not, and there is no {UNK}: train with "
-                f"data.min_count=2, which makes rare words {UNK}"
-            )
-        return self[UNK.encode()]
+
+def count_codes(text: np.ndarray, size: int) -> np.ndarray:
+    """The number of occurrences of each code below `size`."""
+    counts = np.zeros(size, np.int64)
+    for i in range(0, len(text), BLOCK):
+        np.add.at(counts, text[i : i + BLOCK], 1)
+    return counts
 
 
-def rank_words(counts: Counter[bytes], min_count: int) -> list[str]:
+def rank_words(counts: Mapping[bytes, int], min_count: int) -> list[str]:
     """The words with at least `min_count` occurrences, and <unk>, most frequent first, ties in alphabetical order."""
-    always = (EOS.encode(), UNK.encode())
-    kept = {word: count for word, count in counts.items() if count >= min_count or word in always}
+    eos, unk = EOS.encode(), UNK.encode()
+    kept = {word: count for word, count in counts.items() if count >= min_count or (count and word in (eos, unk))}
     if min_count > 1:
-        kept[always[1]] = counts[always[1]] + counts.total() - sum(kept.values())
+        kept[unk] = counts.get(unk, 0) + sum(counts.values()) - sum(kept.values())
     return [word.decode() for word in sorted(kept, key=lambda word: (-kept[word], word))]
 
 

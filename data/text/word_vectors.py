@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.cache import open_or_build
+from data.cache import prepare_folder
 from data.download import fetch, find, open_unpacked, unpacking
 from data.text.lines import refuse_nul, strip_byte_order_mark
 
@@ -82,7 +82,7 @@ def load_vectors(words: list[str], source: str, folder: Path, cache: Path, *, un
             fetch(path, *GLOVE[source][1:])  # verifies the checksum, which takes too long for every run
         write_subset(subset, path, member, {word.encode() for word in words[2:]})
 
-    known = open_or_build(subset, lambda subset: read_subset(subset) if subset.is_dir() else None, build)
+    known = read_subset(prepare_folder(subset, build))
     generator = torch.Generator().manual_seed(UNSEEN_SEED)
     vectors = torch.empty(len(words), known.dim).uniform_(-UNSEEN_BOUND, UNSEEN_BOUND, generator=generator)
     rows = [i for i, word in enumerate(words) if word in known.stoi]
@@ -92,7 +92,7 @@ def load_vectors(words: list[str], source: str, folder: Path, cache: Path, *, un
 
 
 def locate(source: str, folder: Path) -> tuple[Path, str]:
-    """The file of vectors and, for a .zip, the name of its member; downloads an absent GloVe archive."""
+    """The file of vectors and, for a GloVe archive, the name of its member; downloads an absent GloVe archive."""
     if source in GLOVE:
         archive, url, sha256 = GLOVE[source]
         unpacked = find(folder / f"{source}.txt")
@@ -110,18 +110,11 @@ def locate(source: str, folder: Path) -> tuple[Path, str]:
     path = find(Path(source).expanduser())
     if path is None:
         raise FileNotFoundError(f"data.vectors={source} is neither a file nor one of {', '.join([*GLOVE, 'word2vec'])}")
-    if path.suffix != ".zip":
-        return path, ""
-    with unpacking(path), zipfile.ZipFile(path) as archive_file:
-        members = archive_file.namelist()
-    if len(members) != 1:
-        raise ValueError(f"{path} holds {len(members)} files ({', '.join(members[:5])}): unpack the one you want")
-    return path, members[0]
+    return path, ""
 
 
 def write_subset(subset: Path, path: Path, member: str, wanted: set[bytes]) -> None:
     """Writes the vectors of the wanted words to the folder `subset`, as text and as torchtext's cache of it."""
-    subset.mkdir()
     with open(subset / "vectors.txt", "wb") as file, unpacking(path):
         if path.name.endswith((".bin", ".bin.gz")):
             file.writelines(binary_lines(path, wanted))

@@ -45,7 +45,7 @@ def test_a_budget_holds_the_largest_size_times_the_number():
     assert [len(batch) for batch in batches({"budget": 12}, None, [3, 3, 3, 3, 4, 4, 4, 5, 7])] == [4, 3, 1, 1]
 
 
-def test_what_is_over_the_budget_comes_alone():
+def test_an_example_above_the_budget_is_a_batch_of_its_own():
     found = list(batches({"budget": 10}, None, [25, 5, 5, 11, 0]))
     assert found == [[(4, 0), (1, 5)], [(2, 5)], [(3, 11)], [(0, 25)]]
     assert len(list(batches({"budget": 10}, 1, [11, 12, 13]))) == 3
@@ -65,7 +65,7 @@ def test_evaluation_goes_by_size_and_keeps_the_order_of_the_same(way):
 
 
 @ways
-def test_nothing_makes_no_batch(way):
+def test_no_examples_make_no_batch(way):
     for seed in (None, 3):
         empty = batches(way, seed, [])
         assert (len(empty), list(empty)) == (0, [])
@@ -88,7 +88,7 @@ def test_an_epoch_goes_on_where_it_was_left(way):
 
 @ways
 @pytest.mark.parametrize(("limit", "length"), [(7, 7), (5000, None), (0.5, 0.5)])
-def test_a_shortened_epoch_is_over_after_so_many(way, limit, length):
+def test_a_limited_epoch_ends_at_its_limit(way, limit, length):
     cut, whole = batches(way), batches(way)
     first, second = list(whole), list(whole)
     cut.limit(limit)
@@ -108,6 +108,7 @@ def read_part(rank, address, found):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_each_process_takes_its_part(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     found = context.SimpleQueue()
@@ -148,7 +149,7 @@ def test_all_processes_take_as_many_batches_and_each_example_comes_once(monkeypa
     assert len(lengths) > 1
 
 
-def test_too_few_examples_for_the_processes_are_told(monkeypatch):
+def test_too_few_examples_for_the_processes_are_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)

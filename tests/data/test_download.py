@@ -181,7 +181,7 @@ def test_the_recorded_checksum_of_a_zip_is_that_of_its_content(tmp_path, server)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"0" * 63])
-def test_a_spoilt_record_of_a_checksum_is_refused(tmp_path, server, content):
+def test_a_damaged_record_of_a_checksum_is_refused(tmp_path, server, content):
     fetch(tmp_path / "file.txt", server.url)
     (tmp_path / "file.txt.sha256").write_bytes(content)
     with pytest.raises(ValueError, match=r"file\.txt\.sha256 is damaged: it holds no sha256"):

@@ -23,7 +23,7 @@ def write(path, wave=None, rate=RATE):
     return path
 
 
-def test_the_sound_is_computed_as_before():
+def test_synthetic_speech_depends_on_its_arguments_alone():
     wave, spans = synthesis.synthesise(["ami", "sume"], 2, 7)
     assert wave.dtype == np.float32
     assert np.array_equal(wave, synthesis.synthesise(["ami", "sume"], 2, 7)[0])
@@ -48,7 +48,7 @@ def test_sound_is_read_with_its_channels_mixed(tmp_path):
     assert np.allclose(plain, said(), atol=1e-4)
 
 
-def test_damaged_sound_is_told(tmp_path):
+def test_damaged_sound_is_refused(tmp_path):
     (tmp_path / "empty.wav").touch()
     (tmp_path / "text.wav").write_text("RIFF or not")
     (tmp_path / "noise.raw").write_bytes(bytes(100))
@@ -61,7 +61,7 @@ def test_damaged_sound_is_told(tmp_path):
             read(tmp_path / name)
 
 
-def test_wav_files_that_lie_are_told(tmp_path):
+def test_wav_files_with_wrong_headers_are_refused(tmp_path):
     whole = write(tmp_path / "whole.wav").read_bytes()
     place = whole.index(b"data") + 4
     files = {
@@ -143,7 +143,7 @@ def test_levels_by_hand():
     assert Frontend(level="running", **options).normalise(frames[1:], (4.0, 1)).ravel() == pytest.approx(running[1:])
 
 
-def test_a_frontend_that_cannot_be_is_refused():
+def test_a_wrong_option_of_the_frontend_is_refused():
     for options, message in (
         ({"rate": 100}, "data.rate=100 must be"),
         ({"num_mels": 1.5}, "data.num_mels=1.5"),
@@ -178,7 +178,7 @@ def test_features_are_computed_once_and_read_back(tmp_path, monkeypatch, caplog)
     assert len(prepare(utterances, frontend, tmp_path / "cache", "train")) == 70
 
 
-def test_parts_that_are_computed_are_kept(tmp_path, monkeypatch):
+def test_an_interrupted_computation_keeps_its_complete_parts(tmp_path, monkeypatch):
     """Who breaks off goes on with the part that was begun."""
     utterances = [Utterance(f"u{i}", (write(tmp_path / f"{i}.wav", said(seed=i)),), "", "") for i in range(5)]
     frontend = Frontend(rate=RATE, num_mels=24)
@@ -207,7 +207,7 @@ def test_parts_that_are_computed_are_kept(tmp_path, monkeypatch):
     assert all(np.array_equal(found[i][2], whole[i][2]) for i in range(5))
 
 
-def test_a_damaged_cache_is_told(tmp_path):
+def test_damaged_features_are_refused_or_computed_again(tmp_path):
     utterance = Utterance("a", (write(tmp_path / "a.wav"),), "a", "")
     frontend = Frontend(rate=RATE, num_mels=24)
     prepare([utterance], frontend, tmp_path / "cache", "train")

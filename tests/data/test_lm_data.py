@@ -4,8 +4,8 @@ import random
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
+from recorder import Recorder, record
 
 from data.lm import Segments, Text, Vocabulary
 from data.text import token_array
@@ -119,43 +119,18 @@ def test_no_random_number_is_drawn(tmp_path):
     assert random.getstate() == python_state
 
 
-class Listener(pl.LightningModule):
-    """Trains on nothing, keeps the first token of every segment, and leaves a checkpoint after `save_at` steps."""
-
-    def __init__(self, save_at=0, path=None):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.save_at, self.path, self.heard = save_at, path, []
-
-    def training_step(self, batch, _):
-        self.heard.append((int(batch[0][0, 0]), batch[2]))
-        return self.weight**2
-
-    def on_train_batch_end(self, *_):
-        if len(self.heard) == self.save_at:
-            self.trainer.save_checkpoint(self.path)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
 @pytest.mark.parametrize(
     ("step", "limit"), [(4, None), (9, None), (13, None), (26, None), (4, 6), (6, 6), (12, 6), (6, 0.67), (9, 20)]
 )
 def test_a_trainer_resumes_in_the_middle_of_the_text(tmp_path, step, limit):
-    def fit(model, path=None):
-        trainer = pl.Trainer(
-            max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, limit_val_batches=0, limit_train_batches=limit,
-        )  # fmt: skip
-        trainer.fit(model, datamodule=text_of(tmp_path, bytes(range(62))), ckpt_path=path, weights_only=True)
-        return model.heard
+    def describe(batch):
+        return int(batch[0][0, 0]), batch[2]
 
-    path = tmp_path / "middle.ckpt"
-    whole = fit(Listener(step, path))
+    path, content = tmp_path / "middle.ckpt", bytes(range(62))
+    whole, _ = record(Recorder(describe, step, path), text_of(tmp_path, content), limit=limit)
     epoch = 6 if limit in (6, 0.67) else 9
     assert [first for _, first in whole] == [i % epoch == 0 for i in range(3 * epoch)]
-    assert fit(Listener(), path) == whole[step:]
+    assert record(Recorder(describe), text_of(tmp_path, content), path, limit=limit)[0] == whole[step:]
     checkpoint = torch.load(path, weights_only=True)
     kept = checkpoint["Text"]
     assert (kept["unit"], kept["tokens"]) == ("bytes", list(range(62)))
@@ -253,7 +228,9 @@ def test_rare_words_are_unknown_everywhere(tmp_path):
 
 
 def test_a_word_that_training_lacks_is_refused_where_nothing_is_unknown(tmp_path):
-    with pytest.raises(ValueError, match=r"contains 'new', training does not, .*data\.min_count=2"):
+    with pytest.raises(
+        ValueError, match=r"words that the training part's vocabulary has not, 'new'.*data\.min_count=2"
+    ):
         words_of(tmp_path, train="a b a b a b\n", val="a new\n").setup()
 
 
@@ -296,7 +273,9 @@ def test_one_text_by_words_has_the_vocabulary_of_what_trains(tmp_path, monkeypat
     other.setup()
     assert other.vocabulary.tokens == ["<unk>"]
     assert len(other.splits["train"]) == 2
-    with pytest.raises(ValueError, match=r"contains 'late', training does not, .*data\.min_count=2"):
+    with pytest.raises(
+        ValueError, match=r"words that the training part's vocabulary has not, 'late'.*data\.min_count=2"
+    ):
         Text(cache=str(tmp_path / "cache"), path=str(tmp_path / "a.txt"), test_bytes=4, min_count=1, **OWN).setup()
     given = Text(cache=str(tmp_path / "cache"), path=str(tmp_path / "a.txt"), **OWN)
     given.checkpoint_vocabulary = data.vocabulary

@@ -94,7 +94,7 @@ def test_an_answer_is_the_tokens_that_cover_it(tmp_path):
     assert [passage[first : last + 1] for first, last in spans] == [["S.S.", "Great"], ["Boat"], ["1,250"]]
 
 
-def test_faults_are_counted_and_told_and_kept_for_evaluation(tmp_path, caplog):
+def test_faulty_questions_are_counted_logged_and_kept_for_evaluation(tmp_path, caplog):
     caplog.set_level("INFO")
     asked = [
         question(id="good"),
@@ -156,7 +156,7 @@ def test_the_first_answer_of_whole_tokens_is_trained_on(tmp_path):
         ),
     ],
 )
-def test_what_is_not_in_the_format_is_refused_with_its_place(tmp_path, content, message):
+def test_the_place_of_a_deviation_from_the_format_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         data_of(tmp_path, content).setup()
 
@@ -170,7 +170,7 @@ def test_a_file_is_found_in_the_root_or_by_its_path(tmp_path, monkeypatch, suffi
         monkeypatch.chdir(tmp_path)
         data = QuestionAnswering(root=str(tmp_path), cache=str(tmp_path / "cache"), train=name, val=name, test=name)
         assert data.model_kwargs["num_features"] == 3
-    with pytest.raises(FileNotFoundError, match=r"data\.train=yours is not a file, neither in .*squad nor here"):
+    with pytest.raises(FileNotFoundError, match=r"data\.train=yours is neither in .*squad nor here"):
         QuestionAnswering(root=str(tmp_path), cache=str(tmp_path), train="yours", val=name, test=name).setup()
 
 
@@ -193,7 +193,7 @@ def test_a_file_is_prepared_once_and_again_when_it_changes(tmp_path, monkeypatch
             assert (place / name).read_bytes() == whole
 
 
-def test_datasets_opens_what_is_prepared(tmp_path):
+def test_the_datasets_library_opens_prepared_tables(tmp_path):
     datasets = pytest.importorskip("datasets")
     data = data_of(tmp_path, squad((PASSAGE, [question()])))
     data.setup()

@@ -180,7 +180,7 @@ def test_segments_with_their_state_give_what_whole_utterances_give(tmp_path, mod
         segment=4, right=recipe.right,
     )  # fmt: skip
     data.setup()
-    (whole,) = data.recipe.batches(data.splits["train"], 10**6)
+    (whole,) = data.vocabulary.batches(data.splits["train"], 10**6)
     task.train()
     with torch.no_grad():
         logits = task(whole.x.double(), whole.pad)
