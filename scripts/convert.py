@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tasks/ is not installed
+
 from sru import SRU, SRUCell, SRUpp, convert, official_format
+from tasks.run import console, files
 
 # The layouts, and the name of a stack's list of layers in each.
 LISTS = {"ours": "layers", **dict.fromkeys((*convert.VERSIONS, "2017"), "rnn_lst")}
@@ -231,8 +234,8 @@ def parse(words: list[str]) -> dict[str, Any]:
     return options
 
 
-def main(words: list[str] | None = None) -> int:
-    """Convert a file and report each SRU in it; returns the exit status, 1 if nothing was written."""
+def main(words: list[str] | None = None) -> None:
+    """Convert a file and report each SRU in it; SystemExit if nothing was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="IN.pt")
     parser.add_argument("target", type=Path, metavar="OUT.pt")
@@ -244,7 +247,6 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="overwrite OUT.pt, which may be the same as IN.pt")
     options = parser.parse_args(words)
     found: dict[str, tuple[str, dict[str, dict]]] = {}
-    temporary = options.target.with_name(f".{options.target.name}.{os.getpid()}")
     try:
         if options.target.exists() and not options.force:
             raise ValueError(f"{options.target} exists; give another name, or --force to overwrite it")
@@ -254,14 +256,12 @@ def main(words: list[str] | None = None) -> int:
         if {source for source, _ in found.values()} == {options.to}:
             others = " or ".join(f"--to {name}" for name in ("ours", *convert.VERSIONS) if name != options.to)
             raise ValueError(f"{options.source} is in the layout {options.to} already; give {others}")
-        torch.save(content, temporary)
-        os.replace(temporary, options.target)
+        with files.atomic_write(
+            options.target, options.target.with_name(f".{options.target.name}.{os.getpid()}")
+        ) as file:
+            torch.save(content, file)
     except (ValueError, OSError, RuntimeError) as error:  # torch.save raises RuntimeError where it cannot write
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+        sys.exit(f"error: {error}")
     for place, (source, layers) in found.items():
         print(f"{place or options.source.name}: {source} -> {options.to}", *format_calls(layers), sep="\n    ")
     print("If there are two calls, the second is for a bidirectional network. The file does not contain the number of")
@@ -271,12 +271,8 @@ def main(words: list[str] | None = None) -> int:
         print("The file has a layer without scale_x: pass the rescale and highway_bias that it was trained with.")
     if holds_optimizer(content):
         print("Create a new optimizer: its state in the file has the old order of the weights.")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tasks/ is in the parent folder
-    from tasks.run import console
-
     console.use_utf8()
-    sys.exit(main())
+    main()

@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from reporting.figures import Chart, draw_ablations, draw_benchmarks, draw_curves, draw_logged_speed
 from reporting.paper_rows import NOTES, STATES, Row, describe_row, judge_orders
-from reporting.runs import DamagedError, Found, Group, Place
+from reporting.runs import REASONS, DamagedError, Found, Group, Place
 from reporting.table import describe_group
 
 SIGNS = {"reached": "✓", "not reached": "✗", "run with substitutes": "≈", "not run": "–"}
@@ -74,7 +74,7 @@ def write_groups(groups: list[Group]) -> str:
 
 def write_folders(found: Found) -> str:
     """The number of finished, failed, unfinished and damaged runs in every folder and file."""
-    kinds = ("finished", "failed", "unfinished", "tested in part", "damaged")
+    kinds = ("finished", *REASONS)
     counts: dict[tuple[str, str, str], Counter[str]] = {}
 
     def count(place: Place, kind: str, task: str, model: str) -> None:
@@ -84,7 +84,7 @@ def write_folders(found: Found) -> str:
 
     for run in found.runs:
         count(run.place, "finished", run.names["task"], run.names["model"])
-    for kind, places in zip(kinds[1:], (found.failed, found.unfinished, found.brief, found.damaged), strict=True):
+    for kind, places in found.left_out.items():
         for place in places:
             task = model = ""
             # A run that is damaged, or failed before it started, has no task.

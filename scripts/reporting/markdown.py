@@ -64,8 +64,8 @@ def write_table(words: str, root: Path) -> list[str]:
         if not file.is_file():
             raise DamagedError(f"no file {file}, which a table names; make it: results.py RUNS --keep {file}")
     found = read_runs(find_runs(files))
-    if found.damaged:
-        raise DamagedError(f"{found.damaged[0]} is damaged; nothing was written")
+    if damaged := found.left_out["damaged"]:
+        raise DamagedError(f"{damaged[0]} is damaged; nothing was written")
     if options["paper"]:
         return write_paper_table(found.runs, options["paper"], words)
     groups = group_runs(found.runs)

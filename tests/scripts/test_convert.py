@@ -37,10 +37,12 @@ def convert(tmp_path, capsys):
         source, target = tmp_path / "in.pt", tmp_path / "out.pt"
         target.unlink(missing_ok=True)
         torch.save(content, source)
-        status = script.main([str(source), str(target), *options])
-        assert {path.name for path in tmp_path.iterdir()} == {"in.pt", "out.pt"} - ({"out.pt"} if status else set())
-        if status:
-            raise ValueError(capsys.readouterr().err)
+        try:
+            script.main([str(source), str(target), *options])
+        except SystemExit as refused:
+            assert {path.name for path in tmp_path.iterdir()} == {"in.pt"}
+            raise ValueError(refused.code) from refused
+        assert {path.name for path in tmp_path.iterdir()} == {"in.pt", "out.pt"}
         return torch.load(target, weights_only=True)
 
     return converted
@@ -313,7 +315,7 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_written(content, opt
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_a_damaged_file_or_none_is_refused(tmp_path, capsys):
+def test_a_damaged_or_missing_file_is_refused(tmp_path):
     target = tmp_path / "out.pt"
     whole = tmp_path / "whole.pt"
     torch.save(damaged(), whole)
@@ -323,43 +325,43 @@ def test_a_damaged_file_or_none_is_refused(tmp_path, capsys):
         "half": whole.read_bytes()[: whole.stat().st_size // 2],
     }.items():
         (tmp_path / name).write_bytes(data)
-        assert script.main([str(tmp_path / name), str(target)]) == 1
-        assert f"{name} is damaged" in capsys.readouterr().err
+        with pytest.raises(SystemExit, match=f"{name} is damaged"):
+            script.main([str(tmp_path / name), str(target)])
     for missing in (tmp_path / "missing.pt", tmp_path):
-        assert script.main([str(missing), str(target)]) == 1
-        assert f"there is no file {missing}" in capsys.readouterr().err
+        with pytest.raises(SystemExit, match=f"there is no file {missing}"):
+            script.main([str(missing), str(target)])
     assert not target.exists()
 
 
-def test_a_file_is_overwritten_on_request_only_and_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
+def test_a_file_is_overwritten_on_request_only_and_whole_or_not_at_all(tmp_path, monkeypatch):
     source, target = tmp_path / "in.pt", tmp_path / "out.pt"
     torch.save(damaged(), source)
     target.write_text("precious")
-    assert script.main([str(source), str(target)]) == 1
-    assert "--force" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--force"):
+        script.main([str(source), str(target)])
 
-    def fail(content, path):
-        path.write_text("half")
+    def fail(content, file):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fail)
-        assert script.main([str(source), str(target), "--force"]) == 1
-    assert "No space left" in capsys.readouterr().err
+        with pytest.raises(SystemExit, match="No space left"):
+            script.main([str(source), str(target), "--force"])
     assert target.read_text() == "precious"
     assert {path.name for path in tmp_path.iterdir()} == {"in.pt", "out.pt"}
-    assert script.main([str(source), str(target), "--force"]) == 0
+    script.main([str(source), str(target), "--force"])
     assert "layers.0.v" in torch.load(target, weights_only=True)
     # A file may also take its own place.
-    assert script.main([str(source), str(source), "--force"]) == 0
+    script.main([str(source), str(source), "--force"])
     assert "layers.0.v" in torch.load(source, weights_only=True)
 
 
 @pytest.mark.parametrize("place", ["missing/out.pt", "in.pt/out.pt"])
-def test_a_folder_that_is_none_is_refused(place, tmp_path, capsys):
+def test_a_missing_folder_is_refused(place, tmp_path):
     torch.save(damaged(), tmp_path / "in.pt")
-    assert script.main([str(tmp_path / "in.pt"), str(tmp_path / place)]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    with pytest.raises(SystemExit, match=r"^error: "):
+        script.main([str(tmp_path / "in.pt"), str(tmp_path / place)])
     assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
 
 
@@ -377,11 +379,11 @@ def test_a_file_of_srupp_says_what_to_build(tmp_path, capsys):
     source, target = tmp_path / "in.pt", tmp_path / "out.pt"
     network = SRUpp(6, 8, 4, 3, attention_layers=[1]).eval()
     torch.save(to_official(network), source)
-    assert script.main([str(source), str(target)]) == 0
+    script.main([str(source), str(target)])
     call = next(line for line in capsys.readouterr().out.splitlines() if "SRUpp(" in line)
     built = eval(call, {"SRUpp": SRUpp}).eval()
     built.load_state_dict(torch.load(target, weights_only=True))
     x = torch.randn(5, 2, 6)
     assert torch.equal(built(x)[0], network(x)[0])
-    assert script.main([str(source), str(tmp_path / "old.pt"), "--to", "2.6.0"]) == 1
-    assert "it is a layer of SRU++, which version 2.6.0 does not have" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"it is a layer of SRU\+\+, which version 2.6.0 does not have"):
+        script.main([str(source), str(tmp_path / "old.pt"), "--to", "2.6.0"])
