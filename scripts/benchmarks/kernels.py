@@ -7,17 +7,17 @@ import subprocess
 import tempfile
 import threading
 import time
+from functools import partial
 
 import torch
 from torch import nn
 
-from benchmarks.device import build_passes
+from benchmarks.device import PASSES, build_passes, draw_inputs, necessary_bytes
 from benchmarks.timing import ROOT, Call, import_official, medians, print_table, under_bfloat16
 
 SHAPES = [(1, 1, 512), (1, 32, 128), (32, 32, 128), (40, 32, 128), (333, 16, 416), (128, 32, 512), (256, 16, 1024)]
 # Layers as wide as their input; the last shape is a single step.
 LAYER_SHAPES = [(32, 32, 128), (128, 32, 512), (256, 16, 1024), (1, 1, 512)]
-NECESSARY = {"infer": 20, "forward": 24, "backward": 40}  # bytes to move per element: see bench/NOTES.md
 
 
 def run_recurrence(_: argparse.Namespace) -> None:
@@ -30,32 +30,16 @@ def run_recurrence(_: argparse.Namespace) -> None:
     print(f"Recurrence, float32, highway. Copy bandwidth of this run: {copy / 1e9:.0f} GB/s.\n")
     rows = []
     for steps, batch, size in SHAPES:
-        shapes = (steps, batch, 3, size), (steps, batch, size), (2, size), (2, size), (batch, size)
-        inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
-        grads = [torch.randn(steps, batch, size), torch.randn(batch, size)]
-        outputs, eager = recurrence(*inputs), recurrence(*inputs, backend="reference")
-
-        def infer(inputs=inputs):
-            with torch.no_grad():
-                recurrence(*inputs)
-
-        def forward(inputs=inputs):
-            return recurrence(*inputs)
-
-        def backward(outputs=outputs, inputs=inputs, grads=grads):
-            torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
-
-        def reference(inputs=inputs, eager=eager, grads=grads):
-            recurrence(*inputs, backend="reference")
-            torch.autograd.grad(eager, inputs, grads, retain_graph=True)
-
-        times = medians({"infer": infer, "forward": forward, "backward": backward})
+        inputs, grads = draw_inputs([steps, batch, size], torch.float32)
+        kernel = build_passes(partial(recurrence, backend="cpu"), inputs, grads, "cpu")
+        reference = build_passes(partial(recurrence, backend="reference"), inputs, grads, "cpu")
+        times = medians({name: kernel[name] for name in PASSES["recurrence"]})
         # Alone: the reference returns its memory to the system, and the next contender would pay for new pages.
-        times |= medians({"reference": reference}, seconds=1.0)
+        times |= medians({"reference": reference["train"]}, seconds=1.0)
         elements = steps * batch * size
         cells = [f"({steps}, {batch}, {size})"]
-        for name, necessary in NECESSARY.items():
-            share = necessary * elements / times[name] / copy
+        for name in PASSES["recurrence"]:
+            share = necessary_bytes(name, 4) * elements / times[name] / copy
             cells.append(f"{times[name] / elements * 1e9:.2f} ({share:.0%})")
         rows.append([*cells, f"{times['reference'] / (times['forward'] + times['backward']):.0f}x"])
     head = ["(T, B, D)", "inference, ns (of copy)", "forward, ns", "backward, ns", "reference / kernel, both passes"]
