@@ -48,12 +48,11 @@ def write_papers(rows: list[Row]) -> str:
     """The papers' rows: one table, with a body for each table of a paper."""
     columns = ["state", "experiment", "data", "metric", "published", "measured", "n", "difference", "substitute"]
     bodies: dict[str, list[Line]] = {}
-    # Tables with runs come first.
-    ran = {row.source for row in rows if row.runs or row.others}
-    for row in sorted(rows, key=lambda row: row.source not in ran):
+    # Rows with runs come first.
+    for row in sorted(rows, key=lambda row: not (row.runs or row.others)):
         attributes = {"data-task": row.task, "data-model": row.model, "data-state": row.state}
         first, *others = describe_row(row)
-        lines = bodies.setdefault(row.source, [])
+        lines = bodies.setdefault(row.source if row.runs or row.others else f"{row.source}: not run", [])
         lines.append((attributes, first | {"state": f"{SIGNS[row.state]} {row.state}"}))
         for cells in others:
             lines.append((attributes | {"class": "other"}, cells | {"experiment": f"↳ with {cells['experiment']}"}))
@@ -122,6 +121,7 @@ def build_page(rows: list[Row], groups: list[Group], found: Found, speeds: list[
 
     benchmarks = draw_benchmarks(speeds)
     sections = {
+        "Finished runs": "<p>Runs that differ only in seed or fold share a line.</p>" + write_groups(groups),
         "Compared with the papers": "<p>All rows of the papers' tables for which this repository has an experiment.</p>"
         + write_papers(rows),
         "Learning curves": "<p>Validation during training. Click an entry of a legend to hide or show its line.</p>"
@@ -130,7 +130,6 @@ def build_page(rows: list[Row], groups: list[Group], found: Found, speeds: list[
         + write_charts(draw_ablations(groups), NO_ABLATION),
         "Speed (Figure 1)": f"<p>{'Measured by scripts/benchmark.py.' if benchmarks else LOGGED}</p>"
         + write_charts(benchmarks or draw_logged_speed(groups), "No run has logged its speed."),
-        "Finished runs": "<p>Runs that differ only in seed or fold share a line.</p>" + write_groups(groups),
         "Runs by folder": write_folders(found),
     }
     ids = {title: title.split(" (")[0].lower().replace(" ", "-") for title in sections}

@@ -62,7 +62,7 @@ class Row:
         return "" if self.runs else max(self.substitutes, key=lambda differs: len(self.others[differs]), default="")
 
     @property
-    def shown(self) -> list[Run]:
+    def counted_runs(self) -> list[Run]:
         """The runs of the row or, if there are none, those with its substitute."""
         return self.runs or self.others.get(self.substitute, [])
 
@@ -203,13 +203,13 @@ def judge_orders(rows: list[Row]) -> list[str]:
 
     tables: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
-        if row.shown:
+        if row.counted_runs:
             tables.setdefault((row.source, row.data, row.metric, row.substitute), []).append(row)
     sentences = []
     for (source, data, metric, substitute), same in tables.items():
         if len(same) < 3:
             continue
-        pairs = [(row.value, summarise(metric, row.shown)[0]) for row in same]
+        pairs = [(row.value, summarise(metric, row.counted_runs)[0]) for row in same]
         ranked = [(a, b) for i, a in enumerate(pairs) for b in pairs[:i] if a[0] != b[0]]
         right = sum((a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in ranked)
         rho = float(spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic)
@@ -249,7 +249,7 @@ def describe_row(row: Row) -> list[dict[str, str]]:
     """The table cells of a row, then of its runs with other options, which they have as `experiment`."""
     cells = {"state": row.state, "experiment": row.experiment, "data": row.data, "metric": row.metric}
     cells |= {"published": format_published(row), "command": row.command, "substitute": row.substitute}
-    lines = [cells | (describe_runs(row, row.shown) if row.shown else {})]
+    lines = [cells | (describe_runs(row, row.counted_runs) if row.counted_runs else {})]
     for differs, runs in row.others.items():
         if differs != row.substitute:
             lines.append({"experiment": differs} | describe_runs(row, runs))

@@ -90,11 +90,11 @@ def test_a_row_with_other_vectors_is_run_with_substitutes(tmp_path, rows, write_
     write_row("c", 50.0, "data.vectors=null")
     write_row("d", 60.0, *glove, "trainer=patient")
     cr = paper_rows.match(rows(), found(tmp_path).runs)[0]
-    assert (cr.state, cr.substitute, len(cr.shown)) == ("run with substitutes", "data.vectors=glove.6B.100d", 2)
+    assert (cr.state, cr.substitute, len(cr.counted_runs)) == ("run with substitutes", "data.vectors=glove.6B.100d", 2)
     assert len(cr.others) == 3
     write_row("e", 84.9)
     cr = paper_rows.match(rows(), found(tmp_path).runs)[0]
-    assert (cr.state, cr.substitute, len(cr.shown)) == ("reached", "", 1)
+    assert (cr.state, cr.substitute, len(cr.counted_runs)) == ("reached", "", 1)
 
 
 def test_the_order_of_a_tables_rows_is_judged_by_pairs_and_ranks(rows):
@@ -107,16 +107,16 @@ def test_the_order_of_a_tables_rows_is_judged_by_pairs_and_ranks(rows):
         return made
 
     table = [row(80.0, 70.0, 72.0), row(81.0, 75.0), row(82.0, 74.0), row(82.0, 76.0), row(83.0)]
-    (said,) = paper_rows.judge_orders(table)
+    (sentence,) = paper_rows.judge_orders(table)
     # Of five pairs with different values one is the other way around: 81 was ahead of one 82.
-    assert said == (
+    assert sentence == (
         "SRU (2018), Table 1, cr, test/accuracy: 4 of 5 pairs of rows come in the published order, "
         "rank correlation 0.63."  # ranks 1, 2, 3.5, 3.5 and 1, 3, 2, 4: 3 / sqrt(4.5 * 5)
     )
     assert paper_rows.judge_orders(table[:2]) == []
     others = [row(80.0 + i, 70.0 + i, substitute="data.vectors=x") for i in range(3)]
-    (said,) = paper_rows.judge_orders([*table[:2], *others])
-    assert "with data.vectors=x: 3 of 3 pairs" in said
+    (sentence,) = paper_rows.judge_orders([*table[:2], *others])
+    assert "with data.vectors=x: 3 of 3 pairs" in sentence
 
 
 def test_a_run_by_several_processes_is_a_row_where_their_batches_are_the_published_one(tmp_path, rows, write_row):
@@ -254,6 +254,7 @@ def test_the_page_is_whole_and_loads_nothing_and_a_name_does_no_harm(tmp_path, r
     assert '<tr data-task="classification" data-model="sru" data-state="not reached" class="other">' in text
     assert "↳ with epochs=3" in text
     assert text.count('data-state="not run"><td') == 5
+    assert text.index("Finished runs, in groups") < text.index("↳ with epochs=3") < text.index('data-state="not run"')
     assert '<option value="classification">' in text
 
 
