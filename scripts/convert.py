@@ -11,7 +11,6 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,7 @@ from tasks.run import console, files
 
 # The layouts, and the name of a stack's list of layers in each.
 LISTS = {"ours": "layers", **dict.fromkeys((*convert.VERSIONS, "2017"), "rnn_lst")}
-# Options that cannot be inferred from shapes. The number of directions is not needed: in every layout the columns of
-# the second direction follow those of the first.
-parse_bool = {"true": True, "false": False, "True": True, "False": False}.__getitem__
-SETTABLE: dict[str, Callable[[str], Any]] = {"v1": parse_bool, "has_vc_term": parse_bool}
+# The number of directions is not needed: in every layout the columns of the second direction follow those of the first.
 ENTRY = re.compile(r"weight|weight_proj|weight_c|v|bias|scale_x|gain|(layer_norm|custom_m|transform_module)\..+")
 # transform_modules of 3.0 that consist of matrices only.
 MATRICES = {"transform_module.weight"}, {"transform_module.0.weight", "transform_module.1.weight"}
@@ -221,19 +217,6 @@ def read(path: Path) -> dict:
     return content
 
 
-def parse(words: list[str]) -> dict[str, Any]:
-    """The arguments of --set, with v1 as has_vc_term."""
-    options: dict[str, Any] = {}
-    for word in words:
-        key, _, text = word.partition("=")
-        try:
-            value = SETTABLE[key](text)
-        except (KeyError, ValueError):
-            raise ValueError(f"--set takes v1=true or v1=false, not {word}; the rest follows from the shapes") from None
-        options |= {"has_vc_term": not value} if key == "v1" else {key: value}
-    return options
-
-
 def main(words: list[str] | None = None) -> None:
     """Convert a file and report each SRU in it; SystemExit if nothing was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -242,15 +225,16 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument(
         "--to", default="ours", choices=("ours", *convert.VERSIONS), help="the layout to write (default: %(default)s)"
     )
-    help_set = "v1=true or v1=false: whether the layers are those of 2017 (default: true if weight_c is all zeros)"
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help_set)
+    help_set = "whether the layers are those of 2017: v1=true or v1=false (default: true if weight_c is all zeros)"
+    parser.add_argument("--set", choices=("v1=true", "v1=false"), help=help_set)
     parser.add_argument("--force", action="store_true", help="overwrite OUT.pt, which may be the same as IN.pt")
     options = parser.parse_args(words)
+    known = {"has_vc_term": options.set == "v1=false"} if options.set else {}
     found: dict[str, tuple[str, dict[str, dict]]] = {}
     try:
         if options.target.exists() and not options.force:
             raise ValueError(f"{options.target} exists; give another name, or --force to overwrite it")
-        content = convert_all(read(options.source), options.to, parse(options.set), found)
+        content = convert_all(read(options.source), options.to, known, found)
         if not found:
             raise ValueError(f"{options.source} holds no SRU: no layer with bias and weight_c (official) or v (ours)")
         if {source for source, _ in found.values()} == {options.to}:

@@ -48,7 +48,6 @@ def compute_figures(kind: str, shape: list[int], mode: str, seconds: float, copy
         "GB/s": moved / seconds / 1e9,
         "of copy": moved / seconds / copy,
         "floor, us": moved / copy * 1e6,
-        "over floor": seconds * copy / moved,
     }
 
 
@@ -96,7 +95,7 @@ def format_cell(cell: dict) -> str:
 def format_table(level: str, rows: list[dict], copy: float) -> str:
     """The table of a level; also adds the figures of a recurrence to `rows`."""
     names = list(dict.fromkeys(name for row in rows for name in row["cells"]))
-    columns = ["p10, us", "p90, us", "warm, us", "ns a step", "GB/s", "of copy", "floor, us", "over floor"]
+    columns = ["p10, us", "p90, us", "warm, us", "ns a step", "GB/s", "of copy", "floor, us"]
     columns = [*columns, "peak, MB", "first call, s"] if level == "recurrence" else []
     lines = [["(T, B, D)", "mode", "pass", *names, *columns], ["---"] * (3 + len(names) + len(columns))]
     for row, kind in ((row, kind) for row in rows for kind in PASSES[level]):

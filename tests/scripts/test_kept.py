@@ -17,7 +17,7 @@ def found(*paths):
     return read_runs(find_runs(list(paths)))
 
 
-def test_kept_runs_say_what_their_folders_say(tmp_path, capsys):
+def test_kept_runs_equal_their_folders_without_the_paths(tmp_path, capsys):
     curve = [(float(i), i / 7) for i in range(1, 1001)]
     changes = {"data.root": "/home/anna/corpora", "data.vectors": "/home/anna/corpora/vectors/a.txt", "paper": PAPER}
     write_run(tmp_path / "runs/cr/a", 84.0, changes, curve=curve)
@@ -61,7 +61,7 @@ def test_a_kept_run_without_paths_of_its_own_gives_the_table_of_its_folder(tmp_p
     assert folders == kept == both  # a run and its copy count once
 
 
-def test_a_curves_end_and_a_kept_one_are_one_run(tmp_path):
+def test_a_run_whose_metric_is_from_its_curve_equals_its_kept_copy(tmp_path):
     write_run(tmp_path / "runs/a", 80.0, {"paper": PAPER | {"metric": "train/loss"}})
     path = tmp_path / "runs/a/metrics.csv"
     path.write_text("step,seconds,train/loss\n1,1.0,0.7\n2,2.0,0.30000001\n")
@@ -72,7 +72,7 @@ def test_a_curves_end_and_a_kept_one_are_one_run(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--html", "--png", "--output", "--keep"])
-def test_no_output_takes_the_place_of_another_kind_of_file(tmp_path, capsys, option):
+def test_an_output_with_the_wrong_ending_is_refused(tmp_path, capsys, option):
     with pytest.raises(SystemExit):
         results.main([str(tmp_path), option, str(tmp_path / "runs.csv")])
     assert f"{option} {tmp_path / 'runs.csv'} must end in ." in capsys.readouterr().err
@@ -100,7 +100,7 @@ def test_a_run_whose_metric_is_not_a_number_is_damaged(tmp_path, capsys, value):
     assert "metrics.json: test/accuracy is" in capsys.readouterr().err
 
 
-def test_a_file_of_kept_runs_loses_none(tmp_path):
+def test_keep_refuses_to_lose_runs_of_the_file(tmp_path):
     file, runs = tmp_path / "kept.jsonl", tmp_path / "runs"
     write_run(runs / "a", 80.0)
     results.main([str(runs), "--keep", str(file)])
@@ -115,7 +115,7 @@ def test_a_file_of_kept_runs_loses_none(tmp_path):
     assert [run.value for run in found(file).runs] == [82.0, 80.0]
 
 
-def test_a_damaged_line_is_named_and_the_others_go_on(tmp_path, capsys):
+def test_a_damaged_line_is_named_and_other_runs_are_shown(tmp_path, capsys):
     write_run(tmp_path / "runs/a", 80.0)
     file = tmp_path / "kept.jsonl"
     results.main([str(tmp_path / "runs"), "--keep", str(file)])
@@ -222,7 +222,7 @@ def test_the_command_rewrites_the_file_once(kept, monkeypatch, capsys):
         ("places=2", "metric=monitor places=2", "has no monitor; it has"),
     ],
 )
-def test_a_marker_that_asks_for_nothing_is_refused(kept, old, new, message):
+def test_a_wrong_marker_is_refused(kept, old, new, message):
     with pytest.raises(results.DamagedError, match=message):
         markdown.fill(MARKED.replace(old, new), kept)
 
@@ -234,7 +234,7 @@ def test_the_tables_of_the_documents_are_those_of_the_kept_runs(monkeypatch):
         assert markdown.fill(text) == text, f"{page}: python scripts/results.py --readme"
 
 
-def test_tables_are_sought_in_every_folder_of_the_documents(tmp_path, monkeypatch):
+def test_tables_are_found_in_every_folder_of_the_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(markdown, "ROOT", tmp_path)
     (tmp_path / "docs/tasks").mkdir(parents=True)
     (tmp_path / "README.md").write_text("no table")
