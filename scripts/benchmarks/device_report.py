@@ -95,7 +95,7 @@ def format_cell(cell: dict) -> str:
 def format_table(level: str, rows: list[dict], copy: float) -> str:
     """The table of a level; also adds the figures of a recurrence to `rows`."""
     names = list(dict.fromkeys(name for row in rows for name in row["cells"]))
-    columns = ["p10, us", "p90, us", "warm, us", "ns a step", "GB/s", "of copy", "floor, us"]
+    columns = ["p10, us", "p90, us", "ns a step", "GB/s", "of copy", "floor, us"]
     columns = [*columns, "peak, MB", "first call, s"] if level == "recurrence" else []
     lines = [["(T, B, D)", "mode", "pass", *names, *columns], ["---"] * (3 + len(names) + len(columns))]
     for row, kind in ((row, kind) for row in rows for kind in PASSES[level]):
@@ -105,7 +105,6 @@ def format_table(level: str, rows: list[dict], copy: float) -> str:
             best = cell.get("device", cell["eager"])
             cell["figures"] = compute_figures(kind, row["shape"], row["mode"], best["median"], copy)
             values = cell | cell["figures"] | {f"{k}, us": best[k] * 1e6 for k in best.keys() & {"p10", "p90"}}
-            values |= {"warm, us": cell["warm"]["median"] * 1e6} if "warm" in cell else {}
         line = [str(tuple(row["shape"])), row["mode"], kind, *map(format_cell, cells)]
         lines.append(line + [f"{values[name]:.3g}" if name in values else "–" for name in columns])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

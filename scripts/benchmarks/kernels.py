@@ -5,8 +5,8 @@ import json
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -96,6 +96,12 @@ def run_layer(options: argparse.Namespace) -> None:
     compare_callers((512, 16, 256))
 
 
+def time_call(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def compare_callers(shape: tuple[int, int, int]) -> None:
     """One caller, and ten at once, each with its own sequence, as in a server."""
     from sru import SRU
@@ -104,20 +110,8 @@ def compare_callers(shape: tuple[int, int, int]) -> None:
     for name, network in {"SRU": SRU(shape[2], shape[2], 2), "LSTM": nn.LSTM(shape[2], shape[2], 2)}.items():
         call = layer_calls(network, *shape)["infer"]
         alone = medians({"call": call}, seconds=1.0)["call"]
-        times: list[float] = []
-
-        def work(call=call, times=times):
-            for _ in range(10):
-                start = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - start)
-
-        threads = [threading.Thread(target=work) for _ in range(10)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        together = statistics.median(times)
+        with ThreadPoolExecutor(10) as pool:
+            together = statistics.median(pool.map(time_call, [call] * 100))
         rows.append([name, f"{alone * 1e3:.3g}", f"{together * 1e3:.3g}", f"{together / alone:.1f}x"])
     print(f"Two layers, inference of {shape}, one caller and ten at once.\n")
     print_table(["network", "alone, ms", "among ten, ms", "slower by"], rows)

@@ -40,7 +40,6 @@ class Row:
     std: float | None
     digits: int  # decimal places, as published
     verified: bool
-    parameters: float | None  # published, in millions
     words: list[str]  # overrides of train.py
     runs: list[Run] = field(default_factory=list)
     others: dict[str, list[Run]] = field(default_factory=dict)
@@ -131,7 +130,6 @@ def compose_rows(names: str = "[!_]*") -> list[Row]:
                 std=None if spread is None else float(spread),
                 digits=paper.get("digits") or len(repr(float(value)).partition(".")[2]),  # 82.0 has one
                 verified=paper.get("verified", True),
-                parameters=paper.get("parameters"),
                 words=[f"experiment={path.stem}", *([f"data={data}"] if data != choices["data"] else [])],
             )
             if "values" not in paper:

@@ -131,10 +131,13 @@ class Group:
 
     @property
     def label(self) -> str:
-        first = self.runs[0]
-        depth = f"{first.names['depth']} layers" if first.names["depth"] else ""
-        parts = [depth, first.names["ablation"], first.names["vectors"], self.differs]
-        return ", ".join(part for part in [first.names["model"], *parts, "" if first.tested else "†"] if part)
+        return ", ".join(filter(None, [self.name(), self.differs, "" if self.runs[0].tested else "†"]))
+
+    def name(self, *, has_vectors: bool = True) -> str:
+        """Its model, depth, ablations and vectors."""
+        names = self.runs[0].names
+        depth = f"{names['depth']} layers" if names["depth"] else ""
+        return ", ".join(filter(None, [names["model"], depth, names["ablation"], names["vectors"] * has_vectors]))
 
 
 @dataclass

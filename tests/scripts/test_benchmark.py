@@ -167,7 +167,6 @@ def tables(monkeypatch):
     monkeypatch.setattr(kernels, "print_table", lambda head, rows: found.append((head, rows)))
     monkeypatch.setattr(kernels, "SHAPES", [(2, 3, 4)])
     monkeypatch.setattr(kernels, "LAYER_SHAPES", [(2, 3, 4)])
-    monkeypatch.setattr(kernels.threading, "Thread", lambda target: SimpleNamespace(start=target, join=lambda: None))
     monkeypatch.setattr(kernels, "layer_calls", lambda *_: {kind: lambda: None for kind in ("infer", "train")})
     return lambda level: getattr(kernels, f"run_{level}")(SimpleNamespace(official=None)) or found
 
