@@ -11,21 +11,20 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tasks/ is not installed
+
 from sru import SRU, SRUCell, SRUpp, convert, official_format
+from tasks.run import console, files
 
 # The layouts, and the name of a stack's list of layers in each.
 LISTS = {"ours": "layers", **dict.fromkeys((*convert.VERSIONS, "2017"), "rnn_lst")}
-# Options that cannot be inferred from shapes. The number of directions is not needed: in every layout the columns of
-# the second direction follow those of the first.
-parse_bool = {"true": True, "false": False, "True": True, "False": False}.__getitem__
-SETTABLE: dict[str, Callable[[str], Any]] = {"v1": parse_bool, "has_vc_term": parse_bool}
+# The number of directions is not needed: in every layout the columns of the second direction follow those of the first.
 ENTRY = re.compile(r"weight|weight_proj|weight_c|v|bias|scale_x|gain|(layer_norm|custom_m|transform_module)\..+")
 # transform_modules of 3.0 that consist of matrices only.
 MATRICES = {"transform_module.weight"}, {"transform_module.0.weight", "transform_module.1.weight"}
@@ -218,50 +217,35 @@ def read(path: Path) -> dict:
     return content
 
 
-def parse(words: list[str]) -> dict[str, Any]:
-    """The arguments of --set, with v1 as has_vc_term."""
-    options: dict[str, Any] = {}
-    for word in words:
-        key, _, text = word.partition("=")
-        try:
-            value = SETTABLE[key](text)
-        except (KeyError, ValueError):
-            raise ValueError(f"--set takes v1=true or v1=false, not {word}; the rest follows from the shapes") from None
-        options |= {"has_vc_term": not value} if key == "v1" else {key: value}
-    return options
-
-
-def main(words: list[str] | None = None) -> int:
-    """Convert a file and report each SRU in it; returns the exit status, 1 if nothing was written."""
+def main(words: list[str] | None = None) -> None:
+    """Convert a file and report each SRU in it; SystemExit if nothing was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="IN.pt")
     parser.add_argument("target", type=Path, metavar="OUT.pt")
     parser.add_argument(
         "--to", default="ours", choices=("ours", *convert.VERSIONS), help="the layout to write (default: %(default)s)"
     )
-    help_set = "v1=true or v1=false: whether the layers are those of 2017 (default: true if weight_c is all zeros)"
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help_set)
+    help_set = "whether the layers are those of 2017: v1=true or v1=false (default: true if weight_c is all zeros)"
+    parser.add_argument("--set", choices=("v1=true", "v1=false"), help=help_set)
     parser.add_argument("--force", action="store_true", help="overwrite OUT.pt, which may be the same as IN.pt")
     options = parser.parse_args(words)
+    known = {"has_vc_term": options.set == "v1=false"} if options.set else {}
     found: dict[str, tuple[str, dict[str, dict]]] = {}
-    temporary = options.target.with_name(f".{options.target.name}.{os.getpid()}")
     try:
         if options.target.exists() and not options.force:
             raise ValueError(f"{options.target} exists; give another name, or --force to overwrite it")
-        content = convert_all(read(options.source), options.to, parse(options.set), found)
+        content = convert_all(read(options.source), options.to, known, found)
         if not found:
             raise ValueError(f"{options.source} holds no SRU: no layer with bias and weight_c (official) or v (ours)")
         if {source for source, _ in found.values()} == {options.to}:
             others = " or ".join(f"--to {name}" for name in ("ours", *convert.VERSIONS) if name != options.to)
             raise ValueError(f"{options.source} is in the layout {options.to} already; give {others}")
-        torch.save(content, temporary)
-        os.replace(temporary, options.target)
+        with files.atomic_write(
+            options.target, options.target.with_name(f".{options.target.name}.{os.getpid()}")
+        ) as file:
+            torch.save(content, file)
     except (ValueError, OSError, RuntimeError) as error:  # torch.save raises RuntimeError where it cannot write
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+        sys.exit(f"error: {error}")
     for place, (source, layers) in found.items():
         print(f"{place or options.source.name}: {source} -> {options.to}", *format_calls(layers), sep="\n    ")
     print("If there are two calls, the second is for a bidirectional network. The file does not contain the number of")
@@ -271,12 +255,8 @@ def main(words: list[str] | None = None) -> int:
         print("The file has a layer without scale_x: pass the rescale and highway_bias that it was trained with.")
     if holds_optimizer(content):
         print("Create a new optimizer: its state in the file has the old order of the weights.")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tasks/ is in the parent folder
-    from tasks.run import console
-
     console.use_utf8()
-    sys.exit(main())
+    main()

@@ -4,10 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tasks/ is not installed
+
 from reporting.curves import draw
 from reporting.kept_runs import keep, replace_file
-from reporting.runs import DamagedError, Found, Group, find_runs, group_runs, read_runs
+from reporting.runs import REASONS, DamagedError, Found, find_runs, group_runs, read_runs
 from reporting.table import tabulate
+
+from tasks.run import console
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKE_ONE = "python train.py data=trec model=sru"
@@ -49,35 +53,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the table; returns the exit code: 1 if there is no finished run or a file cannot be written."""
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table. SystemExit: there is no finished run, or a file cannot be read or written."""
     options = parse(arguments)
     try:
-        if options.readme is not None:
-            from reporting.markdown import find_pages, rewrite
+        if options.readme is None:
+            show(options)
+            return
+        from reporting.markdown import find_pages, rewrite
 
-            for path in options.readme or find_pages():
-                print(rewrite(path))
-            return 0
-        return show(options)
+        for path in options.readme or find_pages():
+            print(rewrite(path))
     except OSError as error:
-        return fail(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}.")
+        sys.exit(f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror}.")
     except ModuleNotFoundError as error:
-        return fail(f"this needs {error.name}: pip install -e '.[train]'")
+        sys.exit(f"error: this needs {error.name}: pip install -e '.[train]'")
     except DamagedError as error:
-        return fail(str(error))
+        sys.exit(f"error: {error}")
 
 
-def show(options: argparse.Namespace) -> int:
-    missing = [place for place in options.places if not place.is_dir() and not is_file(place, ".jsonl", ".json")]
-    if missing:
-        return fail(
-            f"{', '.join(map(str, missing))} is neither a folder nor a file of kept runs (.jsonl). "
+def show(options: argparse.Namespace) -> None:
+    speeds = [place for place in options.places if place.is_file() and place.suffix == ".json"]
+    places = [place for place in options.places if place not in speeds]
+    if missing := [
+        str(place) for place in places if not (place.is_dir() or (place.is_file() and place.suffix == ".jsonl"))
+    ]:
+        sys.exit(
+            f"error: {', '.join(missing)} is neither a folder nor a file of kept runs (.jsonl). "
             "Runs are below runs/ unless you typed run_dir=..."
         )
-    places = [place for place in options.places if not is_file(place, ".json")]
     found = read_runs(find_runs(places))
-    groups = group_runs(found.runs)
+    groups, left_out = group_runs(found.runs), list_left_out(found)
     if options.papers or options.html:
         from reporting.paper_rows import compose_rows, match, tabulate_papers
 
@@ -86,23 +92,18 @@ def show(options: argparse.Namespace) -> int:
         if options.html:
             from reporting.html import build_page
 
-            speeds = [place for place in options.places if is_file(place, ".json")]
             replace_file(options.html, build_page(rows, groups, found, speeds).encode())
             print(f"{options.html} was written", file=sys.stderr)
-    elif not any(vars(found).values()):
+    elif not groups and not left_out:
         below = ", ".join(map(str, options.places))
-        return fail(f"no run (a folder with config.yaml) below {below}. Start one: {MAKE_ONE}")
+        sys.exit(f"error: no run (a folder with config.yaml) below {below}. Start one: {MAKE_ONE}")
     else:
-        text = "\n".join([*([tabulate(groups)] if groups else []), *list_left_out(found)])
+        text = "\n".join([*([tabulate(groups)] if groups else []), *left_out])
     if options.papers or not options.html:
         print(text)
-    return write(options, groups, found, text)
-
-
-def write(options: argparse.Namespace, groups: list[Group], found: Found, text: str) -> int:
     if not groups and not (options.papers or options.html):
-        return fail(
-            "no finished run to show. Continue an unfinished one: python train.py resume=FOLDER; "
+        sys.exit(
+            "error: no finished run to show. Continue an unfinished one: python train.py resume=FOLDER; "
             f"or start one: {MAKE_ONE}"
         )
     if options.output:
@@ -110,35 +111,20 @@ def write(options: argparse.Namespace, groups: list[Group], found: Found, text: 
     messages = keep(found.runs, options.keep, options.places) if options.keep else []
     for message in [*messages, *(draw(groups, options.png, options.curve) if options.png else [])]:
         print(message, file=sys.stderr)
-    return 0
 
 
 def list_left_out(found: Found) -> list[str]:
     """Lines that count and name the runs that are not in the table."""
-    text = []
-    for word, places in (
-        ("unfinished (no metrics.json)", found.unfinished),
-        ("failed (failed.json says why)", found.failed),
-        ("tested on a few batches only (trainer=debug)", found.brief),
-        ("damaged", found.damaged),
-    ):
+    lines = []
+    for reason, places in found.left_out.items():
         if places:
-            text += [f"\n{len(places)} {word}, left out:\n", *(f"- `{place}`" for place in places)]
-    return text
-
-
-def is_file(path: Path, *endings: str) -> bool:
-    return path.suffix in endings and path.is_file()
-
-
-def fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 1
+            lines += [
+                f"\n{len(places)} {reason} ({REASONS[reason]}), left out:\n",
+                *(f"- `{place}`" for place in places),
+            ]
+    return lines
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tasks/ is in the parent folder
-    from tasks.run import console
-
     console.use_utf8()
-    sys.exit(main())
+    main()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from reporting.kept_runs import replace_file
 
-from benchmarks.device import DTYPES, PASSES
+from benchmarks.device import DTYPES, PASSES, necessary_bytes
 from benchmarks.timing import ROOT
 
 NAMED = {"A": "32x32x128", "B": "128x32x512", "C": "256x64x2048", "D": "1024x4x3072", "E": "16384x1x1024"}
@@ -40,40 +40,28 @@ NOTES = dict.fromkeys(PASSES, TIMES) | {"accuracy": "Largest error against float
 LIMIT = 400.0  # seconds for one shape; the first one compiles
 
 
-def necessary_bytes(kind: str, *, u: int, x: int, h: int, c: int) -> int:
-    """Bytes that a pass must move for one (t, b, d), given the bytes of an element of u, x, h and the state.
-
-    Forward reads u0 u1 u2 x and writes h, in training also c. Backward reads u0 u1 u2 x c and h's gradient, and writes
-    the gradients of u0 u1 u2 x.
-    """
-    return {"infer": 3 * u + x + h, "forward": 3 * u + x + h + c, "backward": 6 * u + 2 * x + h + c}[kind]
-
-
 def compute_figures(kind: str, shape: list[int], mode: str, seconds: float, copy: float) -> dict[str, float]:
     """Figures of a pass of the recurrence that takes `seconds`, where a copy moves `copy` bytes per second."""
-    size = DTYPES[mode].itemsize
-    moved = necessary_bytes(kind, u=size, x=size, h=size, c=4) * math.prod(shape)
+    moved = necessary_bytes(kind, DTYPES[mode].itemsize) * math.prod(shape)
     return {
         "ns a step": seconds / shape[0] * 1e9,
         "GB/s": moved / seconds / 1e9,
         "of copy": moved / seconds / copy,
         "floor, us": moved / copy * 1e6,
-        "over floor": seconds * copy / moved,
     }
 
 
 def measure_apart(python: str, order: dict, cells: dict[str, dict]) -> list[dict]:
     """Fill the cells {mode: {contender: ...}} by processes of a Python; returns their descriptions of the machine.
 
-    After a crash while capturing a graph, the contender is repeated without graphs; after any other crash, its cells
-    say that it failed.
+    After a crash, the cells of the contender that caused it say so, and another process measures the others.
     """
     folders = [str(ROOT / "scripts"), *([] if order["official"] else [str(ROOT)])]
     code = f"import json, sys; sys.path[:0] = {folders}; from benchmarks import device; "
     code += "device.work(json.loads(sys.argv[1]))"
-    modes, refused, eager, machines = list(cells), dict[str, str](), list[str](), list[dict]()
+    modes, refused, machines = list(cells), dict[str, str](), list[dict]()
     while modes:
-        argument = json.dumps(order | {"modes": modes, "refused": refused, "eager": eager})
+        argument = json.dumps(order | {"modes": modes, "refused": refused})
         # In an empty folder: a folder `sru` would hide the installed package.
         with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile("w+") as out:
             command, message = [python, "-W", "ignore", "-c", code, argument], f"not finished after {LIMIT:.0f} s"
@@ -87,11 +75,9 @@ def measure_apart(python: str, order: dict, cells: dict[str, dict]) -> list[dict
         for record in [record for record in records if "cells" in record]:
             modes.remove(record["mode"])
             cells[record["mode"]] |= record["cells"]
-        last = records[-1] if records else {}
-        if modes and last.get("graph"):
-            eager.append(last["trying"])
-        elif modes and last.get("trying"):
-            refused[last["trying"]] = message
+        trying = records[-1].get("trying") if records else None
+        if modes and trying:
+            refused[trying] = message
         elif modes:  # while contenders took turns, or between them
             cells[modes.pop(0)]["all"] = {kind: {"failed": message} for kind in PASSES[order["level"]]}
     return machines
@@ -109,7 +95,7 @@ def format_cell(cell: dict) -> str:
 def format_table(level: str, rows: list[dict], copy: float) -> str:
     """The table of a level; also adds the figures of a recurrence to `rows`."""
     names = list(dict.fromkeys(name for row in rows for name in row["cells"]))
-    columns = ["p10, us", "p90, us", "warm, us", "ns a step", "GB/s", "of copy", "floor, us", "over floor"]
+    columns = ["p10, us", "p90, us", "ns a step", "GB/s", "of copy", "floor, us"]
     columns = [*columns, "peak, MB", "first call, s"] if level == "recurrence" else []
     lines = [["(T, B, D)", "mode", "pass", *names, *columns], ["---"] * (3 + len(names) + len(columns))]
     for row, kind in ((row, kind) for row in rows for kind in PASSES[level]):
@@ -119,7 +105,6 @@ def format_table(level: str, rows: list[dict], copy: float) -> str:
             best = cell.get("device", cell["eager"])
             cell["figures"] = compute_figures(kind, row["shape"], row["mode"], best["median"], copy)
             values = cell | cell["figures"] | {f"{k}, us": best[k] * 1e6 for k in best.keys() & {"p10", "p90"}}
-            values |= {"warm, us": cell["warm"]["median"] * 1e6} if "warm" in cell else {}
         line = [str(tuple(row["shape"])), row["mode"], kind, *map(format_cell, cells)]
         lines.append(line + [f"{values[name]:.3g}" if name in values else "–" for name in columns])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
+from reporting.paper_rows import compose_config
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from benchmarks.timing import ROOT, medians, print_table
+from benchmarks.timing import medians, print_table, time_loading
 from data.images import Digits
 from sru.kernels.linear import linear
 from tasks.run.malloc import keep_freed_memory
@@ -51,16 +50,6 @@ class Rows(Digits):
 def corpus_words(options: argparse.Namespace) -> list[str]:
     """The corpus of --data and --root as overrides of train.py."""
     return [f"data={options.data}", *([f"data.root={options.root}"] if options.root else [])]
-
-
-def compose_config(*words: str) -> DictConfig:
-    """The configuration of train.py for these overrides."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        cfg = compose("config", overrides=["logger=csv", "run_dir=.", *words], return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return cfg
 
 
 def configure(folder: Path, *words: str) -> DictConfig:
@@ -147,26 +136,22 @@ def run(options: argparse.Namespace) -> None:
         rows = ["task=image", "data._target_=benchmarks.framework.Rows"]
         runs["rows of 28 x 28 pixels"] = Run(configure(folder / "rows", *rows), STEPS)
         runs["characters, (128, 32)"] = Run(configure(folder / "characters", "task=lm"), LARGE_STEPS)
-        lstm = Run(configure(folder / "lstm", *words[VECTOR_SIZES[0]], "model=lstm"), STEPS)
-        compare_steps(runs, lstm, options.turns)
+        compare_steps(runs, options.turns)
 
 
-def compare_steps(runs: dict[str, Run], lstm: Run, turns: int) -> None:
-    """Print the seconds per step of every run, in turns, and the speed of the first run compared with an LSTM's."""
+def compare_steps(runs: dict[str, Run], turns: int) -> None:
+    """Print the seconds per step of every run, in turns."""
     a, b = torch.randn(2, 1024, 1024)
     product = 1 / medians({"product": lambda: linear(a, b)}, seconds=1.0)["product"] * 2 * 1024**3
     head = ["data", "plain loop, ms", "train.py, ms", "train.py / plain", "its products, ms", "plain / products"]
-    rows, sru = [], next(iter(runs.values()))
-    speeds: list[tuple[float, float]] = []
+    rows = []
     for name, own in runs.items():
         floor = own.count_operations() / product
         times = []
         for turn in range(turns + 1):
             plain, framed, cast = own.time_plain(), own.time_train(), own.time_train("bf16-mixed")
-            other = lstm.time_train() if own is sru else framed
             if turn:  # turn 0 warms up
                 times.append((plain, framed["step"], cast["step"]))
-                speeds += [(framed["examples_per_second"], other["examples_per_second"])] if own is sru else []
         plain, step, _ = (statistics.median(column) for column in zip(*times, strict=True))
         ratio = statistics.median(step / alone for alone, step, _ in times)
         gain = statistics.median(step / cast for _, step, cast in times)
@@ -177,11 +162,6 @@ def compare_steps(runs: dict[str, Run], lstm: Run, turns: int) -> None:
         f"{turns} turns of at most {STEPS} steps each. Products of 1024 x 1024 x 1024: {product / 1e9:.0f} GFLOP/s.\n"
     )
     print_table([*head, "bf16-mixed"], rows)
-    ours, theirs = (statistics.median(column) for column in zip(*speeds, strict=True))
-    ratio = statistics.median(own / other for own, other in speeds)
-    print(
-        f"Two layers on {next(iter(runs))}, by train.py: SRU {ours:.0f} examples/s, LSTM {theirs:.0f}: {ratio:.2f}x.\n"
-    )
 
 
 def run_epochs(options: argparse.Namespace) -> None:
@@ -199,16 +179,12 @@ def run_epochs(options: argparse.Namespace) -> None:
                 speed = run.time_train()["examples_per_second"]
                 if turn:  # turn 0 warms up
                     speeds[name].append(speed)
-    loader = run.data.train_dataloader()
-    start = time.perf_counter()
-    for _ in loader:
-        pass
-    loading = time.perf_counter() - start
-    examples = len(run.data.splits["train"])
+    loading = time_loading(run.data.train_dataloader()) / run.data.batch_size
     speed_of = {name: statistics.median(values) for name, values in speeds.items()}
+    examples = len(run.data.splits["train"])
     print(f"Training, data={options.data}: {examples} examples, batch 32, fixed 300-dimensional vectors.\n")
     rows = [
-        [name, f"{speed:.0f}", f"{speed / speed_of['LSTM, 2 layers']:.2f}x", f"{loading * speed / examples:.2%}"]
+        [name, f"{speed:.0f}", f"{speed / speed_of['LSTM, 2 layers']:.2f}x", f"{loading * speed:.2%}"]
         for name, speed in speed_of.items()
     ]
     print_table(["model", "examples/s", "/ LSTM's", "loading, share of the epoch"], rows)

@@ -5,19 +5,19 @@ import json
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import nn
 
-from benchmarks.device import build_passes
+from benchmarks.device import PASSES, build_passes, draw_inputs, necessary_bytes
 from benchmarks.timing import ROOT, Call, import_official, medians, print_table, under_bfloat16
 
 SHAPES = [(1, 1, 512), (1, 32, 128), (32, 32, 128), (40, 32, 128), (333, 16, 416), (128, 32, 512), (256, 16, 1024)]
 # Layers as wide as their input; the last shape is a single step.
 LAYER_SHAPES = [(32, 32, 128), (128, 32, 512), (256, 16, 1024), (1, 1, 512)]
-NECESSARY = {"infer": 20, "forward": 24, "backward": 40}  # bytes to move per element: see bench/NOTES.md
 
 
 def run_recurrence(_: argparse.Namespace) -> None:
@@ -30,32 +30,16 @@ def run_recurrence(_: argparse.Namespace) -> None:
     print(f"Recurrence, float32, highway. Copy bandwidth of this run: {copy / 1e9:.0f} GB/s.\n")
     rows = []
     for steps, batch, size in SHAPES:
-        shapes = (steps, batch, 3, size), (steps, batch, size), (2, size), (2, size), (batch, size)
-        inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
-        grads = [torch.randn(steps, batch, size), torch.randn(batch, size)]
-        outputs, eager = recurrence(*inputs), recurrence(*inputs, backend="reference")
-
-        def infer(inputs=inputs):
-            with torch.no_grad():
-                recurrence(*inputs)
-
-        def forward(inputs=inputs):
-            return recurrence(*inputs)
-
-        def backward(outputs=outputs, inputs=inputs, grads=grads):
-            torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
-
-        def reference(inputs=inputs, eager=eager, grads=grads):
-            recurrence(*inputs, backend="reference")
-            torch.autograd.grad(eager, inputs, grads, retain_graph=True)
-
-        times = medians({"infer": infer, "forward": forward, "backward": backward})
+        inputs, grads = draw_inputs([steps, batch, size], torch.float32)
+        kernel = build_passes(partial(recurrence, backend="cpu"), inputs, grads, "cpu")
+        reference = build_passes(partial(recurrence, backend="reference"), inputs, grads, "cpu")
+        times = medians({name: kernel[name] for name in PASSES["recurrence"]})
         # Alone: the reference returns its memory to the system, and the next contender would pay for new pages.
-        times |= medians({"reference": reference}, seconds=1.0)
+        times |= medians({"reference": reference["train"]}, seconds=1.0)
         elements = steps * batch * size
         cells = [f"({steps}, {batch}, {size})"]
-        for name, necessary in NECESSARY.items():
-            share = necessary * elements / times[name] / copy
+        for name in PASSES["recurrence"]:
+            share = necessary_bytes(name, 4) * elements / times[name] / copy
             cells.append(f"{times[name] / elements * 1e9:.2f} ({share:.0%})")
         rows.append([*cells, f"{times['reference'] / (times['forward'] + times['backward']):.0f}x"])
     head = ["(T, B, D)", "inference, ns (of copy)", "forward, ns", "backward, ns", "reference / kernel, both passes"]
@@ -112,6 +96,12 @@ def run_layer(options: argparse.Namespace) -> None:
     compare_callers((512, 16, 256))
 
 
+def time_call(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def compare_callers(shape: tuple[int, int, int]) -> None:
     """One caller, and ten at once, each with its own sequence, as in a server."""
     from sru import SRU
@@ -120,20 +110,8 @@ def compare_callers(shape: tuple[int, int, int]) -> None:
     for name, network in {"SRU": SRU(shape[2], shape[2], 2), "LSTM": nn.LSTM(shape[2], shape[2], 2)}.items():
         call = layer_calls(network, *shape)["infer"]
         alone = medians({"call": call}, seconds=1.0)["call"]
-        times: list[float] = []
-
-        def work(call=call, times=times):
-            for _ in range(10):
-                start = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - start)
-
-        threads = [threading.Thread(target=work) for _ in range(10)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        together = statistics.median(times)
+        with ThreadPoolExecutor(10) as pool:
+            together = statistics.median(pool.map(time_call, [call] * 100))
         rows.append([name, f"{alone * 1e3:.3g}", f"{together * 1e3:.3g}", f"{together / alone:.1f}x"])
     print(f"Two layers, inference of {shape}, one caller and ten at once.\n")
     print_table(["network", "alone, ms", "among ten, ms", "slower by"], rows)

@@ -3,8 +3,6 @@
 import argparse
 import multiprocessing
 import resource
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -80,14 +78,9 @@ def synthesise_speech(seconds: int) -> np.ndarray:
 
 def time_features(threads: int) -> float:
     """Seconds of sound whose features are computed per second."""
-    frontend, wave, times = Frontend(rate=RATE, num_mels=MELS), synthesise_speech(10), []
-    frontend.frames(wave)
+    frontend, wave = Frontend(rate=RATE, num_mels=MELS), synthesise_speech(10)
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(5):
-            start = time.perf_counter()
-            list(pool.map(frontend.frames, [wave] * 20))
-            times.append(time.perf_counter() - start)
-    return 200 / statistics.median(times)
+        return 200 / medians({"features": lambda: list(pool.map(frontend.frames, [wave] * 20))}, 0.5)["features"]
 
 
 def time_long(steps: int) -> tuple[float, float]:
@@ -102,12 +95,8 @@ def time_long(steps: int) -> tuple[float, float]:
     )
     batch = torch.randn(steps, 8, 1), torch.zeros(8, dtype=torch.long)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        task.loss(batch)[0].backward()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:]), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    seconds = medians({"step": lambda: task.loss(batch)[0].backward()}, 0.1)["step"]
+    return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def run(options: argparse.Namespace) -> None:

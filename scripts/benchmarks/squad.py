@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from reporting.paper_rows import compose_config
 
-from benchmarks.framework import compose_config
 from benchmarks.timing import Call, medians, print_table, time_loading, under_bfloat16
 from data.squad import Sample
 from data.text.squad_features import Batch

@@ -54,12 +54,7 @@ def average_curves(
 def shorten_labels(groups: list[Group]) -> list[str]:
     """A label for each group, with only those of its differing options that the labels need to be distinct."""
     has_vectors = len({group.runs[0].names["vectors"] for group in groups}) > 1
-    labels = []
-    for group in groups:
-        names = group.runs[0].names
-        depth = f"{names['depth']} layers" if names["depth"] else ""
-        parts = [names["model"], depth, names["ablation"], names["vectors"] if has_vectors else ""]
-        labels.append(", ".join(filter(None, parts)))
+    labels = [group.name(has_vectors=has_vectors) for group in groups]
     options = [{text.partition("=")[0]: text for text in group.differs.split(", ") if text} for group in groups]
     keys = dict.fromkeys(key for texts in options for key in texts)
     for key in sorted(keys, key=lambda key: key.startswith(("callbacks.", "choices.", "trainer."))):

@@ -121,16 +121,13 @@ def draw_ablations(groups: list[Group]) -> list[Chart]:
         panels.setdefault(names, {}).setdefault(key, []).append(group)
     charts = []
     for (task, data, model, metric), clusters in panels.items():
-        clusters = {
-            key: members
-            for key, members in clusters.items()
-            if len({group.runs[0].names["ablation"] for group in members}) > 1
-        }
-        total, count = Counter(depth for depth, _ in clusters), Counter[int]()
         bars: dict[str, list[Bar]] = {}
+        count = Counter[int]()
         for (depth, _), members in clusters.items():
+            if len({group.runs[0].names["ablation"] for group in members}) == 1:
+                continue
             count[depth] += 1
-            cluster = f"{depth} layers" + (f" ({count[depth]})" if total[depth] > 1 else "")
+            cluster = f"{depth} layers" + (f" ({count[depth]})" if count[depth] > 1 else "")
             for group in members:
                 mean, std = mean_and_std([run.value for run in group.runs])
                 bars.setdefault(group.runs[0].names["ablation"], []).append((cluster, mean, std, len(group.runs)))

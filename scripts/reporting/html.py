@@ -1,6 +1,5 @@
 """The page of results: one self-contained HTML file with the papers' rows, curves, ablations and speed."""
 
-import contextlib
 from collections import Counter
 from html import escape
 from pathlib import Path
@@ -11,8 +10,8 @@ from plotly.offline import get_plotlyjs
 
 from reporting.figures import Chart, draw_ablations, draw_benchmarks, draw_curves, draw_logged_speed
 from reporting.paper_rows import NOTES, STATES, Row, describe_row, judge_orders
-from reporting.runs import DamagedError, Found, Group, Place
-from reporting.table import describe_group
+from reporting.runs import IDENTITY, REASONS, Found, Group
+from reporting.table import NUMBERS, describe_group
 
 SIGNS = {"reached": "✓", "not reached": "✗", "run with substitutes": "≈", "not run": "–"}
 NO_ABLATION = """No model was run both whole and without a part. To make such runs:
@@ -20,9 +19,8 @@ NO_ABLATION = """No model was run both whole and without a part. To make such ru
 LOGGED = """There is no output of scripts/benchmark.py, so these are the speeds that whole runs logged. They include
 embedding, softmax and optimiser. Runs on busy or different machines are not comparable.
 <code>python scripts/benchmark.py layer --device cpu</code> measures as Figure 1 does."""
-FOOTNOTE = """The failed.json in a failed run's folder gives the reason. Unfinished runs are still training, or
-continue with <code>python train.py resume=FOLDER</code>.
-Runs tested in part (trainer=debug) appear in nothing above."""
+UNFINISHED = """Unfinished runs are still training, or continue with
+<code>python train.py resume=FOLDER</code>."""
 Line = tuple[dict[str, str], dict[str, str]]  # the attributes of a row, and its cells by column
 
 
@@ -48,12 +46,11 @@ def write_papers(rows: list[Row]) -> str:
     """The papers' rows: one table, with a body for each table of a paper."""
     columns = ["state", "experiment", "data", "metric", "published", "measured", "n", "difference", "substitute"]
     bodies: dict[str, list[Line]] = {}
-    # Tables with runs come first.
-    ran = {row.source for row in rows if row.runs or row.others}
-    for row in sorted(rows, key=lambda row: row.source not in ran):
+    # Rows with runs come first.
+    for row in sorted(rows, key=lambda row: not (row.runs or row.others)):
         attributes = {"data-task": row.task, "data-model": row.model, "data-state": row.state}
         first, *others = describe_row(row)
-        lines = bodies.setdefault(row.source, [])
+        lines = bodies.setdefault(row.source if row.runs or row.others else f"{row.source}: not run", [])
         lines.append((attributes, first | {"state": f"{SIGNS[row.state]} {row.state}"}))
         for cells in others:
             lines.append((attributes | {"class": "other"}, cells | {"experiment": f"↳ with {cells['experiment']}"}))
@@ -63,43 +60,21 @@ def write_papers(rows: list[Row]) -> str:
 
 
 def write_groups(groups: list[Group]) -> str:
-    numbers = ["mean", "std", "n", "parameters", "s/epoch"]
-    columns = ["task", "data", "model", "depth", "ablation", "vectors", "metric", *numbers, "differs"]
+    columns = [*IDENTITY, *NUMBERS, "differs"]
     lines = []
     for group in groups:
         names = group.runs[0].names
         lines.append(({"data-task": names["task"], "data-model": names["model"]}, describe_group(group)))
-    return write_table("Finished runs, in groups", columns, set(numbers), {"": lines}) if lines else "<p>None.</p>"
+    return write_table("Finished runs, in groups", columns, set(NUMBERS), {"": lines}) if lines else "<p>None.</p>"
 
 
-def write_folders(found: Found) -> str:
-    """The number of finished, failed, unfinished and damaged runs in every folder and file."""
-    kinds = ("finished", "failed", "unfinished", "tested in part", "damaged")
-    counts: dict[tuple[str, str, str], Counter[str]] = {}
-
-    def count(place: Place, kind: str, task: str, model: str) -> None:
-        where = place.path if place.line else place.path.parent
-        where = where.resolve().relative_to(Path.cwd()) if where.resolve().is_relative_to(Path.cwd()) else where
-        counts.setdefault((str(where), task, model), Counter())[kind] += 1
-
-    for run in found.runs:
-        count(run.place, "finished", run.names["task"], run.names["model"])
-    for kind, places in zip(kinds[1:], (found.failed, found.unfinished, found.brief, found.damaged), strict=True):
-        for place in places:
-            task = model = ""
-            # A run that is damaged, or failed before it started, has no task.
-            with contextlib.suppress(DamagedError), place.reading("config.yaml"):
-                choices = place.read("config.yaml")["choices"]
-                task, model = str(choices["task"]), str(choices["model"])
-            count(place, kind, task, model)
+def write_left_out(found: Found) -> str:
+    """The runs that appear in nothing above, and why."""
     lines: list[Line] = []
-    for (where, task, model), by_kind in sorted(counts.items()):
-        cells = {"folder or file": where, "task": task, "model": model}
-        cells |= {kind: str(by_kind[kind] or "") for kind in kinds}
-        lines.append(({"data-task": task, "data-model": model}, cells))
-    columns = ["folder or file", "task", "model", *kinds]
-    table = write_table("Runs by folder", columns, set(kinds), {"": lines}) if lines else "<p>No runs.</p>"
-    return f"{table}<p>{FOOTNOTE}</p>"
+    for reason, places in found.left_out.items():
+        cells = {"state": reason, "why": REASONS[reason]}
+        lines += [({"data-task": "", "data-model": ""}, cells | {"run": str(place)}) for place in places]
+    return write_table("Runs left out", ["state", "why", "run"], set(), {"": lines}) if lines else "<p>None.</p>"
 
 
 def write_select(name: str, values: list[str]) -> str:
@@ -122,6 +97,7 @@ def build_page(rows: list[Row], groups: list[Group], found: Found, speeds: list[
 
     benchmarks = draw_benchmarks(speeds)
     sections = {
+        "Finished runs": "<p>Runs that differ only in seed or fold share a line.</p>" + write_groups(groups),
         "Compared with the papers": "<p>All rows of the papers' tables for which this repository has an experiment.</p>"
         + write_papers(rows),
         "Learning curves": "<p>Validation during training. Click an entry of a legend to hide or show its line.</p>"
@@ -130,8 +106,7 @@ def build_page(rows: list[Row], groups: list[Group], found: Found, speeds: list[
         + write_charts(draw_ablations(groups), NO_ABLATION),
         "Speed (Figure 1)": f"<p>{'Measured by scripts/benchmark.py.' if benchmarks else LOGGED}</p>"
         + write_charts(benchmarks or draw_logged_speed(groups), "No run has logged its speed."),
-        "Finished runs": "<p>Runs that differ only in seed or fold share a line.</p>" + write_groups(groups),
-        "Runs by folder": write_folders(found),
+        "Runs left out": f"<p>{UNFINISHED}</p>" + write_left_out(found),
     }
     ids = {title: title.split(" (")[0].lower().replace(" ", "-") for title in sections}
     tasks = {row.task for row in rows} | {group.runs[0].names["task"] for group in groups}

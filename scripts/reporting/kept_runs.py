@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reporting.runs import FILES, PLACES, DamagedError, Run, find_runs, read_runs
+from tasks.run.files import atomic_write
 
 POINTS = 200  # of a kept learning curve, at most
 PATH = re.compile(r"(?:^|(?<=[=\[,'\" ]))(?:~?/|[A-Za-z]:\\)[^,'\"\]]*")  # not the slash of val/loss
@@ -81,27 +82,10 @@ def format_line(run: Run, tops: list[Path]) -> str:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file in one step; if the disk is full, the old one stays as it was."""
+    """Replace a file in one step, in a new folder if need be; if the disk is full, the old one stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def count_lost(file: Path, runs: list[Run]) -> int:
-    """How many runs of a file are not among these; runs are the same if metrics, seeds and folds are."""
-    if not file.exists():
-        return 0
-    new = {json.dumps([run.chance, run.record], sort_keys=True) for run in runs}
-    old = read_runs(find_runs([file]))
-    lost = [run for run in old.runs if json.dumps([run.chance, run.record], sort_keys=True) not in new]
-    return len(lost) + len(old.damaged)
+    with atomic_write(path, path.with_name(path.name + ".part")) as file:
+        file.write(content)
 
 
 def keep(runs: list[Run], file: Path, tops: list[Path]) -> list[str]:
@@ -115,10 +99,10 @@ def keep(runs: list[Run], file: Path, tops: list[Path]) -> list[str]:
             lines.append(format_line(run, tops))
         except DamagedError as error:
             messages.append(f"not kept: {error}")
-    if file.exists() and not file.is_file():
-        # Replacing a device or a pipe would remove it.
-        raise DamagedError(f"--keep {file} is not a regular file; name one, such as bench/results/mine.jsonl")
-    if lost := count_lost(file, runs):
+    before = read_runs(find_runs([file]))
+    if lost := len({run.identity for run in before.runs} - {run.identity for run in runs}) + len(
+        before.left_out["damaged"]
+    ):
         raise DamagedError(
             f"--keep {file} has {lost} runs that are not among these and would be lost; name it too, to keep both: "
             f"python scripts/results.py {' '.join(map(str, tops))} {file} --keep {file}"

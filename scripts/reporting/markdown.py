@@ -39,64 +39,55 @@ def write_table(words: str, root: Path) -> list[str]:
     """The lines of the table that a marker describes.
 
     The words of a marker: FILE ... of kept runs; rows=A,B: the columns that identify a row; columns=C: a column for
-    each value of C; metric=: the metric from metrics.json, or without columns= several, if not the metric that the
-    runs report; cell=: the form of a cell, with the words mean, std and n; places=: decimal places, one for all metrics
-    or one for each. NAME:TITLE in rows= and metric= sets a column's title. KEY=VALUE or KEY=VALUE,VALUE selects runs.
+    each value of C; or without it metric=A,B: a column for each of these, from metrics.json; by default the metric that
+    the runs report. cell=mean leaves deviations out; places=: decimal places, one for all metrics or one for each.
+    NAME:TITLE in rows= and metric= sets a column's title.
 
     With paper= the table shows the rows of a paper's table that were run, with the published numbers and their order.
     """
-    options: dict[str, str] = {"rows": "model,depth,ablation", "columns": "", "metric": "", "cell": "mean ± std"}
-    options |= {"places": "1", "paper": ""}
-    files, filters = [], {}
+    options = {"rows": "model,depth,ablation", "columns": "", "metric": "", "cell": "", "places": "1", "paper": ""}
+    files = []
     try:
-        split = shlex.split(words)
+        for key, sign, value in (word.partition("=") for word in shlex.split(words)):
+            if sign and key not in options:
+                raise ValueError(f"no option {key}")
+            options |= {key: value} if sign else {}
+            files += [] if sign else [root / key]
+        if options["cell"] not in ("", "mean"):
+            raise ValueError("cell= can be mean only")
+        digits = [int(places) for places in options["places"].split(",")]
     except ValueError as error:
         raise DamagedError(f"the table `{words}` cannot be read ({error}); such a line is `{EXAMPLE}`") from error
-    for word in split:
-        key, sign, value = word.partition("=")
-        if not sign:
-            files.append(root / key)
-        elif key in options:
-            options[key] = value
-        else:
-            filters[key] = value
     for file in files:
         if not file.is_file():
             raise DamagedError(f"no file {file}, which a table names; make it: results.py RUNS --keep {file}")
     found = read_runs(find_runs(files))
-    if found.damaged:
-        raise DamagedError(f"{found.damaged[0]} is damaged; nothing was written")
+    if damaged := found.left_out["damaged"]:
+        raise DamagedError(f"{damaged[0]} is damaged; nothing was written")
     if options["paper"]:
         return write_paper_table(found.runs, options["paper"], words)
     groups = group_runs(found.runs)
-    rows, row_titles = split_titles(options["rows"])
-    check_names(groups, [*rows, *(options["columns"] and [options["columns"]]), *filters])
-    for key, values in filters.items():
-        groups = [group for group in groups if read_column(group, key) in (values, *values.split(","))]
     if not groups:
         raise DamagedError(f"no run for the table `{words}`; such a line is `{EXAMPLE}`")
+    rows, row_titles = split_titles(options["rows"])
+    check_names(groups, [*rows, *(options["columns"] and [options["columns"]])])
     cells: dict[tuple[str, ...], dict[str, tuple[Group, str]]] = {}
     for group in groups:
         row = cells.setdefault(tuple(read_column(group, key) for key in rows), {})
         metrics, titles = split_titles(options["metric"] or group.runs[0].names["metric"])
-        columns = [read_column(group, options["columns"])] if options["columns"] else titles
-        if len(columns) != len(metrics):
-            raise DamagedError(f"the table `{words}` has columns= and several metrics: name one, or leave columns= out")
-        if column := next((column for column in columns if column in row), None):
-            other = row[column][0]
-            pair = [other.runs[0].names, group.runs[0].names]
-            texts = [" ".join(f"{k}={v}" for k, v in names.items() if pair[0][k] != pair[1][k]) for names in pair]
-            texts = [f"{text} {each.differs}".strip() for text, each in zip(texts, (other, group), strict=True)]
+        titles = [read_column(group, options["columns"])] if options["columns"] else titles
+        places = digits * len(metrics) if len(digits) == 1 else digits
+        if not len(metrics) == len(titles) == len(places):
             raise DamagedError(
-                f"the table `{words}` has two groups in one cell ({' / '.join(texts)}): add to rows=, or a KEY=VALUE"
+                f"the table `{words}` needs one of places= for each metric, and with columns= one metric"
             )
-        places = options["places"].split(",")
-        if len(metrics) % len(places) or not all(re.fullmatch("[0-9]", digits) for digits in places):
-            raise DamagedError(
-                f"the table `{words}`: places={','.join(places)} must be a digit, or one for each metric; type places=1"
-            )
-        for column, metric, digits in zip(columns, metrics, places * (len(metrics) // len(places)), strict=True):
-            row[column] = (group, format_cell(group, metric, options["cell"], int(digits)))
+        for title, metric, count in zip(titles, metrics, places, strict=True):
+            if title in row:
+                names = [f"{each.runs[0].names['data']}: {each.label}" for each in (row[title][0], group)]
+                raise DamagedError(
+                    f"the table `{words}` has two groups in one cell ({' / '.join(names)}): add to rows="
+                )
+            row[title] = (group, format_cell(group, metric, count, has_std=options["cell"] != "mean"))
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
     lines = [[*row_titles, *columns]]
     lines += [[*row, *(here[c][1] if c in here else "" for c in columns)] for row, here in cells.items()]
@@ -110,27 +101,24 @@ def write_paper_table(runs: list[Run], source: str, words: str) -> list[str]:
 
     experiments = sorted({json.loads(run.options.get("choices.experiment", "null")) or "" for run in runs} - {""})
     rows = match([row for name in experiments for row in compose_rows(name) if row.source == source], runs)
-    rows = [row for row in rows if row.shown]
+    rows = [row for row in rows if row.counted_runs]
     if not rows:
         raise DamagedError(f"no run for the table `{words}`: none is of an experiment of {source}")
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
-        mean, std = summarise(row.metric, row.shown)
+        mean, std = summarise(row.metric, row.counted_runs)
         ours = f"{mean:.{row.digits}f}" + ("" if std is None else f" ± {std:.{row.digits}f}")
-        cells.setdefault(row.experiment, {})[row.data] = f"{ours} (n = {len(row.shown)}; {format_published(row)})"
+        cells.setdefault(row.experiment, {})[row.data] = (
+            f"{ours} (n = {len(row.counted_runs)}; {format_published(row)})"
+        )
     columns = list(dict.fromkeys(row.data for row in rows))
     lines = [["experiment", *columns]]
     lines += [[name, *(here.get(data, "") for data in columns)] for name, here in cells.items()]
     table = format_table(lines, [False] + [True] * len(columns))
     substitutes = sorted({row.substitute for row in rows} - {""})
     notes = [f"With substitutes: {'; '.join(substitutes)}."] if substitutes else []
-    return [
-        *table,
-        "",
-        "In brackets: runs, and the published value.",
-        "",
-        *(f"- {n}" for n in [*notes, *judge_orders(rows)]),
-    ]
+    notes = [f"- {note}" for note in [*notes, *judge_orders(rows)]]
+    return [*table, "", "In brackets: runs, and the published value.", "", *notes]
 
 
 def split_titles(words: str) -> tuple[list[str], list[str]]:
@@ -158,20 +146,17 @@ def read_column(group: Group, key: str) -> str:
     return first.options.get(key, "").strip('"')
 
 
-def format_cell(group: Group, metric: str, form: str, places: int) -> str:
-    """The metric in the requested form; without a deviation for a single run."""
-    found = [run.record["metrics"] | run.record for run in group.runs]
-    if missing := [
-        str(run.place)
-        for run, has in zip(group.runs, found, strict=True)
-        if not isinstance(has.get(metric), int | float)
-    ]:
-        numbers = [name for name, value in found[0].items() if isinstance(value, int | float)]
-        raise DamagedError(f"{missing[0]} has no {metric}; it has {', '.join(numbers)}")
-    mean, std = mean_and_std([float(each[metric]) for each in found])
-    form = form if std is not None else re.sub(r"\s*±\s*std|\bstd\b", "", form)
-    words = {"mean": f"{mean:,.{places}f}", "std": f"{std or 0.0:.{places}f}", "n": str(len(group.runs))}
-    return re.sub(r"\b(mean|std|n)\b", lambda match: words[match[0]], form)
+def format_cell(group: Group, metric: str, places: int, *, has_std: bool) -> str:
+    """The mean and, with several runs, the deviation."""
+    values = []
+    for run in group.runs:
+        found = run.record["metrics"] | run.record
+        if not isinstance(value := found.get(metric), int | float):
+            numbers = [name for name, value in found.items() if isinstance(value, int | float)]
+            raise DamagedError(f"{run.place} has no {metric}; it has {', '.join(numbers)}")
+        values.append(float(value))
+    mean, std = mean_and_std(values)
+    return f"{mean:,.{places}f}" + (f" ± {std:.{places}f}" if has_std and std is not None else "")
 
 
 def rewrite(path: Path) -> str:

@@ -1,5 +1,6 @@
 """The rows of the papers' tables: every experiment in conf/ with a published number, and its runs."""
 
+import functools
 import json
 import math
 from dataclasses import dataclass, field, replace
@@ -8,11 +9,10 @@ from typing import Any
 
 import yaml
 
-from reporting.runs import LoadYAML, Run, flatten
+from reporting.runs import Run, flatten
 from reporting.table import format_table, mean_and_std
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-RISING = ("accuracy", "em", "f1", "bleu", "chrf")  # metrics for which higher is better
 # Names of config groups, whose options are compared anyway, and options that only choose the hardware.
 PROCESSES = ("trainer.devices", "trainer.num_nodes")
 HARDWARE = ("trainer.accelerator", "trainer.strategy", "trainer.plugins", "trainer.use_distributed_sampler", *PROCESSES)
@@ -40,7 +40,6 @@ class Row:
     std: float | None
     digits: int  # decimal places, as published
     verified: bool
-    parameters: float | None  # published, in millions
     words: list[str]  # overrides of train.py
     runs: list[Run] = field(default_factory=list)
     others: dict[str, list[Run]] = field(default_factory=dict)
@@ -62,7 +61,7 @@ class Row:
         return "" if self.runs else max(self.substitutes, key=lambda differs: len(self.others[differs]), default="")
 
     @property
-    def shown(self) -> list[Run]:
+    def counted_runs(self) -> list[Run]:
         """The runs of the row or, if there are none, those with its substitute."""
         return self.runs or self.others.get(self.substitute, [])
 
@@ -74,37 +73,47 @@ def summarise(metric: str, runs: list[Run]) -> tuple[float, float | None]:
 
 def judge(row: Row, mean: float) -> str:
     """Whether the mean is as good as published: to the published decimal places, or within the published deviation."""
-    worse = row.value - mean if row.metric.rpartition("/")[2] in RISING else mean - row.value
+    worse = row.value - mean if is_rising(row.metric, row.task) else mean - row.value
     half = 0.5 * 10.0**-row.digits
     return "reached" if worse <= max(half + 1e-9, row.std or 0.0) else "not reached"
 
 
-def compose_config(words: list[str], *keys: str) -> dict[str, Any]:
-    """The configuration of train.py for these overrides, as in a run's config.yaml; only `keys` if given."""
+@functools.cache
+def read_best(task: str) -> dict[str, str]:
+    """`monitor` and `mode` of the metric that chooses the task's best epoch."""
+    return yaml.safe_load((CONF / f"task/{task}.yaml").read_text(encoding="utf-8"))["callbacks"]["best"]
+
+
+def is_rising(metric: str, task: str) -> bool:
+    """Whether higher is better: as for the metric that chooses the best epoch, but scores beside a loss rise."""
+    if metric.rpartition("/")[2] in ("loss", "bpc", "perplexity"):
+        return False
+    return read_best(task)["mode"] == "max" or read_best(task)["monitor"] == "val/loss"
+
+
+def compose_config(*words: str) -> Any:
+    """The configuration of train.py for these overrides, as in a run's config.yaml."""
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import open_dict
 
-    before = HydraConfig.instance().cfg
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            cfg = compose("config", overrides=["run_dir=.", "logger=csv", *words], return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        with open_dict(cfg):
-            del cfg["hydra"]
-        if keys:
-            return {key: OmegaConf.to_container(cfg[key], resolve=True) if cfg[key] else None for key in keys}
-        return yaml.load(OmegaConf.to_yaml(cfg, resolve=True), LoadYAML)
-    finally:
-        HydraConfig.instance().cfg = before
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("config", overrides=["run_dir=.", "logger=csv", *words], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
 
 
 def compose_rows(names: str = "[!_]*") -> list[Row]:
     """Every row, by experiment and data set; `names` is a file pattern of experiments."""
+    from omegaconf import OmegaConf
+
     rows = []
     for path in sorted((CONF / "experiment").glob(f"{names}.yaml")):
-        config = compose_config([f"experiment={path.stem}"], "paper", "choices", "model")
-        paper, choices = config["paper"] or {}, config["choices"]
+        config = compose_config(f"experiment={path.stem}")
+        paper: Any = OmegaConf.to_container(config.paper or OmegaConf.create(), resolve=True)
+        choices = config.choices
         values, spreads = paper.get("value"), paper.get("std")
         for data, value in (values if isinstance(values, dict) else {choices["data"]: values}).items():
             if value is None:
@@ -121,19 +130,17 @@ def compose_rows(names: str = "[!_]*") -> list[Row]:
                 std=None if spread is None else float(spread),
                 digits=paper.get("digits") or len(repr(float(value)).partition(".")[2]),  # 82.0 has one
                 verified=paper.get("verified", True),
-                parameters=paper.get("parameters"),
                 words=[f"experiment={path.stem}", *([f"data={data}"] if data != choices["data"] else [])],
             )
-            rows += split_places(row, config) if "values" in paper else [row]
+            if "values" not in paper:
+                rows.append(row)
+                continue
+            # A value for each place of the first attention layer.
+            for place, value in enumerate(paper["values"]):
+                if value is not None:
+                    layers = ",".join(map(str, [place, *config.model.attention_layers[1:]]))
+                    rows.append(replace(row, value=value, words=[*row.words, f"model.attention_layers=[{layers}]"]))
     return rows
-
-
-def split_places(row: Row, config: dict[str, Any]) -> list[Row]:
-    """For an experiment with a published value for each position of the first attention layer: a row for each."""
-    others = config["model"]["attention_layers"][1:]
-    words = [f"model.attention_layers={[place, *others]}".replace(" ", "") for place in range(20)]
-    values = enumerate(config["paper"]["values"])
-    return [replace(row, value=value, words=[*row.words, words[n]]) for n, value in values if value is not None]
 
 
 def compare_options(options: dict[str, str], run: Run) -> dict[str, str | None]:
@@ -156,11 +163,14 @@ def multiply_batch(options: dict[str, str]) -> dict[str, str]:
 
 def match(rows: list[Row], runs: list[Run]) -> list[Row]:
     """Give every row its runs, and the runs of its experiment and data set that match no row."""
+    from omegaconf import OmegaConf
+
     unmatched: dict[tuple[str, str], list[tuple[str, Run]]] = {}
     substitutes: set[str] = set()
     for row in rows:
         here = [run for run in runs if run.names["data"] == row.data]
-        options = flatten(compose_config(row.words)) if here else {}
+        composed: Any = OmegaConf.to_container(compose_config(*row.words), resolve=True) if here else {}
+        options = flatten(composed)
         for run in here:
             other = compare_options(options, run)
             differs = ", ".join(f"without {k}" if v is None else f"{k}={v.strip(chr(34))}" for k, v in other.items())
@@ -191,13 +201,13 @@ def judge_orders(rows: list[Row]) -> list[str]:
 
     tables: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
-        if row.shown:
+        if row.counted_runs:
             tables.setdefault((row.source, row.data, row.metric, row.substitute), []).append(row)
     sentences = []
     for (source, data, metric, substitute), same in tables.items():
         if len(same) < 3:
             continue
-        pairs = [(row.value, summarise(metric, row.shown)[0]) for row in same]
+        pairs = [(row.value, summarise(metric, row.counted_runs)[0]) for row in same]
         ranked = [(a, b) for i, a in enumerate(pairs) for b in pairs[:i] if a[0] != b[0]]
         right = sum((a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in ranked)
         rho = float(spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic)
@@ -237,7 +247,7 @@ def describe_row(row: Row) -> list[dict[str, str]]:
     """The table cells of a row, then of its runs with other options, which they have as `experiment`."""
     cells = {"state": row.state, "experiment": row.experiment, "data": row.data, "metric": row.metric}
     cells |= {"published": format_published(row), "command": row.command, "substitute": row.substitute}
-    lines = [cells | (describe_runs(row, row.shown) if row.shown else {})]
+    lines = [cells | (describe_runs(row, row.counted_runs) if row.counted_runs else {})]
     for differs, runs in row.others.items():
         if differs != row.substitute:
             lines.append({"experiment": differs} | describe_runs(row, runs))

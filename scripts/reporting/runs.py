@@ -1,10 +1,8 @@
 """Reads finished runs, from their folders or a file of kept runs, and groups the runs of one experiment."""
 
-import codecs
 import csv
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +39,13 @@ NOT_THE_EXPERIMENT = PLACES | {
 IDENTITY = ("task", "data", "model", "depth", "ablation", "vectors", "metric")
 FILES = ("config.yaml", "run.json", "metrics.json", "metrics.csv")
 LoadYAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-BROKEN = OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError  # raised by malformed content
+# Why a run is not in the table.
+REASONS = {
+    "unfinished": "no metrics.json",
+    "failed": "failed.json says why",
+    "tested in part": "on a few batches only, trainer=debug",
+    "damaged": "a file cannot be read",
+}
 
 
 class DamagedError(Exception):
@@ -67,7 +71,7 @@ class Place:
             yield
         except KeyError as error:
             raise DamagedError(f"{where}: no {error} in it") from error
-        except (*BROKEN, csv.Error, yaml.YAMLError) as error:
+        except Exception as error:  # malformed content raises many types
             raise DamagedError(f"{where}: {' '.join(str(error).split())}") from error
 
     def has(self, name: str) -> bool:
@@ -78,35 +82,14 @@ class Place:
         from tasks.run.run_dir import rename_moved  # results.py makes tasks/ importable
 
         if self.line:
-            content = parse_json(rename_moved(self.text))[name]
+            content = json.loads(rename_moved(self.text))[name]
             if name != "metrics.csv":
                 return content
             return [dict(zip(content, cells, strict=True)) for cells in zip(*content.values(), strict=True)]
         text = (self.path / name).read_text(encoding="utf-8-sig")
         if name == "metrics.csv":
             return list(csv.DictReader(text.splitlines()))
-        if name != "config.yaml":
-            return parse_json(text)
-        text = rename_moved(text)
-        # Deep nesting would overflow libyaml's stack and end the process; the Python loader raises.
-        is_nested = len(re.findall(r"[\[{?-]", text)) > 5000
-        return check_writable(yaml.load(text, yaml.SafeLoader if is_nested else LoadYAML))
-
-
-def parse_json(text: str) -> Any:
-    """JSON; OverflowError for integers that no float can hold."""
-
-    def whole(digits: str) -> int:
-        float(number := int(digits))
-        return number
-
-    return check_writable(json.loads(text, parse_int=whole))
-
-
-def check_writable(content: Any) -> Any:
-    """The content; ValueError if a text in it has half a surrogate pair, which cannot be written to a file."""
-    json.dumps(content, default=str, ensure_ascii=False).encode()
-    return content
+        return yaml.load(rename_moved(text), LoadYAML) if name == "config.yaml" else json.loads(text)
 
 
 @dataclass(frozen=True)
@@ -133,6 +116,11 @@ class Run:
     record: dict[str, Any]
     origin: dict[str, Any]
 
+    @property
+    def identity(self) -> str:
+        """Equal for a run and its copies."""
+        return json.dumps([self.chance, self.record], sort_keys=True)
+
 
 @dataclass
 class Group:
@@ -143,21 +131,21 @@ class Group:
 
     @property
     def label(self) -> str:
-        first = self.runs[0]
-        depth = f"{first.names['depth']} layers" if first.names["depth"] else ""
-        parts = [depth, first.names["ablation"], first.names["vectors"], self.differs]
-        return ", ".join(part for part in [first.names["model"], *parts, "" if first.tested else "†"] if part)
+        return ", ".join(filter(None, [self.name(), self.differs, "" if self.runs[0].tested else "†"]))
+
+    def name(self, *, has_vectors: bool = True) -> str:
+        """Its model, depth, ablations and vectors."""
+        names = self.runs[0].names
+        depth = f"{names['depth']} layers" if names["depth"] else ""
+        return ", ".join(filter(None, [names["model"], depth, names["ablation"], names["vectors"] * has_vectors]))
 
 
 @dataclass
 class Found:
-    """Runs in folders and files, by their state. `failed` have a failed.json; `brief` were tested on a few batches."""
+    """The runs in folders and files; `left_out` has the places of others, by the keys of REASONS."""
 
     runs: list[Run] = field(default_factory=list)
-    unfinished: list[Place] = field(default_factory=list)
-    failed: list[Place] = field(default_factory=list)
-    brief: list[Place] = field(default_factory=list)
-    damaged: list[Place] = field(default_factory=list)
+    left_out: dict[str, list[Place]] = field(default_factory=lambda: {reason: [] for reason in REASONS})
 
 
 def find_runs(paths: list[Path]) -> list[Place]:
@@ -175,9 +163,7 @@ def find_runs(paths: list[Path]) -> list[Place]:
     kept = []
     for file in {path.resolve(): path for path in paths if path.is_file()}.values():
         # splitlines() would also split at characters that may occur in a JSON text.
-        content = file.read_bytes()
-        encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-        lines = content.decode(encoding, errors="replace").split("\n")
+        lines = file.read_text(encoding="utf-8-sig", errors="replace").split("\n")
         kept += [Place(file, number, text) for number, text in enumerate(lines, start=1) if text.strip()]
     return [*found.values(), *kept]
 
@@ -191,19 +177,18 @@ def read_runs(places: list[Place]) -> Found:
     for place in places:
         try:
             if not place.has("metrics.json"):
-                (found.failed if place.has("failed.json") else found.unfinished).append(place)
+                found.left_out["failed" if place.has("failed.json") else "unfinished"].append(place)
                 continue
             run = read_run(place)
-            copy = json.dumps([run.chance, run.record], sort_keys=True)
-            if place.line and copy in seen:
+            if place.line and run.identity in seen:
                 continue
-            seen.add(copy)
+            seen.add(run.identity)
             if run.options.get("trainer.limit_test_batches", "null") == "null":
                 found.runs.append(run)
             else:
-                found.brief.append(place)
+                found.left_out["tested in part"].append(place)
         except DamagedError as error:
-            found.damaged.append(place)
+            found.left_out["damaged"].append(place)
             print(f"skipped: {error}", file=sys.stderr)
     return found
 
@@ -226,8 +211,6 @@ def read_run(place: Place) -> Run:
     """Read a finished run; raises DamagedError."""
     with place.reading("config.yaml"):
         config = place.read("config.yaml")
-        if not isinstance(config, dict):
-            raise ValueError(f"expected a mapping, not {config!r:.40}")
         choices, data, paper = config["choices"], config["data"], config.get("paper") or {}
         # The order of ablations makes no difference.
         choices["ablation"] = sorted(choices.get("ablation") or [])

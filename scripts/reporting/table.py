@@ -4,6 +4,8 @@ import numpy as np
 
 from reporting.runs import IDENTITY, Group
 
+NUMBERS = ("mean", "std", "n", "parameters", "s/epoch")
+
 
 def mean_and_std(values: list[float]) -> tuple[float, float | None]:
     """The mean and the sample standard deviation, which is None for a single value."""
@@ -40,7 +42,7 @@ def format_table(rows: list[list[str]], right: list[bool]) -> list[str]:
 def tabulate(groups: list[Group]) -> str:
     """The Markdown table, a line per group, and a legend of its marks."""
     rows = [describe_group(group) for group in groups]
-    columns = [*IDENTITY, "mean", "std", "n", "parameters", "s/epoch"]
+    columns = [*IDENTITY, *NUMBERS]
     columns += [key for key in ("published", "difference", "differs") if any(cells.get(key) for cells in rows)]
     words = (*IDENTITY, "differs")
     lines = [columns, *([cells.get(key, "") for key in columns] for cells in rows)]

@@ -98,7 +98,7 @@ def numbers(paper):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_cites_a_published_number_which_its_papers_page_has(configure, name):
+def test_an_experiment_cites_a_number_that_the_page_of_its_paper_has(configure, name):
     paper = configure(f"experiment={name}").paper
     found = [(page, size, shown) for page, rows in ROWS.items() for row, size, shown in rows if row == name]
     page = PAGES.get(paper.source.partition(",")[0])
@@ -169,7 +169,7 @@ def test_an_experiment_has_the_published_size(configure, name):
         assert round(counted) == cfg.paper.parameters
 
 
-def test_no_row_of_a_page_is_of_an_experiment_that_is_not_there():
+def test_every_row_of_a_page_names_an_existing_experiment():
     named = [row for rows in ROWS.values() for row, _, _ in rows]
     assert len(named) == len(set(named)) > 70
     assert set(named) <= set(EXPERIMENTS)
@@ -177,6 +177,6 @@ def test_no_row_of_a_page_is_of_an_experiment_that_is_not_there():
         assert (ROOT / "docs" / page).read_text(encoding="utf-8").count("` | ") == len(ROWS[page])
 
 
-def test_every_size_is_that_of_an_experiment():
+def test_every_expected_size_belongs_to_an_experiment():
     assert set(SIZES) <= set(EXPERIMENTS)
     assert set(SIZES) >= CALLED_108

@@ -107,7 +107,6 @@ def test_filters_act_on_tables_and_charts_and_nothing_is_wider_than_the_window(o
     assert count_shown(page, "#without-parts .empty") == 1
     assert count_shown(page, "#finished-runs tr[data-task]") == 1
     assert count_shown(page, "#speed .barlayer .trace") == 1
-    assert count_shown(page, "#runs-by-folder tr[data-task]") == 1
     choose(page, "model", "")
     choose(page, "task", "lm")
     assert count_shown(page, "#learning-curves figure") == 1
