@@ -139,8 +139,8 @@ def measure_errors(network: Any, inputs: list[Tensor], grads: list[Tensor], devi
     return worst
 
 
-def time_in_turns(calls: dict, seconds: float, flush: Tensor | None = None, wall: bool = False) -> dict:
-    """The spread of each call's seconds: on the device or, with `wall`, until the caller continues.
+def time_in_turns(calls: dict, seconds: float, flush: Tensor | None = None, share: int = 1, wall: bool = False) -> dict:
+    """The spread of each call's seconds, divided by `share`: on the device or, with `wall`, until the caller continues.
 
     Contenders take turns, one call each: 25 calls to warm up and 100 to measure, or as many as fit into `seconds`, but
     at least 10. Writing `flush` before each call empties the device's cache.
@@ -173,18 +173,19 @@ def time_in_turns(calls: dict, seconds: float, flush: Tensor | None = None, wall
     torch.cuda.synchronize()
     spreads = {}
     for name, triples in times.items():
-        taken = sorted(s if wall else first.elapsed_time(last) / 1e3 for s, first, last in triples)
+        taken = sorted((s if wall else first.elapsed_time(last) / 1e3) / share for s, first, last in triples)
         tenth, median = len(taken) // 10, statistics.median(taken)
         spreads[name] = {"median": median, "p10": taken[tenth], "p90": taken[-1 - tenth], "n": len(taken)}
     return spreads
 
 
-def capture(call: Callable, pool: Any) -> Callable:
-    """The replay of a call as a CUDA graph; RuntimeError if the replay does not write the result."""
+def capture(call: Callable, pool: Any = None, times: int = 1) -> Callable:
+    """The replay of `times` calls as a CUDA graph; RuntimeError if the replay does not write the first result."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     # thread_local: the backward pass runs in another thread.
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        result = call()[0].detach()
+        for _ in range(times):
+            result = call()[0].detach()
     result.fill_(math.nan)
     graph.replay()
     if result.isnan().all():
@@ -199,7 +200,7 @@ def measure(order: dict, mode: str) -> dict[str, dict]:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = mode == "tf32"
     pool = torch.cuda.graph_pool_handle() if on_gpu else None
     cells: dict[str, dict] = {}
-    calls, replays = dict[Any, Callable](), dict[Any, Callable]()
+    calls, replays, tens = dict[Any, Callable](), dict[Any, Callable](), dict[Any, Callable]()
     for name, make in list_contenders(level, shape, device, order["official"]).items():
         cells[name], passes = {kind: {} for kind in PASSES[level]}, dict[str, Callable]()
         for kind, cell in cells[name].items():
@@ -228,8 +229,11 @@ def measure(order: dict, mode: str) -> dict[str, dict]:
                     cell["peak, MB"] = (torch.cuda.max_memory_allocated() - held) / 1e6
                 calls[name, kind] = call
                 # A graph does not capture work on streams other than torch's, such as the official kernels.
-                if on_gpu and not order["official"]:
+                if on_gpu and not order["official"] and name not in order["eager"]:
+                    print(json.dumps({"trying": name, "graph": True}), flush=True)
                     replays[name, kind] = capture(call, pool)
+                    if level == "recurrence":
+                        tens[name, kind] = capture(call, pool, 10)
             except Exception as error:
                 text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
                 cell["not captured" if (name, kind) in calls else "failed"] = text
@@ -242,7 +246,11 @@ def measure(order: dict, mode: str) -> dict[str, dict]:
     if on_gpu and calls:
         flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
         cold = {key: v | {"graph": key in replays} for key, v in time_in_turns(calls | replays, seconds, flush).items()}
-        times = {"device": cold, "eager": time_in_turns(calls, seconds, wall=True)}
+        times = {
+            "device": cold,
+            "warm": time_in_turns(tens, seconds, share=10),
+            "eager": time_in_turns(calls, seconds, wall=True),
+        }
     else:
         times = {"eager": {key: {"median": m} for key, m in timing.medians(calls, seconds).items()} if calls else {}}
     for key, spreads in times.items():
@@ -264,6 +272,9 @@ def describe_machine(order: dict) -> dict[str, Any]:
     if device == "cpu":
         return record | {"copy, bytes/s": 2 * source.nbytes / timing.medians(calls, seconds)["copy"]}
     record["copy, bytes/s"] = 2 * source.nbytes / time_in_turns(calls, seconds)["copy"]["median"]
+    with contextlib.suppress(RuntimeError):  # in that case no contender has a graph, and the cells say so
+        empty = capture(lambda: [target[:1].zero_()])
+        record["replay of an empty kernel, s"] = time_in_turns({0: empty}, seconds)[0]["median"]
     record |= {"device": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
     if shutil.which("nvidia-smi"):
         query = "driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"

@@ -48,20 +48,22 @@ def compute_figures(kind: str, shape: list[int], mode: str, seconds: float, copy
         "GB/s": moved / seconds / 1e9,
         "of copy": moved / seconds / copy,
         "floor, us": moved / copy * 1e6,
+        "over floor": seconds * copy / moved,
     }
 
 
 def measure_apart(python: str, order: dict, cells: dict[str, dict]) -> list[dict]:
     """Fill the cells {mode: {contender: ...}} by processes of a Python; returns their descriptions of the machine.
 
-    After a crash, the cells of the contender that caused it say so, and another process measures the others.
+    After a crash while capturing a graph, the contender is repeated without graphs; after any other crash, its cells
+    say that it failed.
     """
     folders = [str(ROOT / "scripts"), *([] if order["official"] else [str(ROOT)])]
     code = f"import json, sys; sys.path[:0] = {folders}; from benchmarks import device; "
     code += "device.work(json.loads(sys.argv[1]))"
-    modes, refused, machines = list(cells), dict[str, str](), list[dict]()
+    modes, refused, eager, machines = list(cells), dict[str, str](), list[str](), list[dict]()
     while modes:
-        argument = json.dumps(order | {"modes": modes, "refused": refused})
+        argument = json.dumps(order | {"modes": modes, "refused": refused, "eager": eager})
         # In an empty folder: a folder `sru` would hide the installed package.
         with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile("w+") as out:
             command, message = [python, "-W", "ignore", "-c", code, argument], f"not finished after {LIMIT:.0f} s"
@@ -75,9 +77,11 @@ def measure_apart(python: str, order: dict, cells: dict[str, dict]) -> list[dict
         for record in [record for record in records if "cells" in record]:
             modes.remove(record["mode"])
             cells[record["mode"]] |= record["cells"]
-        trying = records[-1].get("trying") if records else None
-        if modes and trying:
-            refused[trying] = message
+        last = records[-1] if records else {}
+        if modes and last.get("graph"):
+            eager.append(last["trying"])
+        elif modes and last.get("trying"):
+            refused[last["trying"]] = message
         elif modes:  # while contenders took turns, or between them
             cells[modes.pop(0)]["all"] = {kind: {"failed": message} for kind in PASSES[order["level"]]}
     return machines
@@ -95,7 +99,7 @@ def format_cell(cell: dict) -> str:
 def format_table(level: str, rows: list[dict], copy: float) -> str:
     """The table of a level; also adds the figures of a recurrence to `rows`."""
     names = list(dict.fromkeys(name for row in rows for name in row["cells"]))
-    columns = ["p10, us", "p90, us", "ns a step", "GB/s", "of copy", "floor, us"]
+    columns = ["p10, us", "p90, us", "warm, us", "ns a step", "GB/s", "of copy", "floor, us", "over floor"]
     columns = [*columns, "peak, MB", "first call, s"] if level == "recurrence" else []
     lines = [["(T, B, D)", "mode", "pass", *names, *columns], ["---"] * (3 + len(names) + len(columns))]
     for row, kind in ((row, kind) for row in rows for kind in PASSES[level]):
@@ -105,6 +109,7 @@ def format_table(level: str, rows: list[dict], copy: float) -> str:
             best = cell.get("device", cell["eager"])
             cell["figures"] = compute_figures(kind, row["shape"], row["mode"], best["median"], copy)
             values = cell | cell["figures"] | {f"{k}, us": best[k] * 1e6 for k in best.keys() & {"p10", "p90"}}
+            values |= {"warm, us": cell["warm"]["median"] * 1e6} if "warm" in cell else {}
         line = [str(tuple(row["shape"])), row["mode"], kind, *map(format_cell, cells)]
         lines.append(line + [f"{values[name]:.3g}" if name in values else "–" for name in columns])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
