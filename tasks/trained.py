@@ -21,13 +21,12 @@ from pytorch_lightning import LightningDataModule
 from torch import nn
 
 from tasks.base import Task
-from tasks.run import checkpoints, config_checks, config_hints, errors, signatures
+from tasks.run import checkpoints, config_checks, config_hints, errors, run_dir, signatures
 from tasks.run.signatures import OURS
 
 PRODUCT = "sru.kernels.linear.linear"  # the only function that a configuration may name
 # Errors from a configuration that is damaged, or belongs to another checkpoint.
 MISFITS = AttributeError, ImportError, KeyError, TypeError, RuntimeError, yaml.YAMLError, OmegaConfBaseException
-SPLITS = ("test", "val", "train")
 # Always from conf/data: a checkpoint may come from a stranger.
 DOWNLOADS = ("files", "rows", "parts", "url", "archive")
 # With other values of these, examples of training would be in the test.
@@ -70,15 +69,7 @@ def check_device(device: str) -> None:
 
 def open_checkpoint(checkpoint: str | Path) -> Saved:
     """Read a .ckpt file, or the checkpoint that a run's test used, without executing its content."""
-    path = Path(checkpoint).expanduser()
-    if path.is_dir():
-        names = ("average.ckpt", "best.ckpt", "last.ckpt")  # the last for runs without validation
-        paths = [path / "checkpoints" / name for name in names]
-        path = next((each for each in paths if each.is_file()), paths[1])
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"checkpoint={checkpoint} is neither a run's folder nor a .ckpt (there is no {path}); runs lie below runs/"
-        )
+    path = run_dir.find_checkpoint(checkpoint)
     content = checkpoints.read_checkpoint(path)
     if isinstance(content.get("config"), dict):
         return check_parts(Saved(path, content["config"], content, f"the configuration in {path}"))
@@ -226,7 +217,7 @@ def build_data(saved: Saved, vocabulary: Any, split: str, name: str | None, chan
             raise ValueError(f"{said} would test examples of training ({before.get(key)}): leave it out")
     values |= changes
     # If each split has its own file, only the one of this split is read.
-    values |= {key: values[split] for key in SPLITS if key in values}
+    values |= {key: values[split] for key in ("test", "val", "train") if key in values}
     data_class, options = class_and_options({"data": values}, "data", LightningDataModule)
     config_checks.check(OmegaConf.create(saved.config | {"data": values, "choices": choices}))
     data = data_class(**options)

@@ -126,9 +126,12 @@ def check_options(cfg: DictConfig, path: str, node: DictConfig) -> None:
             raise ValueError(
                 f"{path} {node._target_} has no option {name!r} (from an ablation or an experiment?). {hint}"
             )
-        is_flag = path in PARTS and parameter is not None and parameter.annotation is bool
-        if is_flag and type(node[name]) is not bool:
-            raise ValueError(f"{key}={node[name]} must be true or false")
+        if node[name] == "":
+            raise ValueError(f"{key}= is empty: type a value, or leave it out")
+        kind = inspect.formatannotation(parameter.annotation) if parameter and path in PARTS else ""
+        kinds = (bool,) if kind == "bool" else (int, float, type(None))
+        if kind in signatures.KINDS and type(node[name]) not in kinds:
+            raise ValueError(f"{key}={node[name]} must be {signatures.KINDS[kind]}")
 
 
 def check_classes(cfg: DictConfig) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 OURS = ("sru", "tasks", "data")
 PACKAGES = (*OURS, "torch", "pytorch_lightning", "lightning_fabric")  # those that are slow to import
+KINDS = {"bool": "true or false", "float": "a number", "float | None": "a number"}  # of arguments
 MODULES: dict[str, dict[str, Any]] = {}  # the names of each module read so far
 
 
@@ -58,7 +59,8 @@ def parameters(target: Any) -> dict[str, inspect.Parameter]:
         return found
     for base in ours[1:]:
         for name, parameter in inspect.signature(base).parameters.items():
-            found.setdefault(name, parameter.replace(default=None))
+            if parameter.kind is not parameter.VAR_KEYWORD:
+                found.setdefault(name, parameter.replace(default=None))
     # The official package's names for options of the SRU, which its signature does not show.
     for name in getattr(target, "official_options", ()):
         found[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -127,10 +129,10 @@ def full_name(node: ast.expr, module: str) -> str:
 
 
 def function(node: ast.FunctionDef, module: str) -> Any:
-    """An empty function with the same arguments; of the annotations it keeps `bool`, and every default is None."""
+    """An empty function with the same arguments; of the annotations it keeps KINDS, and every default is None."""
     args = node.args
     for argument in filter(None, (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg)):
-        if argument.annotation and ast.unparse(argument.annotation) != "bool":
+        if argument.annotation and ast.unparse(argument.annotation) not in KINDS:
             argument.annotation = None
     args.defaults = [ast.Constant(None) for _ in args.defaults]
     args.kw_defaults = [default and ast.Constant(None) for default in args.kw_defaults]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import predict
+import tasks.trained
 import train
 from data.audio import synthesis
 from data.audio.kaldi_ark import Archive
@@ -298,7 +299,7 @@ def test_likelihoods_are_posteriors_over_priors_of_the_features_frames(small, tm
     both = ("bidirectional=true", "data.right=7") if ways else ()
     train.run(small("epochs=1", "data.delay=4", *both))
     found = kaldiio.load_scp(str(tmp_path / "run/likelihoods.scp"))
-    task, recipe = predict.load(str(tmp_path / "run"))
+    task, recipe = tasks.trained.load(str(tmp_path / "run"))
     frames, _ = recipe.read(str(cache / f"spoken_words-{synthesis.VERSION}/test"), 100)
     assert sorted(found) == sorted(frames.keys)
     counts = recipe.counts.clamp(min=1).double()
