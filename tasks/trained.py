@@ -169,8 +169,7 @@ def build_task(saved: Saved, changes: dict[str, dict[str, Any]]) -> tuple[Any, A
         return task, vocabulary
     fixed = ("encoder", "optimizer", "scheduler", "linear", *vocabulary.model_kwargs)
     check_names("task", changes["task"], list(signatures.parameters(type(task))), fixed)
-    free = [name for name in ("eval_memory_length",) if name in saved.config["model"]]
-    check_names("model", changes["model"], free, [name for name in changes["model"] if name not in free])
+    check_names("model", changes["model"], saved.config["model"], {*changes["model"]} - {"eval_memory_length"})
     config = saved.config | {part: saved.config[part] | changes[part] for part in ("task", "model")}
     config_checks.check(OmegaConf.create(config))
     try:
@@ -188,9 +187,9 @@ def build_data(saved: Saved, vocabulary: Any, split: str, name: str | None, chan
     # Before Hydra composes them: a name could be the path of a file that came with the checkpoint.
     for part, chosen in (("data", name or choices.get("data")), ("task", choices.get("task"))):
         if chosen not in (known := config_checks.choices(part)):
-            said = f"data={name}" if name and part == "data" else f"the checkpoint's {part}, {chosen!r},"
+            source = f"data={name}" if name and part == "data" else f"the checkpoint's {part}, {chosen!r},"
             hint = config_hints.suggest_keys(str(chosen), known)
-            raise ValueError(f"{said} is not a file of conf/{part}.{hint}")
+            raise ValueError(f"{source} is not a file of conf/{part}.{hint}")
     choices = choices | {"data": name or choices["data"]}
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_checks.CONF)):
         cfg = hydra.compose("config", [f"task={choices['task']}", f"data={choices['data']}"])
@@ -213,8 +212,9 @@ def build_data(saved: Saved, vocabulary: Any, split: str, name: str | None, chan
     check_names("data", changes, known, fixed)
     for key in HELD_OUT:
         if is_same and key in changes and changes[key] != before.get(key):
-            said = f"data.{key}={changes[key]}"
-            raise ValueError(f"{said} would test examples of training ({before.get(key)}): leave it out")
+            raise ValueError(
+                f"data.{key}={changes[key]} would test examples of training ({before.get(key)}): leave it out"
+            )
     values |= changes
     # If each split has its own file, only the one of this split is read.
     values |= {key: values[split] for key in ("test", "val", "train") if key in values}

@@ -77,14 +77,11 @@ class SweepCallback(Callback):
                 sys.exit(f"error: {errors.explain_failure(error)}.")
         SweepCallback.folder = folder
         for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
-            SweepCallback.handlers.setdefault(number, signal.signal(number, exit_by_signal))
+            old = signal.signal(number, lambda received, _: sys.exit(128 + received))
+            SweepCallback.handlers.setdefault(number, old)
         # The processes of a launcher then find this project from any folder.
         paths = [str(config_checks.ROOT), os.environ.get("PYTHONPATH")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-
-
-def exit_by_signal(number: int, _frame: Any) -> None:
-    sys.exit(128 + number)
 
 
 def is_job() -> bool:
@@ -153,12 +150,12 @@ def recorded_job(folder: Path) -> list[str] | None:
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The content of metrics.json of a finished job; None for other jobs, and if the file is damaged."""
     path = folder / "metrics.json"
-    if not path.exists():
-        return None
     try:
         outcome = json.loads(path.read_text(encoding="utf-8"))
         float(outcome["metrics"].get(outcome["monitor"], 0.0))
         return dict(outcome)
+    except FileNotFoundError:
+        return None
     except DAMAGED:
         print(f"{path} is damaged: the job is tested again")
         return None

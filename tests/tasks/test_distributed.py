@@ -301,11 +301,15 @@ def test_on_a_signal_all_processes_save_and_the_sweep_ends(tmp_path, number):
         (["trainer.devices=2"], {}, r"trainer\.devices=2 needs several processes: type trainer=ddp trainer\.devices=2"),
         (["trainer.accelerator=tpu"], {}, r"trainer\.accelerator=tpu must be one of auto, cpu, gpu"),
         (["trainer=ddp", "trainer.strategy=fsdp"], {}, r"trainer\.strategy=fsdp must be one of auto, ddp"),
-        (["trainer=ddp"], {"TORCHELASTIC_RUN_ID": "a"}, "WORLD_SIZE is not set, but torchrun sets a whole number"),
+        (
+            ["trainer=ddp"],
+            {"TORCHELASTIC_RUN_ID": "a"},
+            "WORLD_SIZE is not set, but torchrun and srun set a whole number",
+        ),
         (
             ["trainer=ddp"],
             {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "x"},
-            "SLURM_NTASKS is x, but srun sets",
+            "SLURM_NTASKS is x, but torchrun and srun set",
         ),
         (["trainer=ddp", "trainer.devices=0"], {}, r"trainer\.devices=0 must be a whole number, 1 or more, or auto"),
         (["trainer=ddp", "trainer.devices=[0,1]"], {}, "CUDA_VISIBLE_DEVICES"),
@@ -316,7 +320,7 @@ def test_on_a_signal_all_processes_save_and_the_sweep_ends(tmp_path, number):
             r"this machine has \d+ GPUs|torch finds no GPU here",
         ),
         (["trainer=ddp", "trainer.devices=3"], {"WORLD_SIZE": "2"}, r"2 processes were started on each of 1 machines"),
-        ([], {"WORLD_SIZE": "2"}, "2 processes were started, but trainer=default uses one: type trainer=ddp"),
+        ([], {"WORLD_SIZE": "2"}, "2 processes were started, but this trainer uses one: type trainer=ddp"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(configure, monkeypatch, words, started, message):

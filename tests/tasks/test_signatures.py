@@ -38,7 +38,7 @@ def shape(found):
             p.name,
             p.kind,
             p.default is p.empty,
-            inspect.formatannotation(p.annotation) in KINDS,
+            inspect.formatannotation(p.annotation).strip("'") in KINDS,
         )
         for each in (found, *ours)
         for p in inspect.signature(each).parameters.values()
