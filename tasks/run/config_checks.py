@@ -164,7 +164,7 @@ def check_classes(cfg: DictConfig) -> None:
             check_options(cfg, path, node)
         if node.get("_partial_") or "_args_" in node:
             continue
-        if absent := [name for name in required(node, path) if name not in node]:
+        if absent := [name for name in required_arguments(node, path) if name not in node]:
             if path.startswith(("task", "model")):
                 raise ValueError(f"{path}: the code passes {absent[0]} to {node._target_}; type +{path}._partial_=true")
             raise ValueError(f"{path}: {node._target_} needs {', '.join(absent)}; type +{path}.{absent[0]}=VALUE")
@@ -268,10 +268,10 @@ def code_arguments(cfg: DictConfig, path: str, node: DictConfig) -> list[str]:
     if path == "task":
         names = getattr(outline_of(cfg.data, "data"), "MODEL_KWARGS", ())
         return ["encoder", *(names if isinstance(names, tuple) else ())]  # a property depends on options
-    return required(node, path)[:1]
+    return required_arguments(node, path)[:1]
 
 
-def required(node: DictConfig, path: str) -> list[str]:
+def required_arguments(node: DictConfig, path: str) -> list[str]:
     """The arguments that a node's class needs."""
     parameters = signatures.parameters(outline_of(node, path)).values()
     return [p.name for p in parameters if p.default is p.empty and p.kind not in VARIADIC]

@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tasks.run import config_checks, errors, files, run_dir
+from tasks.run.config_hints import key_of
 
 # A resume may change how the jobs run, and the length of a search, but not the jobs.
 FREE = ("hydra/launcher", "hydra.launcher.", "hydra.sweeper.n_trials")
@@ -26,10 +27,6 @@ FREE = ("hydra/launcher", "hydra.launcher.", "hydra.sweeper.n_trials")
 OWN = ("resume", "run_dir", "hydra.sweep.dir", "hydra.mode")
 # What reading a damaged JSON file may raise.
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-
-
-def key(word: str) -> str:
-    return word.lstrip("+~").split("=")[0]
 
 
 class SweepCallback(Callback):
@@ -70,7 +67,7 @@ class SweepCallback(Callback):
                     "another folder."
                 )
             words = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
-            words = [word for word in words if key(word) not in OWN]
+            words = [word for word in words if key_of(word) not in OWN]
             try:
                 files.write_text(folder / "sweep.json", json.dumps({"overrides": words}, indent=2) + "\n")
             except OSError as error:
@@ -100,7 +97,7 @@ def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | N
     config = HydraConfig.get()
     folder = Path(config.runtime.output_dir)
     failure = folder / "failed.json"
-    words = [word for word in config.overrides.task if key(word) not in OWN]
+    words = [word for word in config.overrides.task if key_of(word) not in OWN]
     before = recorded_job(folder)
     if cfg.resume and before not in (None, words):
         # It ends the whole sweep; an Exception would end only this job.
@@ -143,7 +140,7 @@ def recorded_job(folder: Path) -> list[str] | None:
     """The words of the job that began or failed in a folder; None without one."""
     for name in ("run.json", "failed.json"):
         with contextlib.suppress(OSError, ValueError):  # a damaged record is written anew
-            return [word for word in run_dir.read_recorded_words(folder / name) if key(word) not in OWN]
+            return [word for word in run_dir.read_recorded_words(folder / name) if key_of(word) not in OWN]
     return None
 
 
@@ -171,16 +168,16 @@ def folder_to_resume(arguments: list[str]) -> Path | None:
 def add_recorded_words(folder: Path, arguments: list[str]) -> list[str]:
     """The recorded words of a sweep and those of the command, which may change only how the jobs run."""
     words = run_dir.read_recorded_words(folder / "sweep.json")
-    new = [word for word in arguments if key(word) != "resume" and word not in ("-m", "--multirun", *words)]
+    new = [word for word in arguments if key_of(word) != "resume" and word not in ("-m", "--multirun", *words)]
     for word in new:
-        if not key(word).startswith(FREE):
+        if not key_of(word).startswith(FREE):
             raise ValueError(
                 f"resume={folder} goes on with the same sweep, and {word} would change it. Leave that out, or start "
                 "a new sweep; only hydra/launcher=, hydra.launcher.* and a search's hydra.sweeper.n_trials may differ."
             )
-    if any(key(word) == "hydra/launcher" for word in new):
-        words = [word for word in words if not key(word).startswith(("hydra/launcher", "hydra.launcher."))]
-    words = [word for word in words if key(word) not in map(key, new)]
+    if any(key_of(word) == "hydra/launcher" for word in new):
+        words = [word for word in words if not key_of(word).startswith(("hydra/launcher", "hydra.launcher."))]
+    words = [word for word in words if key_of(word) not in map(key_of, new)]
     quoted = run_dir.quote(folder)
     return ["-m", *words, *new, f"resume={quoted}", f"hydra.sweep.dir={quoted}"]
 

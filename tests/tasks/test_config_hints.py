@@ -34,7 +34,7 @@ def answer(monkeypatch, tmp_path):
 
     monkeypatch.setattr(train, "run", run)
 
-    def answered(words):
+    def run_command(words):
         monkeypatch.delenv("HYDRA_FULL_ERROR")
         monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(words)])
         try:
@@ -47,7 +47,7 @@ def answer(monkeypatch, tmp_path):
         (failed,) = tmp_path.rglob("failed.json") if list(tmp_path.rglob("failed.json")) else (None,)
         return json.loads(failed.read_text())["error"] if failed else seen[-1]
 
-    return answered
+    return run_command
 
 
 @pytest.mark.parametrize(

@@ -333,7 +333,7 @@ def test_the_state_of_a_checkpoint_goes_where_the_network_is():
         (["callbacks.clock.max_seconds=0"], "callbacks.clock.max_seconds=0 must be above 0"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_at_once(configure, tmp_path, words, expected):
+def test_wrong_options_of_a_language_model_are_refused_at_once(configure, tmp_path, words, expected):
     (tmp_path / "words").write_text("some words " * 3000)
     words = [word.replace("{words}", str(tmp_path / "words")) for word in words]
     with pytest.raises((ValueError, InstantiationException)) as caught:
