@@ -11,11 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import yaml
 
-from tasks import trained
-from tasks.run import config_hints, console, errors, files, metrics
+from tasks.run import config_hints, console, errors, files, imports, run_dir
 
 USAGE = """Test a trained network: python evaluate.py checkpoint=FOLDER_OR_FILE KEY=VALUE ...
 
@@ -35,6 +33,7 @@ output        a folder for metrics.json and the files that a test writes, such a
               metrics, with the other files beside it. Without it nothing is written. Nothing is overwritten.
 """
 OWN = ("checkpoint", "split", "data", "limit", "precision", "device", "output")
+SPLITS = ("test", "val", "train")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 
 
@@ -46,9 +45,16 @@ def main(words: list[str]) -> dict[str, float]:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*|.*isinstance.treespec, LeafSpec")
     options, changes = parse(words)
+    checkpoint = run_dir.find_checkpoint(options["checkpoint"])
+    with imports.no_garbage():  # not before: it takes seconds
+        imports.import_lightning()
+        import pytorch_lightning as pl
+
+        from tasks import trained
+        from tasks.run import metrics
     split, device = options.get("split", "test"), options.get("device", "auto")
     trained.check_device(device)
-    saved = trained.open_checkpoint(options["checkpoint"])
+    saved = trained.open_checkpoint(checkpoint)
     task, vocabulary = trained.build_task(saved, changes)
     data = trained.build_data(saved, vocabulary, split, options.get("data"), changes["data"])
     training = saved.config["trainer"]
@@ -110,12 +116,14 @@ def parse(words: list[str]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
         if part in changes and key:
             try:
                 changes[part][key] = yaml.safe_load(options.pop(name))
+                if value == "":
+                    raise ValueError(f"{name}= is empty: type a value, or leave it out")
             except yaml.YAMLError as error:
                 raise ValueError(f"{name}={value} cannot be read; type a list as 'data.speeds=[1.0]'") from error
         elif name not in OWN:
             known = [*OWN, "data.batch_size", "data.root", "task.beam"]
             raise ValueError(f"there is no option {name!r}.{config_hints.suggest_keys(name, known)}")
-    for name, values in (("split", trained.SPLITS), ("precision", PRECISIONS)):
+    for name, values in (("split", SPLITS), ("precision", PRECISIONS)):
         if options.get(name, values[0]) not in values:
             raise ValueError(f"{name}={options[name]} must be one of {', '.join(values)}")
     return options, changes

@@ -1,14 +1,13 @@
 """Apply a trained network to your own input: `python predict.py checkpoint=runs/lm/<time> prompt="The "`."""
 
+import ast
 import inspect
 import sys
 from typing import Any
 
-from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from tasks.run import config_checks, console, errors
-from tasks.trained import load
+from tasks.run import config_checks, console, errors, run_dir, signatures
 
 USAGE = """Apply a trained network: python predict.py checkpoint=FOLDER_OR_FILE KEY=VALUE ...
 
@@ -18,16 +17,19 @@ The value is everything after the first =, unchanged."""
 def main(words: list[str]) -> None:
     if not words or {"-h", "--help", "help"} & set(words):
         print(USAGE)
-        for path in sorted((config_checks.ROOT / "conf/task").glob("*.yaml")):
-            task = get_class(OmegaConf.load(path).task._target_)
-            if hasattr(task, "predict"):
-                print(
-                    f"\nWith task={path.stem}:{inspect.cleandoc(task.predict.__doc__).partition('Args:')[2].rstrip()}"
-                )
+        for path in sorted((config_checks.CONF / "task").glob("*.yaml")):
+            task_class = signatures.definition(*OmegaConf.load(path).task._target_.rsplit(".", 1))
+            for method in task_class[1].body if task_class else ():
+                if isinstance(method, ast.FunctionDef) and method.name == "predict":
+                    arguments = (ast.get_docstring(method) or "").partition("Args:")[2].rstrip()
+                    print(f"\nWith task={path.stem}:{arguments}")
         print("\nWith any: device: auto, cpu or cuda.")
         return
     options = console.options_of_checkpoint(words, example="prompt='The '")
-    task, vocabulary = load(options.pop("checkpoint"), options.pop("device", "auto"))
+    checkpoint = run_dir.find_checkpoint(options.pop("checkpoint"))
+    from tasks.trained import load  # not before: it imports torch, which takes seconds
+
+    task, vocabulary = load(checkpoint, options.pop("device", "auto"))
     if not hasattr(task, "predict"):
         raise ValueError(f"{type(task).__name__} does not support predict.py; use evaluate.py")
     parameters = {name: p for name, p in inspect.signature(task.predict).parameters.items() if name != "vocabulary"}

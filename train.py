@@ -32,7 +32,7 @@ def run(cfg: DictConfig) -> float | None:
     """Train and test one configuration; returns the best value of the monitored metric, which searches optimise."""
     config_hints.drop_null(cfg)
     config_checks.check(cfg)
-    config_hints.check(cfg)
+    config_checks.check_classes(cfg)
     wandb_options.keep_place(cfg)
     with imports.no_garbage():
         # Not at the top: --help and refused commands must not wait seconds for torch.
@@ -64,16 +64,14 @@ def run(cfg: DictConfig) -> float | None:
             config_checks.check_data(cfg, data, last)
             kwargs = data.model_kwargs
         task = instantiate(cfg.task)(encoder=instantiate(cfg.model), **kwargs)
-        # In a file, each update of a bar would be a line.
-        cfg.trainer.enable_progress_bar &= sys.stdout.isatty()
-        if not cfg.trainer.enable_progress_bar:
-            config_hints.drop_bars(cfg)
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         recorder = checkpoints.Recorder(config, metrics.provenance(on_gpu=distributed.on_gpu(cfg)), folder)
         if any(".monitor=" in word for word in distributed.overrides()) and not cfg.trainer.num_sanity_val_steps:
             cfg.trainer.num_sanity_val_steps = 1  # one batch shows whether the metric exists
         sizes, outcome = metrics.sizes(task), None
         trainer = instantiate(cfg.trainer)
+        if trainer.progress_bar_callback and not sys.stdout.isatty():  # each update would be a line of a file
+            trainer.callbacks.remove(trainer.progress_bar_callback)
         try:
             trainer.callbacks.insert(0, metrics.Monitors())
             if not trainer.fast_dev_run:  # it saves nothing
@@ -116,11 +114,7 @@ def command() -> None:
         run(cfg)
         return
     # resume=null changes nothing.
-    words = [
-        word
-        for word in sys.argv[1:]
-        if not word.startswith("resume=") or not config_hints.is_nothing(word.removeprefix("resume="))
-    ]
+    words = [word for word in sys.argv[1:] if not (word.startswith("resume=") and config_hints.is_nothing(word))]
     words = distributed.arguments(words)
     words.sort(key=lambda word: word not in ("-m", "--multirun"))  # argparse accepts no flag between two overrides
     folder = sweep.folder_to_resume(words)

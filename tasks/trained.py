@@ -14,20 +14,19 @@ from typing import Any
 import hydra
 import torch
 import yaml
-from hydra.utils import get_class, get_object
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import LightningDataModule
 from torch import nn
 
 from tasks.base import Task
-from tasks.run import checkpoints, config_checks, config_hints, errors
+from tasks.run import checkpoints, config_checks, config_hints, errors, run_dir, signatures
 from tasks.run.signatures import OURS
 
 PRODUCT = "sru.kernels.linear.linear"  # the only function that a configuration may name
 # Errors from a configuration that is damaged, or belongs to another checkpoint.
 MISFITS = AttributeError, ImportError, KeyError, TypeError, RuntimeError, yaml.YAMLError, OmegaConfBaseException
-SPLITS = ("test", "val", "train")
 # Always from conf/data: a checkpoint may come from a stranger.
 DOWNLOADS = ("files", "rows", "parts", "url", "archive")
 # With other values of these, examples of training would be in the test.
@@ -70,15 +69,7 @@ def check_device(device: str) -> None:
 
 def open_checkpoint(checkpoint: str | Path) -> Saved:
     """Read a .ckpt file, or the checkpoint that a run's test used, without executing its content."""
-    path = Path(checkpoint).expanduser()
-    if path.is_dir():
-        names = ("average.ckpt", "best.ckpt", "last.ckpt")  # the last for runs without validation
-        paths = [path / "checkpoints" / name for name in names]
-        path = next((each for each in paths if each.is_file()), paths[1])
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"checkpoint={checkpoint} is neither a run's folder nor a .ckpt (there is no {path}); runs lie below runs/"
-        )
+    path = run_dir.find_checkpoint(checkpoint)
     content = checkpoints.read_checkpoint(path)
     if isinstance(content.get("config"), dict):
         return check_parts(Saved(path, content["config"], content, f"the configuration in {path}"))
@@ -177,9 +168,8 @@ def build_task(saved: Saved, changes: dict[str, dict[str, Any]]) -> tuple[Any, A
     if not changed:
         return task, vocabulary
     fixed = ("encoder", "optimizer", "scheduler", "linear", *vocabulary.model_kwargs)
-    check_names("task", changes["task"], config_checks.options_of(type(task)), fixed)
-    free = [name for name in ("eval_memory_length",) if name in saved.config["model"]]
-    check_names("model", changes["model"], free, [name for name in changes["model"] if name not in free])
+    check_names("task", changes["task"], list(signatures.parameters(type(task))), fixed)
+    check_names("model", changes["model"], saved.config["model"], {*changes["model"]} - {"eval_memory_length"})
     config = saved.config | {part: saved.config[part] | changes[part] for part in ("task", "model")}
     config_checks.check(OmegaConf.create(config))
     try:
@@ -196,21 +186,21 @@ def build_data(saved: Saved, vocabulary: Any, split: str, name: str | None, chan
     training_class, _ = class_and_options(saved.config, "data", LightningDataModule)
     # Before Hydra composes them: a name could be the path of a file that came with the checkpoint.
     for part, chosen in (("data", name or choices.get("data")), ("task", choices.get("task"))):
-        if chosen not in (known := config_hints.choices(part)):
-            said = f"data={name}" if name and part == "data" else f"the checkpoint's {part}, {chosen!r},"
+        if chosen not in (known := config_checks.choices(part)):
+            source = f"data={name}" if name and part == "data" else f"the checkpoint's {part}, {chosen!r},"
             hint = config_hints.suggest_keys(str(chosen), known)
-            raise ValueError(f"{said} is not a file of conf/{part}.{hint}")
+            raise ValueError(f"{source} is not a file of conf/{part}.{hint}")
     choices = choices | {"data": name or choices["data"]}
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_hints.CONF)):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_checks.CONF)):
         cfg = hydra.compose("config", [f"task={choices['task']}", f"data={choices['data']}"])
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     data_class, _ = class_and_options({"data": values}, "data", LightningDataModule)
     if data_class.vocabulary_of is not training_class.vocabulary_of:
         raise ValueError(
             f"data={name} is of another kind than the data of training, {saved.config['choices']['data']}; of the same "
-            f"kind are: {', '.join(data_of_kind(training_class))}"
+            f"kind are: {', '.join(config_checks.data_like(training_class))}"
         )
-    known, fixed = config_checks.options_of(data_class), data_class.FIXED_BY_CHECKPOINT
+    known, fixed = list(signatures.parameters(data_class)), data_class.FIXED_BY_CHECKPOINT
     is_same = choices["data"] == saved.config["choices"]["data"]
     for key, value in before.items():
         if key in config_checks.FOLDERS:
@@ -222,25 +212,14 @@ def build_data(saved: Saved, vocabulary: Any, split: str, name: str | None, chan
     check_names("data", changes, known, fixed)
     for key in HELD_OUT:
         if is_same and key in changes and changes[key] != before.get(key):
-            said = f"data.{key}={changes[key]}"
-            raise ValueError(f"{said} would test examples of training ({before.get(key)}): leave it out")
+            raise ValueError(
+                f"data.{key}={changes[key]} would test examples of training ({before.get(key)}): leave it out"
+            )
     values |= changes
     # If each split has its own file, only the one of this split is read.
-    values |= {key: values[split] for key in SPLITS if key in values}
+    values |= {key: values[split] for key in ("test", "val", "train") if key in values}
     data_class, options = class_and_options({"data": values}, "data", LightningDataModule)
     config_checks.check(OmegaConf.create(saved.config | {"data": values, "choices": choices}))
     data = data_class(**options)
     data.checkpoint_vocabulary = vocabulary
     return data
-
-
-def data_of_kind(training_class: Any) -> list[str]:
-    """The files of conf/data with the same kind of vocabulary."""
-
-    def data_class(name: str) -> Any:
-        cfg: Any = OmegaConf.load(config_hints.CONF / f"data/{name}.yaml")
-        return get_class(cfg._target_) if "_target_" in cfg else data_class(cfg.defaults[0])
-
-    return [
-        name for name in config_hints.choices("data") if data_class(name).vocabulary_of is training_class.vocabulary_of
-    ]

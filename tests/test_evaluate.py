@@ -47,6 +47,13 @@ def test_the_folder_of_a_run_selects_its_mean_of_checkpoints(configure, tmp_path
     assert evaluate.main([f"checkpoint={run}/checkpoints/best.ckpt"])["test/loss"] != metrics_of(run)["test/loss"]
 
 
+def test_a_missing_best_checkpoint_is_reported_and_the_last_one_used(translator, tmp_path, capsys):
+    shutil.copytree(translator, tmp_path / "run")
+    (tmp_path / "run/checkpoints/best.ckpt").unlink()
+    evaluate.main([f"checkpoint={tmp_path / 'run'}", "limit=1"])
+    assert f"{tmp_path}/run/checkpoints/best.ckpt does not exist: " in capsys.readouterr().err
+
+
 def test_a_run_without_validation_has_its_last_weights(configure, tmp_path, capsys):
     train.run(configure(*SMALL, "trainer.limit_val_batches=0"))
     assert re.search(r"tested +the last weights", capsys.readouterr().out)
@@ -282,6 +289,7 @@ def test_other_tied_weights_and_other_held_out_examples_are_refused(configure, t
             "of another kind than the data of training, translation_sample; of the same kind are: ",
         ),
         (["checkpoint={run}", "data=parallel"], "data.source=None must be a language"),
+        (["checkpoint={run}", "data.test="], "data.test= is empty: type a value, or leave it out"),
         (["checkpoint={run}", "limit=0"], "limit=0 must be a number of batches"),
         (["checkpoint={run}", "limit=["], "limit=[ must be a number of batches"),
         (["checkpoint={run}", "precision=8"], "precision=8 must be one of 32-true"),
@@ -306,12 +314,12 @@ def test_wrong_options_of_evaluate_are_refused(translator, tmp_path, words, expe
 
 
 def test_the_command_explains_itself_and_its_errors():
-    def told(*words):
+    def run(*words):
         return subprocess.run(
             [sys.executable, "evaluate.py", *words], cwd=ROOT, capture_output=True, text=True, check=False
         )
 
-    usage, wrong = told("--help"), told("split=val")
+    usage, wrong = run("--help"), run("split=val")
     assert (usage.returncode, wrong.returncode) == (0, 1)
     assert "test, val or train" in usage.stdout
     assert wrong.stderr.startswith("error: checkpoint is missing; type checkpoint=FOLDER")

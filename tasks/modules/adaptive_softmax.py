@@ -2,7 +2,7 @@
 
 Words are numbered by frequency, the most frequent first. Cutoffs c1 < ... < ck divide them into the clusters [0, c1),
 [c1, c2), ..., [ck, V). Words of cluster i have embedding_size // div_value**i features. Softmax and embedding may share
-their weights.
+their weights, which torch.nn.AdaptiveLogSoftmaxWithLoss does not support.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,22 +18,16 @@ def _cluster_sizes(
     """The clusters' bounds [0, c1, ..., V] and their numbers of features; ValueError for options that do not fit."""
     bounds = [0, *cutoffs, vocab_size]
     if not all(type(c) is int for c in cutoffs) or bounds != sorted(set(bounds)):
-        typed, fitting = (
-            "[" + ",".join(map(str, values)) + "]"
-            for values in (cutoffs, sorted({c for c in cutoffs if type(c) is int and 1 <= c < vocab_size}))
-        )
         raise ValueError(
-            f"task.cutoffs={typed} with a vocabulary of {vocab_size} words: every cutoff must lie between 1 and "
-            f"{vocab_size - 1}, be a whole number and exceed the one before it; type task.cutoffs={fitting}"
+            f"task.cutoffs={list(cutoffs)} with a vocabulary of {vocab_size} words: every cutoff must lie between 1 "
+            f"and {vocab_size - 1}, be a whole number and exceed the one before it"
         )
     if not isinstance(div_value, int) or div_value < 1:
         raise ValueError(f"task.div_value={div_value} must be a whole number, 1 or more; type task.div_value=4")
-    needed = div_value ** len(cutoffs)
-    if embedding_size < needed:
+    if embedding_size < (needed := div_value ** len(cutoffs)):
         raise ValueError(
-            f"task.embedding_size={embedding_size} is divided by task.div_value={div_value} for each of "
-            f"{len(cutoffs)} cutoffs, which leaves the rarest words no features: type "
-            f"task.embedding_size={needed} or more, or task.div_value=1 for the same number in all clusters"
+            f"task.embedding_size={embedding_size} must be {needed} or more, as task.div_value={div_value} divides it "
+            f"for each of {len(cutoffs)} cutoffs; task.div_value=1 gives all clusters the same number"
         )
     return bounds, [embedding_size // div_value**i for i in range(len(bounds) - 1)]
 

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,88 +14,82 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from tasks.run import distributed, imports, signatures, wandb_options
 
 ROOT = Path(__file__).parents[2]
-# Bounds of options that no class checks before a corpus is read. Key: lowest value, highest value, example; a float as
-# the example accepts any number, an int only whole numbers.
-RANGES: dict[str, tuple[float, float, float]] = {
-    "seed": (0, 2**32 - 1, 1),
-    "depth": (1, 1000, 2),
-    "width": (1, 100_000, 128),
-    "dropout": (0, 0.999, 0.5),
-    "epochs": (1, 10**6, 100),
-    "data.batch_size": (1, 10**6, 32),
-    "data.fold": (0, 9, 0),
-    "data.min_count": (1, 10**6, 2),
-    "task.dropout": (0, 0.999, 0.5),
-    "task.embedding_dropout": (0, 0.999, 0.5),
-    "task.embedding_size": (1, 10**6, 128),
-    "task.optimizer.lr": (0, 1e9, 0.001),
-    "task.max_answer": (1, 10**6, 15),
-    "task.beam": (1, 1000, 5),
-    "task.length_penalty": (0, 100, 0.6),
-    "task.label_smoothing": (0, 0.999, 0.1),
-    "task.tuned_words": (0, 10**9, 1000),
-    "data.seed": (0, 2**32 - 1, 1234),
-    "task.frequency_masks": (0, 100, 2),
-    "task.frequency_width": (0, 256, 8),
-    "task.time_masks": (0, 100, 2),
-    "task.time_width": (0, 1, 0.05),
-    "task.colour": (0, 10, 0.5),
-    "task.warp": (0, 0.9, 0.15),
-    "data.repeats": (1, 10_000, 2),
-    "trainer.max_steps": (-1, 10**9, 400_000),
-    "trainer.accumulate_grad_batches": (1, 10**6, 1),
-    "trainer.max_epochs": (1, 10**6, 100),
-    "data.unroll": (1, 10**6, 128),
-    "data.eval_batch_size": (1, 10**6, 1),
-    "data.eval_unroll": (1, 10**6, 128),
-    "data.vocab_size": (1, 10**7, 32_000),
-    "data.max_length": (1, 10**6, 100),
-    "data.tokens_per_batch": (1, 10**9, 4096),
-    "data.eval_tokens_per_batch": (1, 10**9, 4096),
-    "data.delay": (0, 10**4, 10),
-    "data.segment": (1, 10**6, 20),
-    "data.right": (0, 10**6, 20),
-    "data.eval_frames_per_batch": (1, 10**9, 8000),
-    "data.window": (1, 10**6, 1000),
-    "data.frames_per_batch": (1, 10**9, 12_000),
-    "data.volume": (0, 60, 20.0),
+CONF = ROOT / "conf"
+# Bounds of options that no class checks before a corpus is read: lowest, highest, and keys. Where the highest is a
+# float, any number fits, elsewhere only whole numbers.
+RANGES: tuple[tuple[float, float, str], ...] = (
+    (0, 2**32 - 1, "seed data.seed"),
+    (0, 9, "data.fold"),
+    (1, 1000, "depth task.beam"),
+    (1, 10**5, "width"),
+    (1, 10**6, "epochs trainer.max_epochs trainer.accumulate_grad_batches task.embedding_size task.max_answer"),
+    (-1, 10**9, "trainer.max_steps"),
+    (1, 10**9, "data.batch_size data.eval_batch_size data.tokens_per_batch data.eval_tokens_per_batch"),
+    (
+        1,
+        10**9,
+        "data.frames_per_batch data.eval_frames_per_batch data.unroll data.eval_unroll data.segment data.window",
+    ),
+    (1, 10**9, "data.vocab_size data.min_count data.max_length data.repeats"),
+    (0, 10**6, "data.delay data.right"),
+    (0, 60.0, "data.volume"),
+    (0, 0.999, "dropout task.dropout task.embedding_dropout task.label_smoothing"),
+    (0, 1e9, "task.optimizer.lr"),
+    (0, 100.0, "task.length_penalty"),
+    (0, 10**9, "task.tuned_words"),
+    (0, 100, "task.frequency_masks task.time_masks"),
+    (0, 256, "task.frequency_width"),
+    (0, 1.0, "task.time_width"),
+    (0, 10.0, "task.colour"),
+    (0, 0.9, "task.warp"),
+)
+PARTS = ("data", "model", "task")
+EXAMPLES = {
+    "task.optimizer": "for example task.optimizer._target_=torch.optim.AdamW",
+    "task.scheduler": "+task.scheduler._target_=CLASS +task.scheduler._partial_=true, or task.scheduler=null for none",
 }
 # Options of data that name files or folders.
 FOLDERS = ("root", "cache")
 FILES = ("path", "train", "val", "test", "vectors")  # or null
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-# Options of the library's layers that no task can use, and why.
-LIBRARY = {
-    "batch_first": "time comes first in every task",
-    "nn_rnn_compatible_return": "the tasks need the state as sru.SRU returns it",
-    "device": "trainer.accelerator selects it",
-    "dtype": "trainer.precision sets it, for example 64-true",
-    "transform_module": "a module cannot be typed",
-    "custom_m": "a module cannot be typed",
-    "amp_recurrence_fp16": "it has no effect",
+CALLBACKS = ("best", "average", "last", "clock", "interruption")  # train.py and the callbacks read them
+# Options that no run can use, and why.
+UNUSABLE = {
+    "model.batch_first": "time comes first in every task",
+    "model.nn_rnn_compatible_return": "the tasks need the state as sru.SRU returns it",
+    "model.device": "trainer.accelerator selects it",
+    "model.dtype": "trainer.precision sets it, for example 64-true",
+    "model.transform_module": "a module cannot be typed",
+    "model.custom_m": "a module cannot be typed",
+    "model.amp_recurrence_fp16": "it has no effect",
+    "trainer.strategy": "several processes need trainer=ddp, and for example trainer.devices=2",
+    "trainer.num_nodes": "several machines need trainer=ddp",
+    "callbacks.best.save_weights_only": "a resume and the test need the whole checkpoint",
+    "callbacks.last.save_weights_only": "a resume and the test need the whole checkpoint",
+    "callbacks.last.save_top_k": "last.ckpt is one file, and a resume needs it",
+    "callbacks.best.save_top_k": "best.ckpt is one file; to keep more, type "
+    "+callbacks.top._target_=pytorch_lightning.callbacks.ModelCheckpoint +callbacks.top.save_top_k=3 "
+    "+callbacks.top.monitor=val/loss '+callbacks.top.dirpath=${run_dir}/top'",
 }
 
 
-def why_unusable(path: str, name: str) -> str | None:
-    """Why no run can use an option that its class takes; None for other options."""
-    if path == "model" and name in LIBRARY:
-        return f"model.{name} cannot be set in a run: {LIBRARY[name]}; leave out model.{name}"
-    if path in ("callbacks.best", "callbacks.last") and name == "save_weights_only":
-        return f"{path}.{name} cannot be set in a run: a resume and the test need the whole checkpoint. Leave it out"
-    if path == "trainer" and name in ("strategy", "num_nodes"):
-        return f"trainer.{name} is for several processes: type trainer=ddp, and for example trainer.devices=2"
-    return None
+def groups() -> list[str]:
+    return sorted(path.name for path in CONF.iterdir() if path.is_dir())
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
 
 
 def check(cfg: DictConfig) -> None:
     """Refuse values out of range, and options that the class of data, model or task does not take."""
-    for key, (low, high, example) in RANGES.items():
-        value = OmegaConf.select(cfg, key, default=example)
-        kinds = (int, float) if isinstance(example, float) else (int,)
-        if type(value) not in kinds or not low <= value <= high:
-            kind = "a number" if isinstance(example, float) else "a whole number"
-            raise ValueError(f"{key}={value} must be {kind}, {low} to {high}; type for example {key}={example}")
+    for low, high, keys in RANGES:
+        kinds, kind = ((int, float), "a number") if type(high) is float else ((int,), "a whole number")
+        for key in keys.split():
+            value = OmegaConf.select(cfg, key, default=low)
+            if type(value) not in kinds or not low <= value <= high:
+                raise ValueError(f"{key}={value} must be {kind}, {low} to {high:g}")
     distributed.check(cfg)
     check_trainer(cfg)
     both = OmegaConf.select(cfg, "bidirectional", default=False)
@@ -109,25 +104,74 @@ def check(cfg: DictConfig) -> None:
             raise ValueError(f"data.{name}={value} must be a text{', or null for none' if name in FILES else ''}")
     if "wandb" in cfg.loggers:
         wandb_options.check(cfg.loggers.wandb)
-    for part in ("data", "model", "task"):
-        target = outline_of(cfg[part], part)
-        known, flags = options_of(target), options_of(target, bool)
-        for name, value in cfg[part].items():
-            if name in known and value not in (None, False) and (why := why_unusable(part, name)):
-                raise ValueError(f"{part}.{name}={value}: {why.partition(': ')[2]}")
-            if name in flags and type(value) is not bool:
-                raise ValueError(f"{part}.{name}={value} must be true or false")
-            if name not in known and name not in ("_target_", "_partial_"):
-                raise ValueError(
-                    f"{part} {cfg[part]._target_} has no option {name!r} (from an ablation or an experiment?). "
-                    f"It has: {', '.join(each for each in known if not why_unusable(part, each))}."
-                )
+    for part in PARTS:
+        check_options(cfg, part, cfg[part])
+
+
+def check_options(cfg: DictConfig, path: str, node: DictConfig) -> None:
+    """Refuse options that a node's class does not take, and those that no run can use."""
+    parameters = signatures.parameters(outline_of(node, path))
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    supplied = code_arguments(cfg, path, node)
+    usable = [name for name in parameters if name not in supplied and f"{path}.{name}" not in UNUSABLE]
+    for name in map(str, node):
+        key, parameter = f"{path}.{name}", parameters.get(name)
+        if name in supplied:
+            raise ValueError(f"{key} is set by the program: leave it out")
+        if key in UNUSABLE and path != "trainer" and node[name] is not None and node[name] is not False:
+            raise ValueError(f"{key}={node[name]} cannot be set in a run: {UNUSABLE[key]}; leave it out")
+        if parameter is None and name not in HYDRA_KEYS and not takes_more:
+            near = difflib.get_close_matches(name, usable)
+            hint = f"Did you mean: {', '.join(near)}?" if near else f"It has: {', '.join(usable)}."
+            raise ValueError(
+                f"{path} {node._target_} has no option {name!r} (from an ablation or an experiment?). {hint}"
+            )
+        if node[name] == "":
+            raise ValueError(f"{key}= is empty: type a value, or leave it out")
+        kind = inspect.formatannotation(parameter.annotation) if parameter and path in PARTS else ""
+        kinds = (bool,) if kind == "bool" else (int, float, type(None))
+        if kind in signatures.KINDS and type(node[name]) not in kinds:
+            raise ValueError(f"{key}={node[name]} must be {signatures.KINDS[kind]}")
+
+
+def check_classes(cfg: DictConfig) -> None:
+    """Refuse words that nothing reads, and classes that a run cannot build from their options."""
+    known = [*OmegaConf.load(CONF / "config.yaml"), *groups(), "loggers", "callbacks"]
+    text = OmegaConf.to_yaml(cfg, resolve=False)
+    for word in distributed.overrides():
+        key = re.split(r"[.=]", word.lstrip("+"))[0]
+        if word[0] == "+" and key not in known and not re.search(rf"\$\{{[^}}]*\b{re.escape(key)}\b", text):
+            near = difflib.get_close_matches(key, map(str, known))
+            raise ValueError(f"Nothing reads {key!r}." + (f" Did you mean: {', '.join(near)}?" if near else ""))
+    if absent := [name for name in CALLBACKS if name not in cfg.callbacks]:
+        raise ValueError(f"callbacks.{absent[0]} is missing, and every run needs it: do not remove it")
+    monitor, mode = cfg.callbacks.best.get("monitor"), cfg.callbacks.best.get("mode")
+    if not str(monitor).startswith("val/") or mode not in ("min", "max"):
+        raise ValueError(
+            f"callbacks.best.monitor={monitor} callbacks.best.mode={mode} must be a metric of the validation, and min "
+            "or max; type for example callbacks.best.monitor=val/loss callbacks.best.mode=min"
+        )
+    nodes = {f"{group}.{name}": value for group in ("loggers", "callbacks") for name, value in cfg[group].items()}
+    nodes["task.optimizer"] = cfg.task.get("optimizer")
+    if cfg.task.get("scheduler") is not None:
+        nodes["task.scheduler"] = cfg.task.scheduler
+    for path, node in nodes.items():
+        if not OmegaConf.is_dict(node) or "_target_" not in node:
+            example = EXAMPLES.get(path, f"+{path}._target_=CLASS")
+            raise ValueError(f"{path}{'' if OmegaConf.is_dict(node) else f'={node}'} must have a class; type {example}")
+    for path, node in targets(cfg):
+        if path not in PARTS:
+            check_options(cfg, path, node)
+        if node.get("_partial_") or "_args_" in node:
+            continue
+        if absent := [name for name in required_arguments(node, path) if name not in node]:
+            if path.startswith(("task", "model")):
+                raise ValueError(f"{path}: the code passes {absent[0]} to {node._target_}; type +{path}._partial_=true")
+            raise ValueError(f"{path}: {node._target_} needs {', '.join(absent)}; type +{path}.{absent[0]}=VALUE")
 
 
 def check_trainer(cfg: DictConfig) -> None:
     trainer = cfg.trainer
-    if "max_epochs" not in trainer:
-        raise ValueError("trainer.max_epochs is missing; leave out ~trainer.max_epochs")
     for stage in ("train", "val", "test"):
         limit = trainer[f"limit_{stage}_batches"]
         is_number = type(limit) in (int, float) and limit >= 0
@@ -158,18 +202,27 @@ def check_data(cfg: DictConfig, data: Any, last: Path | None) -> None:
     known = inspect.signature(get_class(cfg.task._target_)).parameters
     # Not model_kwargs, which downloads the corpus.
     if other := [name for name in data.MODEL_KWARGS if name not in known]:
+        defaults = OmegaConf.load(CONF / f"task/{cfg.choices.task}.yaml").defaults
+        default = next(each["/data"] for each in defaults if "/data" in each)
         raise ValueError(
             f"data={cfg.choices.data} does not go with task={cfg.choices.task}, which does not accept "
-            f"{', '.join(other)}; texts (pydoc_text, bytes, ptb, ...) are for task=lm, sentences (pydoc, cr, trec, "
-            "...) for task=classification, images (digits, mnist_rows, ...) for task=image, questions (squad, "
-            "squad_sample) for task=squad, pairs of texts (multi30k, ...) for task=translation, recordings "
-            "(speech_sample, fsdd_strings, librispeech_100, ...) for task=speech, and with data.unit=label for "
-            "task=keywords, Kaldi's folders (frames_sample, kaldi) for task=hybrid"
+            f"{', '.join(other)}; data for this task are: {', '.join(data_like(data_class(default)))}"
         )
     if last is not None:
         from tasks.run import checkpoints
 
         data.load_state_dict(checkpoints.read_checkpoint(last)[type(data).__qualname__])
+
+
+def data_class(name: str) -> Any:
+    """The class that a file of conf/data names."""
+    cfg: Any = OmegaConf.load(CONF / f"data/{name}.yaml")
+    return get_class(cfg._target_) if "_target_" in cfg else data_class(cfg.defaults[0])
+
+
+def data_like(kind: Any) -> list[str]:
+    """The files of conf/data with the same kind of vocabulary as a class."""
+    return [name for name in choices("data") if data_class(name).vocabulary_of is kind.vocabulary_of]
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
@@ -206,33 +259,6 @@ def import_class(node: DictConfig, path: str) -> Any:
         raise ValueError(f"{path}._target_={node._target_} cannot be imported{hint}") from error
 
 
-def options_of(target: Any, annotation: type | None = None) -> list[str]:
-    """The arguments of a class of this project and its bases; with `annotation`, only those annotated so."""
-    ours = [
-        c
-        for c in getattr(target, "__mro__", ())
-        if "__init__" in vars(c) and c.__module__.split(".")[0] in signatures.OURS
-    ]
-    parameters = [parameter for c in ours for parameter in inspect.signature(c).parameters.values()]
-    names = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD and annotation in (None, p.annotation)}
-    # The official package's names for options of the SRU, which its signature does not show.
-    official = getattr(target, "official_options", ()) if annotation is None else ()
-    return sorted(names | {*(official or ())})
-
-
-def arguments(node: DictConfig, path: str) -> tuple[list[str], bool]:
-    """The arguments of a node's class, and whether it accepts others too."""
-    target = outline_of(node, path)
-    own = next((c for c in getattr(target, "__mro__", ()) if "__init__" in vars(c)), target)
-    if own.__module__.split(".")[0] in signatures.OURS and inspect.isclass(target):
-        return options_of(target), False
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except ValueError:  # a class written in C has no signature
-        return [], True
-    return [p.name for p in parameters if p.kind not in VARIADIC], any(p.kind is VARIADIC[0] for p in parameters)
-
-
 def code_arguments(cfg: DictConfig, path: str, node: DictConfig) -> list[str]:
     """The arguments that the code passes to a node's class, so that the configuration must not set them."""
     if not node.get("_partial_"):
@@ -242,20 +268,10 @@ def code_arguments(cfg: DictConfig, path: str, node: DictConfig) -> list[str]:
     if path == "task":
         names = getattr(outline_of(cfg.data, "data"), "MODEL_KWARGS", ())
         return ["encoder", *(names if isinstance(names, tuple) else ())]  # a property depends on options
-    parameters = list(inspect.signature(outline_of(node, path)).parameters.values())
-    return [p.name for p in parameters[:1] if p.default is p.empty]
+    return required_arguments(node, path)[:1]
 
 
-def check_required(node: DictConfig, path: str) -> None:
-    """Refuse a class without one of its required arguments."""
-    if node.get("_partial_") or "_args_" in node:
-        return
-    try:
-        parameters = inspect.signature(outline_of(node, path)).parameters.values()
-    except ValueError:
-        return
-    absent = [p.name for p in parameters if p.default is p.empty and p.kind not in VARIADIC and p.name not in node]
-    if absent and path.startswith(("task", "model")):
-        raise ValueError(f"{path}: the code passes {absent[0]} to {node._target_}; type +{path}._partial_=true")
-    if absent:
-        raise ValueError(f"{path}: {node._target_} needs {', '.join(absent)}; type +{path}.{absent[0]}=VALUE")
+def required_arguments(node: DictConfig, path: str) -> list[str]:
+    """The arguments that a node's class needs."""
+    parameters = signatures.parameters(outline_of(node, path)).values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in VARIADIC]

@@ -16,20 +16,16 @@ import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-if TYPE_CHECKING:  # a command that is refused must not wait for the import of torch
-    from torch import Tensor
-
 ROOT = Path(__file__).parents[2]
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 CONFIG_VARIABLE = "SRU_CONFIG"  # passes the configuration, as JSON, to the processes that `launch` starts
-PREPARATION_LIMIT = timedelta(days=7)  # how long the other processes wait for the first to prepare a corpus
 FOLDERS = ("run_dir=", "hydra.run.dir=")  # the first has priority
 
 
@@ -47,10 +43,9 @@ def number(name: str, low: int = 0) -> int:
     """An environment variable that torchrun or srun sets for each process."""
     value = os.environ.get(name, "")
     if not value.isdecimal() or int(value) < low:
-        by, own = ("torchrun", "TORCHELASTIC_RUN_ID") if by_torchrun() else ("srun", "SLURM_STEP_ID")
         raise ValueError(
-            f"the variable {name} is {value or 'not set'}, but {by} sets a whole number, {low} or more: start the "
-            f"command with {by}, or without it after `unset {own}`"
+            f"the variable {name} is {value or 'not set'}, but torchrun and srun set a whole number, {low} or more; "
+            "to train without them, type unset TORCHELASTIC_RUN_ID SLURM_STEP_ID"
         )
     return int(value)
 
@@ -75,22 +70,19 @@ def on_gpu(cfg: DictConfig) -> bool:
 def check(cfg: DictConfig) -> None:
     """Refuse wrong numbers of processes, and several processes without trainer=ddp or trainer=fsdp."""
     strategy, accelerator = cfg.trainer.get("strategy", "auto"), cfg.trainer.accelerator
-    if not OmegaConf.is_dict(strategy) and strategy not in STRATEGIES:
-        raise ValueError(f"trainer.strategy={strategy} must be one of {', '.join(STRATEGIES)}; or type trainer=fsdp")
-    if accelerator not in ACCELERATORS:
-        raise ValueError(f"trainer.accelerator={accelerator} must be one of {', '.join(ACCELERATORS)}")
+    for name, value, known in (("strategy", strategy, STRATEGIES), ("accelerator", accelerator, ACCELERATORS)):
+        if not OmegaConf.is_dict(value) and value not in known:
+            raise ValueError(f"trainer.{name}={value} must be one of {', '.join(known)}")
     if "strategy" in cfg.trainer and "num_nodes" not in cfg.trainer:
         raise ValueError(f"trainer.strategy={strategy}: leave that out, and type trainer=ddp for several processes")
-    may_be_several = "strategy" in cfg.trainer
     for name in ("devices", "num_nodes"):
         value = cfg.trainer.get(name, 1)
-        if not (type(value) is int and 1 <= value <= 10**5) and not (may_be_several and value == "auto"):
+        if value != "auto" and (type(value) is not int or not 1 <= value <= 10**5):
             raise ValueError(
-                f"trainer.{name}={value} must be a whole number, 1 or more"
-                f"{', or auto' if may_be_several else ''}; type for example trainer=ddp trainer.{name}=2"
-                + (" (the variable CUDA_VISIBLE_DEVICES selects the GPUs)" if name == "devices" else "")
+                f"trainer.{name}={value} must be a whole number, 1 or more, or auto; type for example trainer=ddp "
+                f"trainer.{name}=2 (the variable CUDA_VISIBLE_DEVICES selects the GPUs)"
             )
-        if not may_be_several and value != 1:
+        if value != 1 and "strategy" not in cfg.trainer:
             raise ValueError(f"trainer.{name}={value} needs several processes: type trainer=ddp trainer.{name}={value}")
 
 
@@ -108,22 +100,18 @@ def resolve_devices(cfg: DictConfig) -> int:
         )
     if "strategy" not in cfg.trainer:
         if world_size() > 1:
-            raise ValueError(
-                f"{world_size()} processes were started, but trainer={cfg.choices.get('trainer', 'default')} uses one: "
-                "type trainer=ddp"
-            )
+            raise ValueError(f"{world_size()} processes were started, but this trainer uses one: type trainer=ddp")
         return 1
     gpus = torch.cuda.device_count() if on_gpu(cfg) else 0
     if not gpus and is_sharded:
         raise ValueError("trainer=fsdp shards a network across GPUs, and torch finds none here: type trainer=ddp")
+    local, nodes = max(1, gpus), 1
     if by_torchrun():
         local = number("LOCAL_WORLD_SIZE", 1)
         nodes = world_size() // local
     elif by_srun():
         nodes = number("SLURM_NNODES", 1) if "SLURM_NNODES" in os.environ else 1
         local = world_size() // nodes
-    else:
-        local, nodes = max(1, gpus), 1
     devices = local if cfg.trainer.devices == "auto" else cfg.trainer.devices
     num_nodes = nodes if cfg.trainer.num_nodes == "auto" else cfg.trainer.num_nodes
     if world_size() > 1 and (devices, num_nodes) != (local, nodes):
@@ -192,8 +180,7 @@ def launch(cfg: DictConfig, count: int) -> float | None:
             message += f" Continue with: python train.py resume={shlex.quote(cfg.run_dir)}"
         raise ChildProcessError(message) from None
     except SignalException as error:
-        # After an Exception, a sweep would begin its next job.
-        raise SystemExit(128 + error.sigval) from None
+        raise SystemExit(128 + error.sigval) from None  # after an Exception, a sweep would begin its next job
     finally:
         del os.environ[CONFIG_VARIABLE]
     if cfg.trainer.get("fast_dev_run"):
@@ -233,8 +220,7 @@ def arguments(words: list[str]) -> list[str]:
         name = os.environ["TORCHELASTIC_RUN_ID"] if by_torchrun() else os.environ["SLURM_JOB_ID"]
         if not re.fullmatch(r"[\w.-]+", name) or name == "none":
             raise ValueError(
-                f"the processes of this job have no common folder, because its name is {name}. Type run_dir=FOLDER, or "
-                "torchrun --rdzv-id=NAME"
+                f"the job's name, {name}, is no common folder: type run_dir=FOLDER, or torchrun --rdzv-id=NAME"
             )
         folders = [f"runs/{'torchrun' if by_torchrun() else 'slurm'}/{name}"]
         words = [*words, f"hydra.run.dir='{folders[0]}'"]
@@ -285,7 +271,7 @@ def rank_zero_first() -> Iterator[None]:
         return
     from torch import distributed
 
-    group = distributed.new_group(backend="gloo", timeout=PREPARATION_LIMIT)
+    group = distributed.new_group(backend="gloo", timeout=timedelta(days=7))  # to prepare a corpus
     if rank():
         distributed.barrier(group)
     yield
@@ -304,8 +290,8 @@ def all_gather_object(own: Any) -> list[Any]:
     return every
 
 
-def all_reduce_sum(own: "Tensor") -> "Tensor":
-    """Sum `own` over the processes, in place; every process must call it."""
+def all_reduce_sum(own: Any) -> Any:
+    """Sum the tensor `own` over the processes, in place; every process must call it."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from tasks.run import config_hints
+from tasks.run import config_checks, config_hints
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MEMORY = "can't allocate memory|out of memory|bad_alloc|Unable to allocate"
@@ -63,7 +63,7 @@ def explain(error: BaseException) -> str:
             return (
                 f"{word} cannot be read; type a list as 'ablation=[no_vc,no_highway]', a text as \"run_dir='a (b)'\"."
             )
-        group = next((path.parent.name for path in config_hints.CONF.glob("*/*.yaml") if path.stem == word), None)
+        group = next((path.parent.name for path in config_checks.CONF.glob("*/*.yaml") if path.stem == word), None)
         return f"{word!r}: expected KEY=VALUE; type {f'{group}={word}' if group else 'for example depth=3'}."
     if several := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         key, values = several.groups()
@@ -72,7 +72,7 @@ def explain(error: BaseException) -> str:
     if missing_file and isinstance(error, HydraException):
         group, wrong = missing_file[1], missing_file[2]
         listed = re.findall(r"^\t(\w\S*)$", text, re.MULTILINE)  # by Hydra, also for its own groups
-        known = [name for name in listed if name[0] != "_"] or config_hints.choices(group)
+        known = [name for name in listed if name[0] != "_"] or config_checks.choices(group)
         return f"There is no {group}={wrong}.{config_hints.suggest_keys(wrong, known)}"
     if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
         text = config_hints.explain_hydra(text, sys.argv[1:]) or text

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,21 @@ def rename_moved(text: str) -> str:
     for old, new in MOVED.items():
         text = re.sub(rf"(?<![\w.]){re.escape(old)}(?![\w.])", new, text)
     return text
+
+
+def find_checkpoint(checkpoint: str | Path) -> Path:
+    """A .ckpt file, or in the folder of a run the checkpoint that its test used."""
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        paths = [path / "checkpoints" / name for name in ("average.ckpt", "best.ckpt", "last.ckpt")]
+        path = next((each for each in paths if each.is_file()), paths[1])
+        if path == paths[2]:
+            print(f"{paths[1]} does not exist: {path} is used", file=sys.stderr)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"checkpoint={checkpoint} is neither a run's folder nor a .ckpt (there is no {path}); runs lie below runs/"
+        )
+    return path
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Importing torch and Lightning takes seconds; a command with a wrong word is answ
 """
 
 import ast
+import inspect
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 OURS = ("sru", "tasks", "data")
 PACKAGES = (*OURS, "torch", "pytorch_lightning", "lightning_fabric")  # those that are slow to import
+KINDS = {"bool": "true or false", "float": "a number", "float | None": "a number"}  # of arguments
 MODULES: dict[str, dict[str, Any]] = {}  # the names of each module read so far
 
 
@@ -43,6 +45,26 @@ def outline(target: str) -> Any:
         return None
     content |= {"__module__": module, "__qualname__": node.name}
     return type(node.name, tuple(outlines), content)
+
+
+def parameters(target: Any) -> dict[str, inspect.Parameter]:
+    """The parameters of an outline, a class or a function; a class of this project has those of its bases here too."""
+    try:
+        found = dict(inspect.signature(target).parameters)
+    except ValueError:  # a class written in C has no signature
+        return {"options": inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)}
+    classes = [c for c in getattr(target, "__mro__", ()) if "__init__" in vars(c)]
+    ours = [c for c in classes if c.__module__.partition(".")[0] in OURS]
+    if not ours or ours[0] is not classes[0]:
+        return found
+    for base in ours[1:]:
+        for name, parameter in inspect.signature(base).parameters.items():
+            if parameter.kind is not parameter.VAR_KEYWORD:
+                found.setdefault(name, parameter.replace(default=None))
+    # The official package's names for options of the SRU, which its signature does not show.
+    for name in getattr(target, "official_options", ()):
+        found[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    return {name: parameter for name, parameter in found.items() if parameter.kind is not parameter.VAR_KEYWORD}
 
 
 def definition(module: str, name: str) -> tuple[str, ast.ClassDef | ast.FunctionDef] | None:
@@ -107,10 +129,10 @@ def full_name(node: ast.expr, module: str) -> str:
 
 
 def function(node: ast.FunctionDef, module: str) -> Any:
-    """An empty function with the same arguments; of the annotations it keeps `bool`, and every default is None."""
+    """An empty function with the same arguments; of the annotations it keeps KINDS, and every default is None."""
     args = node.args
     for argument in filter(None, (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg)):
-        if argument.annotation and ast.unparse(argument.annotation) != "bool":
+        if argument.annotation and ast.unparse(argument.annotation) not in KINDS:
             argument.annotation = None
     args.defaults = [ast.Constant(None) for _ in args.defaults]
     args.kw_defaults = [default and ast.Constant(None) for default in args.kw_defaults]

@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tasks.run import config_checks, errors, files, run_dir
+from tasks.run.config_hints import key_of
 
 # A resume may change how the jobs run, and the length of a search, but not the jobs.
 FREE = ("hydra/launcher", "hydra.launcher.", "hydra.sweeper.n_trials")
@@ -26,10 +27,6 @@ FREE = ("hydra/launcher", "hydra.launcher.", "hydra.sweeper.n_trials")
 OWN = ("resume", "run_dir", "hydra.sweep.dir", "hydra.mode")
 # What reading a damaged JSON file may raise.
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-
-
-def key(word: str) -> str:
-    return word.lstrip("+~").split("=")[0]
 
 
 class SweepCallback(Callback):
@@ -70,21 +67,18 @@ class SweepCallback(Callback):
                     "another folder."
                 )
             words = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
-            words = [word for word in words if key(word) not in OWN]
+            words = [word for word in words if key_of(word) not in OWN]
             try:
                 files.write_text(folder / "sweep.json", json.dumps({"overrides": words}, indent=2) + "\n")
             except OSError as error:
                 sys.exit(f"error: {errors.explain_failure(error)}.")
         SweepCallback.folder = folder
         for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
-            SweepCallback.handlers.setdefault(number, signal.signal(number, exit_by_signal))
+            old = signal.signal(number, lambda received, _: sys.exit(128 + received))
+            SweepCallback.handlers.setdefault(number, old)
         # The processes of a launcher then find this project from any folder.
         paths = [str(config_checks.ROOT), os.environ.get("PYTHONPATH")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-
-
-def exit_by_signal(number: int, _frame: Any) -> None:
-    sys.exit(128 + number)
 
 
 def is_job() -> bool:
@@ -103,7 +97,7 @@ def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | N
     config = HydraConfig.get()
     folder = Path(config.runtime.output_dir)
     failure = folder / "failed.json"
-    words = [word for word in config.overrides.task if key(word) not in OWN]
+    words = [word for word in config.overrides.task if key_of(word) not in OWN]
     before = recorded_job(folder)
     if cfg.resume and before not in (None, words):
         # It ends the whole sweep; an Exception would end only this job.
@@ -146,19 +140,19 @@ def recorded_job(folder: Path) -> list[str] | None:
     """The words of the job that began or failed in a folder; None without one."""
     for name in ("run.json", "failed.json"):
         with contextlib.suppress(OSError, ValueError):  # a damaged record is written anew
-            return [word for word in run_dir.read_recorded_words(folder / name) if key(word) not in OWN]
+            return [word for word in run_dir.read_recorded_words(folder / name) if key_of(word) not in OWN]
     return None
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The content of metrics.json of a finished job; None for other jobs, and if the file is damaged."""
     path = folder / "metrics.json"
-    if not path.exists():
-        return None
     try:
         outcome = json.loads(path.read_text(encoding="utf-8"))
         float(outcome["metrics"].get(outcome["monitor"], 0.0))
         return dict(outcome)
+    except FileNotFoundError:
+        return None
     except DAMAGED:
         print(f"{path} is damaged: the job is tested again")
         return None
@@ -174,16 +168,16 @@ def folder_to_resume(arguments: list[str]) -> Path | None:
 def add_recorded_words(folder: Path, arguments: list[str]) -> list[str]:
     """The recorded words of a sweep and those of the command, which may change only how the jobs run."""
     words = run_dir.read_recorded_words(folder / "sweep.json")
-    new = [word for word in arguments if key(word) != "resume" and word not in ("-m", "--multirun", *words)]
+    new = [word for word in arguments if key_of(word) != "resume" and word not in ("-m", "--multirun", *words)]
     for word in new:
-        if not key(word).startswith(FREE):
+        if not key_of(word).startswith(FREE):
             raise ValueError(
                 f"resume={folder} goes on with the same sweep, and {word} would change it. Leave that out, or start "
                 "a new sweep; only hydra/launcher=, hydra.launcher.* and a search's hydra.sweeper.n_trials may differ."
             )
-    if any(key(word) == "hydra/launcher" for word in new):
-        words = [word for word in words if not key(word).startswith(("hydra/launcher", "hydra.launcher."))]
-    words = [word for word in words if key(word) not in map(key, new)]
+    if any(key_of(word) == "hydra/launcher" for word in new):
+        words = [word for word in words if not key_of(word).startswith(("hydra/launcher", "hydra.launcher."))]
+    words = [word for word in words if key_of(word) not in map(key_of, new)]
     quoted = run_dir.quote(folder)
     return ["-m", *words, *new, f"resume={quoted}", f"hydra.sweep.dir={quoted}"]
 

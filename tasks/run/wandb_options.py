@@ -104,5 +104,5 @@ def check(options: Mapping[str, Any]) -> None:
         if not is_right:
             key = f"loggers.wandb.{name}"
             is_variable = name in VARIABLES and OmegaConf.is_interpolation(options, name)
-            said = VARIABLES[name] if is_variable and VARIABLES[name] in os.environ else key
-            raise ValueError(f"{said}={options[name]} must be {wanted}; type for example {key}={example}")
+            source = VARIABLES[name] if is_variable and VARIABLES[name] in os.environ else key
+            raise ValueError(f"{source}={options[name]} must be {wanted}; type for example {key}={example}")

@@ -204,28 +204,17 @@ def test_a_word_beyond_the_vocabulary_is_refused(cutoffs, word):
         softmax(torch.randn(2, 8), torch.tensor([1, word]))
 
 
-@pytest.mark.parametrize(
-    ("cutoffs", "fitting"),
-    [
-        ([2000, 10000], "[]"),
-        ([0, 10], "[10]"),
-        ([10, 5], "[5,10]"),
-        ([5, 5], "[5]"),
-        ([10, 1000], "[10]"),
-        ([9.5], "[]"),
-    ],
-)
+@pytest.mark.parametrize("cutoffs", [[2000, 10000], [0, 10], [10, 5], [5, 5], [10, 1000], [9.5]])
 @pytest.mark.parametrize("layer", [AdaptiveEmbedding, lambda v, e, **options: AdaptiveSoftmax(e, v, **options)])
-def test_cutoffs_that_do_not_fit_are_refused(layer, cutoffs, fitting):
-    given = str(cutoffs).replace(" ", "")
-    message = f"task.cutoffs={given} with a vocabulary of 1000 words: every cutoff must lie between 1 and 999"
-    with pytest.raises(ValueError, match=f"{re.escape(message)}.*type task.cutoffs={re.escape(fitting)}$"):
+def test_cutoffs_that_do_not_fit_are_refused(layer, cutoffs):
+    message = f"task.cutoffs={cutoffs} with a vocabulary of 1000 words: every cutoff must lie between 1 and 999"
+    with pytest.raises(ValueError, match=re.escape(message)):
         layer(1000, 64, cutoffs=cutoffs)
 
 
 def test_clusters_without_features_are_refused():
     AdaptiveEmbedding(1000, 64, cutoffs=[10, 20, 30])
-    with pytest.raises(ValueError, match=r"task.embedding_size=63 .* task.div_value=4 .* type task.embedding_size=64"):
+    with pytest.raises(ValueError, match=r"task.embedding_size=63 must be 64 or more, as task.div_value=4"):
         AdaptiveEmbedding(1000, 63, cutoffs=[10, 20, 30])
     with pytest.raises(ValueError, match=r"task\.div_value=0 must be a whole number"):
         AdaptiveSoftmax(64, 1000, cutoffs=[10], div_value=0)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-import predict
+import tasks.trained
 import train
 from tasks.run.checkpoint_averaging import load, mean
 
@@ -37,10 +37,10 @@ def test_the_test_uses_the_mean_of_the_kept_checkpoints(configure, tmp_path, of)
         torch.testing.assert_close(value, sum(state[name] for state in expected) / 3)
     record = json.loads((tmp_path / "run/metrics.json").read_text())
     assert record["tested"] == "average.ckpt"
-    default, _ = predict.load(str(tmp_path / "run"))
+    default, _ = tasks.trained.load(str(tmp_path / "run"))
     assert all(torch.equal(value, found[name]) for name, value in default.state_dict().items())
     # The loss of the test shows which weights it used.
-    task, _ = predict.load(str(folder / "average.ckpt"))
+    task, _ = tasks.trained.load(str(folder / "average.ckpt"))
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]
     data = train.instantiate(configure(*SMALL).data)
     data.setup()

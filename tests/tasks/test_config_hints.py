@@ -29,12 +29,12 @@ def answer(monkeypatch, tmp_path):
     def run(cfg):
         config_hints.drop_null(cfg)
         config_checks.check(cfg)
-        config_hints.check(cfg)
+        config_checks.check_classes(cfg)
         seen.append(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
 
     monkeypatch.setattr(train, "run", run)
 
-    def answered(words):
+    def run_command(words):
         monkeypatch.delenv("HYDRA_FULL_ERROR")
         monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(words)])
         try:
@@ -47,7 +47,7 @@ def answer(monkeypatch, tmp_path):
         (failed,) = tmp_path.rglob("failed.json") if list(tmp_path.rglob("failed.json")) else (None,)
         return json.loads(failed.read_text())["error"] if failed else seen[-1]
 
-    return answered
+    return run_command
 
 
 @pytest.mark.parametrize(
@@ -90,55 +90,61 @@ def test_an_argument_that_no_file_lists_is_answered_with_a_plus(answer, words, p
         ("model=lstm model.zoneout=0.1", "sru.LSTM takes no 'zoneout'. There are: model.hidden_size,"),
         ("task=lm task.cutofs=[9]", "tasks.lm.LanguageModelling takes no 'cutofs'. Did you mean: task.cutoffs?"),
         ("task=lm task.max_answer=9", "tasks.lm.LanguageModelling takes no 'max_answer'. There are: task."),
-        ("-m task=squad,lm task.max_answer=9", "tasks.lm.LanguageModelling takes no 'max_answer'."),
         ("weight_decay=0.1", "Did you mean: +task.optimizer.weight_decay?"),
         ("lr=0.1", "Did you mean: task.optimizer.lr?"),
         ("modle=sru", "Did you mean: model?"),
         ("logger.wandb.project=a", "Did you mean: loggers.wandb.project,"),
-        ("logger=csv loggers.wandb.project=a", "There is no loggers.wandb yet: type logger=wandb, or add"),
-        ("callbacks.stop.patience=3", "There is no callbacks.stop yet: type trainer=patient, or add"),
-        ("data.root.x=3", "data.root is one value"),
-        ("paper.value=3", "paper is null: type +paper.value=3"),
+        (
+            "logger=csv loggers.wandb.project=a",
+            "There is no loggers.wandb yet: type its class first,",
+        ),
+        ("callbacks.stop.patience=3", "There is no callbacks.stop yet: type its class first, +callbacks.stop._target_"),
+        ("data.root.x=3", "There is no key 'data.root.x'"),
+        ("paper.value=3", "Did you mean: paper?"),
         ("hydra.foo=3", "type +hydra.foo=3"),
         ("hydra/launcher=jobli", "There is no hydra/launcher=jobli. Did you mean: joblib?"),
         ("+depth=3", "depth already exists: leave out the plus, type depth=3"),
         ("+model=lstm", "model already exists: leave out the plus, type model=lstm"),
         ("+experiment=squad_sru_4l", "leave out the plus, type experiment=squad_sru_4l"),
-        ("++logger=csv", "leave out the plus, type logger=csv"),
-        ("~task.optimizer.lrr", "There is no key 'task.optimizer.lrr' to remove. Did you mean: task.optimizer.lr?"),
-        ("~epochs=3", "epochs is 15 and not 3"),
         ("~seed", "perhaps a run needs what ~seed removes"),
         ("~callbacks.clock", "callbacks.clock is missing, and every run needs it"),
         ("callbacks=null", "type callbacks.NAME=null for one of them"),
-        ("+task.optimizer.weigth_decay=1", "Did you mean: +task.optimizer.weight_decay, "),
-        ("++trainer.max_epoch=1", "pytorch_lightning.Trainer takes no 'max_epoch'. Did you mean: trainer.max_epochs, "),
-        ("+callbacks.best.save_top_k=3", "best.ckpt is one file. To keep more, type +callbacks.top._target_="),
+        ("+task.optimizer.weigth_decay=1", "Did you mean: weight_decay, "),
+        ("++trainer.max_epoch=1", "trainer pytorch_lightning.Trainer has no option 'max_epoch' "),
+        ("+callbacks.best.save_top_k=3", "best.ckpt is one file; to keep more, type +callbacks.top._target_="),
         ("model.batch_first=true", "model.batch_first cannot be set in a run: time comes first in every task"),
-        ("+model.dtype=float64", "model.dtype=float64: trainer.precision sets it, for example 64-true"),
-        ("+callbacks.best.save_weights_only=true", "a resume and the test need the whole checkpoint. Leave it out"),
-        ("callbacks.last.save_weights_only=true", "a resume and the test need the whole checkpoint. Leave it out"),
-        ("trainer.callbacks.rate._target_=a.B", "made of callbacks; type +callbacks.rate._target_=a.B"),
-        ("+trainer.callbacks.rate=3", "type +callbacks.rate._target_=CLASS to add one, callbacks.rate=null to remove"),
+        ("+model.dtype=float64", "cannot be set in a run: trainer.precision sets it, for example 64-true"),
+        ("+callbacks.best.save_weights_only=true", "a resume and the test need the whole checkpoint; leave it out"),
+        ("callbacks.last.save_weights_only=true", "a resume and the test need the whole checkpoint; leave it out"),
         ("trainer.callbacks=[]", "type +callbacks.NAME._target_=CLASS to add one"),
-        ("trainer.logger=false", "made of loggers; type logger=csv"),
-        ("task.optimizer=sgd", "task.optimizer=sgd must have a class; type task.optimizer._target_=torch.optim.SGD"),
-        ("task.optimizer=null", "must have a class; type task.optimizer._target_=torch.optim.SGD"),
-        ("optimizer=adamw", "type task.optimizer._target_=torch.optim.AdamW"),
-        ("task=lm task.scheduler=noam", "type +task.scheduler._target_=tasks.schedules.noam +task.scheduler._partial_"),
+        (
+            "trainer.logger=false",
+            "type +loggers.NAME._target_=CLASS to add one, loggers.NAME=null to remove one, or logger=csv",
+        ),
+        (
+            "task.optimizer=sgd",
+            "task.optimizer=sgd must have a class; type for example task.",
+        ),
+        ("task.optimizer=null", "must have a class; type for example task.optimizer._target_=torch.optim.AdamW"),
+        ("optimizer=adamw", "Did you mean: task.optimizer?"),
+        ("~task.optimizer", "task.optimizer=None must have a class"),
+        ("task=lm task.scheduler=noam", "task.scheduler=noam must have a class; type +task.scheduler._target_=CLASS"),
         ("task=image +task.scheduler.gamma=1", "task.scheduler must have a class; type +task.scheduler._target_=CLASS"),
         ("+trainer.strategy=ddp", "trainer.strategy=ddp: leave that out, and type trainer=ddp"),
-        ("trainer.num_nodes=2", "type trainer=ddp"),
-        ("callbacks.best.monitor=null", "callbacks.best.monitor=None must be a metric of the validation"),
-        ("callbacks.best.mode=up", "callbacks.best.mode=up must be min or max"),
-        ("~trainer.max_epochs", "trainer.max_epochs is missing"),
-        ("~logger.wandb", "type ~loggers.wandb, or logger=csv"),
-        ("logger.wandb=null", "type loggers.wandb=null, or logger=csv"),
-        ("+callbacks.last.save_top_k=0", "last.ckpt is one file, and a resume needs it; leave that out"),
-        ("+epoch=3", "Nothing reads 'epoch'. Did you mean: epochs, depth?"),
+        ("trainer.num_nodes=2", "several machines need trainer=ddp"),
+        ("trainer.strategy=ddp", "several processes need trainer=ddp"),
+        (
+            "callbacks.best.monitor=null",
+            "monitor=None callbacks.best.mode=max must be a metric of the validation",
+        ),
+        ("callbacks.best.mode=up", "callbacks.best.mode=up must be a metric of the validation, and min or max"),
+        ("logger.wandb=null", "Did you mean: loggers.wandb"),
+        ("+callbacks.last.save_top_k=0", "last.ckpt is one file, and a resume needs it; leave it out"),
+        ("+epoch=3", "Nothing reads 'epoch'. Did you mean: epochs"),
         ("+model.input_size=3", "model.input_size is set by the program"),
         (STOP, "EarlyStopping needs monitor; type +callbacks.stop.monitor=VALUE"),
         (f"{STOP}s", "cannot be imported. Did you mean: pytorch_lightning.callbacks.EarlyStopping"),
-        ("+callbacks.x=3", "callbacks.x must have a class"),
+        ("+callbacks.x=3", "callbacks.x=3 must have a class"),
         ("task=lm +task.scheduler._target_=tasks.schedules.noam", "type +task.scheduler._partial_=true"),
     ],
 )
@@ -160,9 +166,7 @@ def test_an_unknown_key_is_answered_with_keys_of_this_command(answer, words, sai
         "~loggers",
         "loggers.wandb=null",
         "~loggers.wandb",
-        "-m logger=null,csv",
         "logger=[null]",
-        "logger=[null,csv]",
     ],
 )
 def test_no_logger_leaves_the_file_only(answer, word):
@@ -178,9 +182,7 @@ def test_no_logger_leaves_the_file_only(answer, word):
         "~experiment",
         "sweep=null",
         "~sweep",
-        "-m ablation=[no_vc],null",
         "ablation=[null]",
-        "-m ablation=[no_vc],[null,null]",
         "resume=null",
         "resume=",
         "trainer=patient callbacks.stop=null",
@@ -193,19 +195,15 @@ def test_null_for_an_optional_group_changes_nothing(answer, word):
     assert list(cfg.callbacks) == list(plain.callbacks)
 
 
-def test_a_null_in_a_list_is_left_out(answer):
-    assert answer("'ablation=[no_vc,null,no_highway]'").choices.ablation == ["no_vc", "no_highway"]
-
-
 def test_unusable_options_are_not_suggested(configure):
-    for name in config_hints.choices("model"):
+    for name in config_checks.choices("model"):
         known = [key.rpartition(".")[2] for key in config_hints.candidates(configure(f"model={name}"))]
-        assert not {*config_checks.LIBRARY, "save_weights_only", "save_top_k", "strategy", "num_nodes"} & set(known)
+        assert not {key.rpartition(".")[2] for key in config_checks.UNUSABLE} & set(known)
 
 
-@pytest.mark.parametrize("task", config_hints.choices("task"))
+@pytest.mark.parametrize("task", config_checks.choices("task"))
 def test_every_task_refuses_batch_first(configure, task):
-    with pytest.raises(ValueError, match=r"model\.batch_first=True: time comes first in every task"):
+    with pytest.raises(ValueError, match=r"model\.batch_first=True cannot be set .*: time comes first in every task"):
         config_checks.check(configure(f"task={task}", "model=sru", "+model.batch_first=true"))
     config_checks.check(configure(f"task={task}", "model=sru", "+model.batch_first=false"))
 
@@ -227,17 +225,10 @@ def test_a_typed_metric_changes_no_result(configure, tmp_path, task):
     assert found[0] == found[1]
 
 
-def test_a_progress_bar_is_left_out_without_a_terminal(configure, tmp_path):
+def test_a_progress_bar_is_left_out_without_a_terminal(configure, capfd):
     bar = "+callbacks.p._target_=pytorch_lightning.callbacks.RichProgressBar"
-    train.run(configure(*TINY, bar))
-    assert "p" not in OmegaConf.load(tmp_path / "run/config.yaml").callbacks
-
-
-def test_a_progress_bar_is_left_out_of_a_resolved_configuration(configure):
-    cfg = configure("+callbacks.p._target_=pytorch_lightning.callbacks.TQDMProgressBar")
-    handed = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    config_hints.drop_bars(handed)
-    assert len(handed.trainer.callbacks) == len(handed.callbacks) == len(cfg.callbacks) - 1
+    train.run(configure(*TINY, bar, "trainer.enable_progress_bar=true"))
+    assert "Epoch 0" not in "".join(capfd.readouterr())
 
 
 def test_batches_to_overfit_are_the_same_in_every_epoch(configure, tmp_path, monkeypatch):
@@ -255,24 +246,19 @@ def test_batches_to_overfit_are_the_same_in_every_epoch(configure, tmp_path, mon
     assert seen[0] != seen[1]
 
 
-def test_null_removes_an_experiment(answer):
-    assert answer("experiment=classification_sru_8l experiment=null").choices.experiment is None
-
-
 @pytest.mark.parametrize("group", ["task", "data", "model", "trainer"])
 def test_null_for_a_required_group_is_answered_with_its_choices(answer, group):
-    names = config_hints.choices(group)
-    for word in (f"{group}=null", f"~{group}", f"{group}=none", f"-m {group}=null,{names[0]}"):
+    names = config_checks.choices(group)
+    for word in (f"{group}=null", f"~{group}", f"{group}=none"):
         assert f"a run needs {group}=NAME, where NAME is one of: {', '.join(names)}" in answer(word)
 
 
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("~logger=csv", "There is no logger=csv to remove"),
-        ("-m experiment=null,squad_sru_4l", "a sweep cannot contain null here"),
-        ("logger=csv loggers.wandb=null", "no loggers.wandb to remove"),
-        ("hydra/launcher=null", "hydra/launcher=null: null is not a file"),
+        ("-m experiment=null,squad_sru_4l", "null is not a file of conf/"),
+        ("logger=csv loggers.wandb=null", "There is no key 'loggers.wandb'"),
+        ("hydra/launcher=null", "null is not a file of conf/"),
     ],
 )
 def test_null_for_something_absent_is_refused(answer, word, said):
@@ -290,13 +276,13 @@ def test_suggestions_for_a_task_are_accepted(configure, name):
     ]
     assert "+task.optimizer.maximize" in known
     for key in known:
-        config_hints.check(configure(f"task={name}", f"{key}=null"))
+        config_checks.check_classes(configure(f"task={name}", f"{key}=null"))
 
 
 @pytest.mark.parametrize("group", ["task", "model", "trainer", "logger", "data"])
 def test_the_files_of_conf_pass_the_checks(configure, group):
-    for name in config_hints.choices(group):
-        config_hints.check(configure(f"{group}={name}"))
+    for name in config_checks.choices(group):
+        config_checks.check_classes(configure(f"{group}={name}"))
 
 
 def test_a_profiler_reports_and_a_monitor_of_the_rate_is_in_the_file(configure, tmp_path, caplog, capfd):
@@ -343,4 +329,4 @@ def test_a_repeated_word_with_a_plus_counts_once_in_a_resume(tmp_path):
 def test_a_run_accepts_the_official_names_of_options(configure, word):
     cfg = configure("task=image", word)
     config_checks.check(cfg)
-    config_hints.check(cfg)
+    config_checks.check_classes(cfg)

@@ -2,7 +2,6 @@
 
 import ast
 import io
-import json
 import os
 import subprocess
 import sys
@@ -43,19 +42,15 @@ def test_a_file_gets_utf8_and_a_terminal_gets_escapes(monkeypatch):
 
 @pytest.mark.parametrize("locale", LOCALES, ids=str)
 def test_a_command_writes_utf8_in_any_locale(tmp_path, locale):
-    dev = {"data": [{"paragraphs": [{"qas": [{"id": "1", "answers": [{"text": "a"}]}]}]}]}
-    (tmp_path / "dev.json").write_text(json.dumps(dev))
-    predictions = tmp_path / f"{TEXT}.json"
-    predictions.write_text(json.dumps({"1": "a"}))
     done = subprocess.run(
-        [sys.executable, "-m", "tasks.squad", f"{tmp_path}/dev.json", f"{tmp_path}/none {TEXT}.json"],
+        [sys.executable, "predict.py", f"checkpoint={tmp_path}/none {TEXT}"],
         cwd=ROOT,
         env={**os.environ, **locale},
         capture_output=True,
         check=False,
     )
     assert done.returncode == 1
-    assert f"none {TEXT}.json cannot be read" in done.stderr.decode()
+    assert f"none {TEXT} is neither a run's folder" in done.stderr.decode()
 
 
 def test_a_typed_text_is_read_as_utf8(monkeypatch):

@@ -130,7 +130,7 @@ def test_words_are_judged_by_an_n_gram(tmp_path):
         assert scores[text] == pytest.approx(expected, abs=1e-4), text
 
 
-def test_no_n_gram_is_refused(tmp_path):
+def test_a_file_that_is_not_an_n_gram_is_refused(tmp_path):
     pytest.importorskip("kenlm", reason="pip install kenlm")
     with pytest.raises(ValueError, match=r"ngram=.*none\.arpa is not an n-gram"):
         NGramLM(str(tmp_path / "none.arpa"), str, 1.0, 0.0)

@@ -63,7 +63,7 @@ def start(*words, by=(sys.executable,), **options):
     return subprocess.Popen([*by, "train.py", *words], cwd=ROOT, text=True, **pipes, **options)
 
 
-def ended(running, within=300):
+def finish(running, within=300):
     out, err = running.communicate(timeout=within)
     return running.returncode, out, err
 
@@ -167,7 +167,7 @@ def test_two_processes_test_every_task_as_one_does(configure, tmp_path):
 @pytest.mark.slow
 def test_a_command_starts_its_processes_and_writes_one_record(tmp_path):
     quiet = ["logger=wandb" if word == "logger=csv" else word for word in WORDS]
-    status, out, err = ended(start(*quiet, *TWO, "trainer=ddp", "epochs=1", f"hydra.run.dir={tmp_path}/a run"))
+    status, out, err = finish(start(*quiet, *TWO, "trainer=ddp", "epochs=1", f"hydra.run.dir={tmp_path}/a run"))
     assert status == 0, err
     folder = tmp_path / "a run"
     assert [path.name for path in tmp_path.iterdir()] == ["a run"]
@@ -212,7 +212,7 @@ def test_a_killed_process_ends_the_job_which_resumes(tmp_path, number):
     wait_for(folder / "checkpoints/last.ckpt", running)
     other = of_process(1 - number, running.pid)
     os.kill(of_process(number, running.pid), signal.SIGKILL)
-    status, _, err = ended(running, within=120)
+    status, _, err = finish(running, within=120)
     assert status == 1
     assert f"process {number} of 2 ended by signal 9; the others were stopped" in err
     assert f"resume={folder}" in err
@@ -220,7 +220,7 @@ def test_a_killed_process_ends_the_job_which_resumes(tmp_path, number):
     assert not Path(f"/proc/{other}").exists()
     state = checkpoint(folder)
     done = state["epoch"] + 1
-    status, _, err = ended(start(f"resume={folder}", f"trainer.max_epochs={done + 1}"))
+    status, _, err = finish(start(f"resume={folder}", f"trainer.max_epochs={done + 1}"))
     assert status == 0, err
     assert json.loads((folder / "metrics.json").read_text())["epochs"] == done + 1
 
@@ -235,7 +235,7 @@ def test_torchrun_resumes_from_the_last_checkpoint_after_a_kill(tmp_path):
     running = start(*LONG[:-1], *TWO[::2], *steps, f"run_dir={folder}", f"hydra.run.dir={folder}", by=by)
     wait_for(folder / "checkpoints/last.ckpt", running)
     os.kill(of_process(1, running.pid), signal.SIGKILL)
-    status, out, err = ended(running)
+    status, out, err = finish(running)
     assert status == 0, err
     assert out.count("run folder") == 1
     assert checkpoint(folder)["global_step"] == 300
@@ -261,7 +261,7 @@ def test_slurm_tasks_connect_and_share_one_folder(tmp_path):
         )
         for i in range(2)
     ]
-    (status, out, err), (other, silence, err_of_other) = (ended(each) for each in both)
+    (status, out, err), (other, silence, err_of_other) = (finish(each) for each in both)
     assert (status, other) == (0, 0), err + err_of_other
     assert "run folder" in out
     assert silence == ""
@@ -271,7 +271,7 @@ def test_slurm_tasks_connect_and_share_one_folder(tmp_path):
 
 @pytest.mark.slow
 def test_each_job_of_a_sweep_has_its_processes(tmp_path):
-    status, _, err = ended(
+    status, _, err = finish(
         start("-m", "depth=1,2", *WORDS[:1], *WORDS[2:], *TWO, "epochs=1", f"hydra.sweep.dir={tmp_path}")
     )
     assert status == 0, err
@@ -287,7 +287,7 @@ def test_on_a_signal_all_processes_save_and_the_sweep_ends(tmp_path, number):
     running = start("-m", "seed=1,2", *LONG, *TWO, f"hydra.sweep.dir={tmp_path}")
     wait_for(tmp_path / "0/checkpoints/last.ckpt", running)
     running.send_signal(number)
-    status, out, err = ended(running, within=120)
+    status, out, err = finish(running, within=120)
     assert status == 128 + number, err
     assert f"Continue with: python train.py resume={tmp_path}" in out
     assert len(checkpoint(tmp_path / "0")["processes"]) == 2
@@ -301,11 +301,15 @@ def test_on_a_signal_all_processes_save_and_the_sweep_ends(tmp_path, number):
         (["trainer.devices=2"], {}, r"trainer\.devices=2 needs several processes: type trainer=ddp trainer\.devices=2"),
         (["trainer.accelerator=tpu"], {}, r"trainer\.accelerator=tpu must be one of auto, cpu, gpu"),
         (["trainer=ddp", "trainer.strategy=fsdp"], {}, r"trainer\.strategy=fsdp must be one of auto, ddp"),
-        (["trainer=ddp"], {"TORCHELASTIC_RUN_ID": "a"}, "WORLD_SIZE is not set, but torchrun sets a whole number"),
+        (
+            ["trainer=ddp"],
+            {"TORCHELASTIC_RUN_ID": "a"},
+            "WORLD_SIZE is not set, but torchrun and srun set a whole number",
+        ),
         (
             ["trainer=ddp"],
             {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "x"},
-            "SLURM_NTASKS is x, but srun sets",
+            "SLURM_NTASKS is x, but torchrun and srun set",
         ),
         (["trainer=ddp", "trainer.devices=0"], {}, r"trainer\.devices=0 must be a whole number, 1 or more, or auto"),
         (["trainer=ddp", "trainer.devices=[0,1]"], {}, "CUDA_VISIBLE_DEVICES"),
@@ -316,7 +320,7 @@ def test_on_a_signal_all_processes_save_and_the_sweep_ends(tmp_path, number):
             r"this machine has \d+ GPUs|torch finds no GPU here",
         ),
         (["trainer=ddp", "trainer.devices=3"], {"WORLD_SIZE": "2"}, r"2 processes were started on each of 1 machines"),
-        ([], {"WORLD_SIZE": "2"}, "2 processes were started, but trainer=default uses one: type trainer=ddp"),
+        ([], {"WORLD_SIZE": "2"}, "2 processes were started, but this trainer uses one: type trainer=ddp"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(configure, monkeypatch, words, started, message):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import predict
+import tasks.trained
 import train
 from data.audio import synthesis
 from data.audio.kaldi_ark import Archive
@@ -23,7 +24,7 @@ RECURRENT = {"sru": SRU, "lstm": LSTM, "gru": GRU, "qrnn": QRNN}
 WAYS = [False, True]
 
 
-def controlled(model, num_layers=2, segment=4, right=3, size=3, **options):
+def build_controlled(model, num_layers=2, segment=4, right=3, size=3, **options):
     encoder = partial(RECURRENT[model], hidden_size=5, **options)
     layers = {"input_size": size, "num_layers": num_layers, "segment": segment, "right": right}
     return LatencyControlled(encoder, **layers).double().eval()
@@ -93,7 +94,7 @@ def step_by_step(stack, model, x, segment, right):
 @pytest.mark.parametrize("model", ["sru", "lstm"])
 @pytest.mark.parametrize(("segment", "right"), [(4, 3), (3, 0), (2, 5)])
 def test_chunks_are_read_as_the_definition_says(model, segment, right):
-    stack = controlled(model, 3, segment, right)
+    stack = build_controlled(model, 3, segment, right)
     x = torch.randn(11, 2, 3).double()
     with torch.no_grad():
         found = stack.read(x)
@@ -104,7 +105,7 @@ def test_chunks_are_read_as_the_definition_says(model, segment, right):
 
 @pytest.mark.parametrize("model", RECURRENT)
 def test_padding_changes_nothing(model):
-    stack = controlled(model)
+    stack = build_controlled(model)
     lengths = [11, 6, 4, 1]
     x = torch.randn(11, 4, 3).double()
     pad = torch.arange(11)[:, None] >= torch.tensor(lengths)
@@ -116,7 +117,7 @@ def test_padding_changes_nothing(model):
 
 @pytest.mark.parametrize("model", RECURRENT)
 def test_with_all_that_follows_it_is_the_plain_bidirectional_stack(model):
-    stack = controlled(model, segment=4, right=9)
+    stack = build_controlled(model, segment=4, right=9)
     plain = RECURRENT[model](3, 5, 2, bidirectional=True).double().eval()
     for i, layer in enumerate(stack.layers):
         source = plain.rnn.state_dict() if hasattr(plain, "rnn") else plain.layers[i].state_dict()
@@ -138,7 +139,7 @@ def test_with_all_that_follows_it_is_the_plain_bidirectional_stack(model):
 
 
 @pytest.mark.parametrize("model", [Transformer, TransformerXL, SRUppEncoder, CNN])
-def test_what_has_no_state_of_two_directions_is_refused(model):
+def test_a_model_without_states_of_two_directions_is_refused(model):
     encoder = partial(model, **({} if model is CNN else {"hidden_size": 8}))
     with pytest.raises(ValueError, match=rf"{model.__name__} has no states of two directions.*type model=sru"):
         LatencyControlled(encoder, input_size=3, num_layers=2, segment=4, right=3)
@@ -298,7 +299,7 @@ def test_likelihoods_are_posteriors_over_priors_of_the_features_frames(small, tm
     both = ("bidirectional=true", "data.right=7") if ways else ()
     train.run(small("epochs=1", "data.delay=4", *both))
     found = kaldiio.load_scp(str(tmp_path / "run/likelihoods.scp"))
-    task, recipe = predict.load(str(tmp_path / "run"))
+    task, recipe = tasks.trained.load(str(tmp_path / "run"))
     frames, _ = recipe.read(str(cache / f"spoken_words-{synthesis.VERSION}/test"), 100)
     assert sorted(found) == sorted(frames.keys)
     counts = recipe.counts.clamp(min=1).double()

@@ -320,7 +320,7 @@ def test_the_state_of_a_checkpoint_goes_where_the_network_is():
         (["task.cutoffs=[50,500]"], "characters are in another order"),
         (["data=bytes", "data.path={words}", "task.tied=5"], "task.tied=5 must be true or false"),
         (["data=pydoc"], "data=pydoc does not go with task=lm, which does not accept num_classes"),
-        (["+model.batch_first=true"], "leave out model.batch_first"),
+        (["+model.batch_first=true"], "model.batch_first=True cannot be set in a run"),
         (["trainer.val_check_interval=1"], "type for example trainer.val_check_interval=0.25"),
         (["trainer.precision=16-true"], "trainer.precision=16-mixed"),
         (["data=bytes", "data.path={words}", "+data.min_count=5"], "data.min_count has no effect on bytes"),
@@ -333,7 +333,7 @@ def test_the_state_of_a_checkpoint_goes_where_the_network_is():
         (["callbacks.clock.max_seconds=0"], "callbacks.clock.max_seconds=0 must be above 0"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_at_once(configure, tmp_path, words, expected):
+def test_wrong_options_of_a_language_model_are_refused_at_once(configure, tmp_path, words, expected):
     (tmp_path / "words").write_text("some words " * 3000)
     words = [word.replace("{words}", str(tmp_path / "words")) for word in words]
     with pytest.raises((ValueError, InstantiationException)) as caught:

@@ -67,7 +67,7 @@ def tell(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     plain = {stage: getattr(Task, f"{stage}_step") for stage in ("training", "validation", "test")}
 
-    def told(number, stage, call):
+    def send(number, stage, call):
         left = call
         for name, step in plain.items():
             monkeypatch.setattr(Task, f"{name}_step", step)
@@ -81,11 +81,11 @@ def tell(monkeypatch):
 
         monkeypatch.setattr(Task, f"{stage}_step", step)
 
-    yield told
+    yield send
     signal.signal(signal.SIGINT, before)
 
 
-def stopped(cfg):
+def exit_status(cfg):
     with pytest.raises(SystemExit) as caught:
         train.run(cfg)
     return caught.value.code
@@ -106,7 +106,7 @@ def test_a_run_stopped_several_times_equals_an_uninterrupted_run(configure, tmp_
         tell(number, stage, call)
         resume = [f"resume={parts}"] if parts.exists() else []
         torch.manual_seed(99)
-        assert stopped(configure(*words, f"run_dir={parts}", *resume)) == 128 + number
+        assert exit_status(configure(*words, f"run_dir={parts}", *resume)) == 128 + number
         assert signal.getsignal(number) == before
         told = capfd.readouterr()
         assert f"{number.name}: stopping after this step; a second one stops at once." in told.err
@@ -125,14 +125,14 @@ def test_a_finished_run_that_trains_longer_has_no_result_until_it_ends(configure
     train.run(configure(*SHORT, *SMALL, "epochs=1"))
     assert (run / "metrics.json").exists()
     tell(signal.SIGTERM, "training", 2)
-    assert stopped(configure(*SHORT, *SMALL, "epochs=2", f"resume={run}")) == 143
+    assert exit_status(configure(*SHORT, *SMALL, "epochs=2", f"resume={run}")) == 143
     assert not (run / "metrics.json").exists()  # the configuration beside it is of two epochs
 
 
 def test_a_checkpoint_counts_the_examples_since_the_last_validation(configure, tmp_path, tell):
     words = (*SHORT, *SMALL, "data.batch_size=4", "epochs=1")
     tell(signal.SIGTERM, "training", 3)
-    assert stopped(configure(*words)) == 143
+    assert exit_status(configure(*words)) == 143
     assert checkpoint(tmp_path / "run")["callbacks"]["Clock"]["examples"] == 12
 
 
@@ -141,7 +141,7 @@ def test_a_language_model_stops_after_a_complete_optimiser_step_and_resumes_with
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train.run(configure(*words, f"run_dir={whole}"))
     tell(signal.SIGTERM, "training", 3)
-    assert stopped(configure(*words, f"run_dir={parts}")) == 143
+    assert exit_status(configure(*words, f"run_dir={parts}")) == 143
     assert checkpoint(parts)["global_step"] == 2  # of two batches each
     train.run(configure(*words, f"run_dir={parts}", f"resume={parts}"))
     assert_same_training(whole, parts)
@@ -183,7 +183,7 @@ def test_a_signal_between_two_handlers_is_not_lost(configure, monkeypatch):
         plain(self)
 
     monkeypatch.setattr(Interruption, "_listen", late)
-    assert stopped(configure(*SHORT, *SMALL)) == 143
+    assert exit_status(configure(*SHORT, *SMALL)) == 143
 
 
 def test_a_slurm_job_is_requeued_and_resumes(configure, tmp_path, tell, monkeypatch):
@@ -197,7 +197,7 @@ def test_a_slurm_job_is_requeued_and_resumes(configure, tmp_path, tell, monkeypa
     tell(signal.SIGUSR1, "training", 2)
     command = [f"run_dir={run}", "depth=1"]
     assert distributed.arguments(command) == command
-    assert stopped(configure(*SHORT, *SMALL)) == 128 + signal.SIGUSR1
+    assert exit_status(configure(*SHORT, *SMALL)) == 128 + signal.SIGUSR1
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     assert checkpoint(run)["global_step"] == 2
     assert not list(run.glob("hpc_ckpt*"))
@@ -264,7 +264,7 @@ def disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
 
-    def mounted(size):
+    def mount(size):
         again = "remount," if os.path.ismount(folder) else ""
         command = ["mount", "-t", "tmpfs", "-o", f"{again}size={size}m", "tmpfs", str(folder)]
         try:
@@ -273,7 +273,7 @@ def disk(tmp_path):
             pytest.skip(f"a disk of a few megabytes cannot be had here ({error})")
         return folder
 
-    yield mounted
+    yield mount
     if os.path.ismount(folder):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 

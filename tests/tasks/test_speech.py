@@ -15,6 +15,7 @@ from conftest import options
 from test_ctc_decoder import every_text
 
 import predict
+import tasks.trained
 import train
 from data.audio import synthesis
 from data.audio.fbank import resample
@@ -253,7 +254,7 @@ def test_a_stream_hears_what_the_whole_recording_is(settings, model):
     """Probabilities of each step, from chunks and from all at once."""
     cfg = settings(f"model={model}", *FEW)
     train.run(cfg)
-    task, vocabulary = predict.load(cfg.run_dir)
+    task, vocabulary = tasks.trained.load(cfg.run_dir)
     wave = synthesis.synthesise(["ami", "sume"], 9, 5)[0]
     x = torch.from_numpy(vocabulary.stream(8000).accept(wave, is_last=True))[:, None]
     with torch.inference_mode():
@@ -273,7 +274,7 @@ def test_a_recording_of_another_rate_is_heard_as_a_whole(settings, tmp_path, cap
     train.run(settings(*FEW, "bidirectional=true", "data.level=recording"))
     path = tmp_path / "sound.wav"
     soundfile.write(path, resample(synthesis.synthesise(["ami", "oso"], 9, 5)[0], 8000, 44100), 44100)
-    task, vocabulary = predict.load(str(tmp_path / "run"))
+    task, vocabulary = tasks.trained.load(str(tmp_path / "run"))
     calls = []
     monkeypatch.setattr(type(task), "forward", lambda self, x, *_: calls.append(x) or (torch.zeros(len(x), 1, 9), None))
     list(task.predict(vocabulary, input=str(path)))
@@ -306,7 +307,7 @@ def test_predictions_refuse_what_is_wrong(settings, tmp_path):
         with pytest.raises(ValueError, match=message):
             predict.main([run, *words])
     predict.main([run, f"input={sound}"])
-    task, vocabulary = predict.load(str(tmp_path / "run"))
+    task, vocabulary = tasks.trained.load(str(tmp_path / "run"))
     with torch.no_grad():
         task.output.bias.fill_(math.nan)
     with pytest.raises(ValueError, match="returns NaN"):
@@ -319,7 +320,7 @@ def test_a_part_of_a_file_is_heard_as_a_file_of_its_own(settings, tmp_path):
     soundfile.write(tmp_path / "long.wav", wave, 8000)
     soundfile.write(tmp_path / "part.wav", wave[4000:14000], 8000)
     soundfile.write(tmp_path / "end.wav", wave[4000:], 8000)
-    task, vocabulary = predict.load(str(tmp_path / "run"))
+    task, vocabulary = tasks.trained.load(str(tmp_path / "run"))
     with torch.no_grad():
         task.output.weight.mul_(30)  # so that noise is heard as symbols, others at other places
     heard = []

@@ -33,7 +33,7 @@ def reader(vocab_size=30, num_features=2, vectors=None, **options):
     return task.double().eval()
 
 
-def padded(sequences, dtype=torch.int64):
+def pad_sequences(sequences, dtype=torch.int64):
     return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(a, dtype=dtype) for a in sequences])
 
 
@@ -84,7 +84,7 @@ def test_a_question_alone_is_a_question_in_a_batch(encoder, concatenate):
     layers = {"num_layers": 2, "concatenate_layers": concatenate}
     task = QuestionAnswering(encoder=make, optimizer=torch.optim.Adamax, **sizes, **layers).double().eval()
     passages, features, questions = texts([7, 1, 4], [2, 5, 1])
-    together = task(padded(passages), padded(features, torch.float64), padded(questions))
+    together = task(pad_sequences(passages), pad_sequences(features, torch.float64), pad_sequences(questions))
     for i, (p, f, q) in enumerate(zip(passages, features, questions, strict=True)):
         alone = task(p[:, None], f[:, None], q[:, None])
         for one, all_ in zip(alone, together, strict=True):
@@ -111,10 +111,10 @@ def test_the_network_is_the_published_one():
     torch.testing.assert_close(loss, nll)
 
 
-def test_what_has_no_target_counts_for_no_loss():
+def test_windows_without_a_target_have_no_loss():
     task = reader()
     passages, features, questions = texts([6, 4], [2, 3])
-    batch = padded(passages), padded(features, torch.float64), padded(questions)
+    batch = pad_sequences(passages), pad_sequences(features, torch.float64), pad_sequences(questions)
     items = [Item(str(i), "", np.array([]), np.array([]), []) for i in range(2)]
     both = task.loss((*batch, torch.tensor([1, -1]), torch.tensor([2, -1]), items))
     alone = task.loss((*(a[:, :1] for a in batch), torch.tensor([1]), torch.tensor([2]), items[:1]))
@@ -180,7 +180,7 @@ def trained(configure, tmp_path):
     return tmp_path / "run"
 
 
-def told(capsys, *words):
+def answer_lines(capsys, *words):
     capsys.readouterr()
     predict.main(list(words))
     return capsys.readouterr().out.splitlines()
@@ -188,12 +188,12 @@ def told(capsys, *words):
 
 def test_a_question_is_answered_from_a_passage_or_a_file(trained, tmp_path, capsys):
     asked = (f"checkpoint={trained}", "question=What was served?")
-    (line,) = told(capsys, *asked, f"passage={PASSAGE}")
+    (line,) = answer_lines(capsys, *asked, f"passage={PASSAGE}")
     probability, span, text = line.split(maxsplit=2)
     start, end = map(int, span.split("-"))
     assert PASSAGE[start:end] == text
     (tmp_path / "passage.txt").write_text(PASSAGE)
-    lines = told(capsys, *asked, f"input={tmp_path / 'passage.txt'}", "n_best=200")
+    lines = answer_lines(capsys, *asked, f"input={tmp_path / 'passage.txt'}", "n_best=200")
     assert lines[0] == line
     probabilities = [float(each.split()[0]) for each in lines]
     assert probabilities == sorted(probabilities, reverse=True)
@@ -204,7 +204,7 @@ def test_a_question_is_answered_from_a_passage_or_a_file(trained, tmp_path, caps
 
 def test_a_passage_of_ten_thousand_tokens_is_answered(trained, capsys):
     passage = "It was a quiet day. " * 2000 + PASSAGE + "\n\nIt was late. " * 2000
-    lines = told(capsys, f"checkpoint={trained}", "question=What was served?", f"passage={passage}", "n_best=3")
+    lines = answer_lines(capsys, f"checkpoint={trained}", "question=What was served?", f"passage={passage}", "n_best=3")
     assert len(lines) == 3
     for line in lines:
         start, end = map(int, line.split()[1].split("-"))
@@ -228,9 +228,9 @@ def test_a_question_without_an_answer_to_give_is_refused(trained, words, message
         predict.main([f"checkpoint={trained}", *words])
 
 
-def test_any_script_is_answered(trained, capsys):
+def test_a_question_in_any_writing_system_is_answered(trained, capsys):
     for passage in ("東京タワーの高さは333メートルです。", "Москва — столица России.", "القاهرة عاصمة مصر"):
-        (line,) = told(capsys, f"checkpoint={trained}", "question=何?", f"passage={passage}")
+        (line,) = answer_lines(capsys, f"checkpoint={trained}", "question=何?", f"passage={passage}")
         start, end = map(int, line.split()[1].split("-"))
         assert passage[start:end] == line.split(maxsplit=2)[2]
 

@@ -117,7 +117,7 @@ def test_any_predictions_are_scored_on_the_command_line(tmp_path):
         (None, "", "is not JSON"),
     ],
 )
-def test_what_is_no_file_of_questions_or_predictions_is_refused(tmp_path, dev, predictions, message):
+def test_files_in_another_format_are_refused(tmp_path, dev, predictions, message):
     paths = [tmp_path / "dev.json", tmp_path / "predictions.json"]
     paths[0].write_text(DEV.read_text(encoding="utf-8") if dev is None else dev, encoding="utf-8")
     paths[1].write_text(predictions)

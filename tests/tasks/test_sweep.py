@@ -35,7 +35,7 @@ def command(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     monkeypatch.chdir(tmp_path)
 
-    def called(*words):
+    def call(*words):
         monkeypatch.delenv("HYDRA_FULL_ERROR")
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
         try:
@@ -46,7 +46,7 @@ def command(monkeypatch, tmp_path):
             HydraConfig.instance().cfg = None
         return 0
 
-    return called
+    return call
 
 
 def test_a_sweep_whose_jobs_would_share_one_run_of_wandb_is_refused(command, tmp_path, monkeypatch, capsys):

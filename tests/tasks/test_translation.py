@@ -12,6 +12,7 @@ from conftest import ROOT
 
 import predict
 import sru
+import tasks.trained
 import train
 from tasks.modules.encoders import select_rows
 from tasks.translation import Translation
@@ -239,7 +240,7 @@ def test_every_line_is_translated(trained, tmp_path, capsys):
 
 def test_a_long_line_is_translated_in_parts(trained, tmp_path, capsys):
     (tmp_path / "lines").write_text("The house is old. " * 5 + "\nGood", encoding="utf-8")
-    task, vocabulary = predict.load(str(trained))
+    task, vocabulary = tasks.trained.load(str(trained))
     numbers = vocabulary.encode("The house is old. " * 5)
     parts = [vocabulary.decode(numbers[begin : begin + 9]) for begin in range(0, len(numbers), 9)]
     predict.main([f"checkpoint={trained}", f"input={tmp_path / 'lines'}", "max_length=9"])

@@ -216,12 +216,12 @@ SAID = {
 def environment(monkeypatch):
     """environment(NAME=VALUE, ...): set the variables and make wandb read them again; undone after the test."""
 
-    def said(**variables):
+    def set_variables(**variables):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         wandb.teardown()
 
-    yield said
+    yield set_variables
     monkeypatch.undo()
     wandb.teardown()
 
