@@ -74,7 +74,7 @@ def test_a_command_of_the_documents_composes(configure, page, words):
     flags = {"-m", "--cfg", "job", "--help"}
     given = [word for word in shlex.split(words) if word not in flags and not word.startswith("resume=")]
     if any(word.startswith(("sweep=", "hydra", "+hydra")) for word in given):
-        # tests/tasks/test_sweep.py composes the jobs of conf/sweep/ and runs the launchers.
+        # tests/tasks/run/test_sweep.py composes the jobs of conf/sweep/ and runs the launchers.
         given = [word for word in given if "interval(" not in word and not word.lstrip("+").startswith("hydra")]
         config_checks.check(configure(*given))
         return

@@ -22,7 +22,7 @@ EVERY = [
     *(f"trainer={name}" for name in options("trainer")),
     *(f"logger={name}" for name in options("logger")),
     *(f"experiment={name}" for name in options("experiment")),
-    *(f"sweep={name}" for name in options("sweep")),  # their jobs: tests/tasks/test_sweep.py
+    *(f"sweep={name}" for name in options("sweep")),  # their jobs: tests/tasks/run/test_sweep.py
 ]
 
 

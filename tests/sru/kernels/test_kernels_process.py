@@ -15,7 +15,7 @@ from test_kernels import NAMES, _fill_new_memory_with_nan, inputs, run, scattere
 import sru.kernels
 from sru.kernels import cpu, recurrence
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

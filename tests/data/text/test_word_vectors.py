@@ -13,7 +13,7 @@ import torch
 
 from data.text import word_vectors
 
-SAMPLES = Path(__file__).parents[1] / "samples"
+SAMPLES = Path(__file__).parents[2] / "samples"
 WORDS = ["<pad>", "<unk>", "tea", "the", "zebra"]
 
 

@@ -228,7 +228,7 @@ def test_a_half_column_count_that_no_copy_fits_is_read_number_by_number(on_cpu):
     assert [(work.look, work.lanes) for work in on_cpu] == [(0, 1)]
 
 
-# What must hold of every kernel, in the words of tests/sru/test_kernels.py.
+# What must hold of every kernel, in the words of tests/sru/kernels/test_kernels.py.
 ALSO = {
     "no steps": [test_kernels.test_no_steps_return_the_initial_state_and_no_sequences_return_nothing, (0, 3, 4)],
     "no sequences": [test_kernels.test_no_steps_return_the_initial_state_and_no_sequences_return_nothing, (3, 0, 4)],
