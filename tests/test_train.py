@@ -43,7 +43,7 @@ def pairs():
             yield pytest.param(task, model, marks=[] if is_quick else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("task", "model"), pairs())
+@pytest.mark.parametrize(("task", "model"), list(pairs()))
 def test_every_task_trains_every_model(configure, tmp_path, task, model):
     # The default corpora of the other tasks need no download.
     data = [f"data={name}" for name in ("squad_sample",) if task == "squad"]

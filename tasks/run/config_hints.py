@@ -50,6 +50,14 @@ def drop_empty_words(words: list[str]) -> list[str]:
                 f"{group}.NAME=null to remove one, or logger=csv for metrics.csv only"
             )
         group = "logger" if key == "loggers" else key
+        value = word.partition("=")[2]
+        if (
+            group in groups()
+            and group not in EMPTY_CHOICES
+            and value.strip("'\"").startswith("[")
+            and not is_nothing(word)
+        ):
+            raise ValueError(f"{word}: a run has one {group}; to run several, type -m {group}={value.strip('[]')}")
         if group in groups() and is_nothing(word):
             if group not in EMPTY_CHOICES:
                 raise ValueError(f"{word}: a run needs {group}=NAME, where NAME is one of: {', '.join(choices(group))}")

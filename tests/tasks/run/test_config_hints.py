@@ -251,6 +251,7 @@ def test_null_for_a_required_group_is_answered_with_its_choices(answer, group):
     names = config_checks.choices(group)
     for word in (f"{group}=null", f"~{group}", f"{group}=none"):
         assert f"a run needs {group}=NAME, where NAME is one of: {', '.join(names)}" in answer(word)
+    assert answer("task=[lm,image]").endswith("a run has one task; to run several, type -m task=lm,image")
 
 
 @pytest.mark.parametrize(
