@@ -5,6 +5,7 @@ With --device, compare SRU with other networks on that device.
 
 import argparse
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ SECTIONS = {
     "import": "startup.run",
 }
 LEVELS = "accuracy", "recurrence", "layer", "stack", "step"  # with --device
+CUTS = "cuts"  # with --device cuda: how the CUDA kernels should divide the work
 
 
 def parse() -> argparse.Namespace:
@@ -34,7 +36,7 @@ def parse() -> argparse.Namespace:
         "section",
         nargs="?",
         default="all",
-        choices=[*dict.fromkeys([*SECTIONS, *LEVELS]), "all"],
+        choices=[*dict.fromkeys([*SECTIONS, *LEVELS]), CUTS, "all"],
         metavar="SECTION",
         help=f"one of {', '.join(SECTIONS)} or all (the default)",
     )
@@ -49,11 +51,14 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--depth", type=int, help="layers of each model in lm and speech (4), translation (3 per side)")
     parser.add_argument("--seconds", type=float, default=0.25, help="time for each contender and pass (0.25)")
-    device = parser.add_argument_group(f"SRU and other networks on one device, SECTION of {', '.join(LEVELS)} or all")
+    device = parser.add_argument_group(
+        f"SRU and other networks on one device, SECTION of {', '.join(LEVELS)}, {CUTS} or all"
+    )
     device.add_argument("--device", choices=("cpu", "cuda"))
     device.add_argument("--shapes", help="A,B,C,D,E or TxBxD, separated by commas (default depends on the section)")
     device.add_argument("--modes", help="fp32,tf32,bf16,fp16 (default: all that the device supports)")
     device.add_argument("--out", default="bench/results", help="folder for the results (bench/results)")
+    device.add_argument("--minutes", type=float, default=math.inf, help="start no shape after so long (no limit)")
     options = parser.parse_args()
     if options.turns < 1:
         parser.error(f"--turns must be at least 1, not {options.turns}")
@@ -61,9 +66,13 @@ def parse() -> argparse.Namespace:
         parser.error(f"--depth {options.depth} must be at least 1")
     if options.parameters is not None and not 1e5 <= options.parameters <= 1e8:
         parser.error(f"--parameters {options.parameters:g} must be 1e5 to 1e8")
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be more than 0, not {options.minutes}")
     if not options.seconds > 0:
         parser.error(f"--seconds must be more than 0, not {options.seconds}")
-    if options.device and options.section not in (*LEVELS, "all"):
+    if options.section == CUTS and options.device != "cuda":
+        parser.error("cuts needs --device cuda")
+    if options.device and options.section not in (*LEVELS, CUTS, "all"):
         parser.error(f"{options.section} is measured without --device")
     if not options.device and options.section not in (*SECTIONS, "all"):
         parser.error(f"{options.section} needs --device cpu or --device cuda")
@@ -77,7 +86,7 @@ def load(name: str) -> Callable[[argparse.Namespace], None]:
 
 def main(options: argparse.Namespace) -> None:
     if options.device:
-        return load("device_report.run")(options)
+        return load("cuts.run" if options.section == CUTS else "device_report.run")(options)
     from benchmarks.timing import describe_machine
 
     print(", ".join(f"{key} {value}" for key, value in describe_machine().items()) + "\n")

@@ -76,7 +76,7 @@ def _give_memory_back(monkeypatch):
         monkeypatch.setattr(memory, "keep_freed_memory", lambda: None)
     yield
     # Trainer, network and optimiser refer to one another: only a collection frees them.
-    if resident() > last_resident[0] + 60:
+    if resident() > last_resident[0] + 30:
         gc.collect()
         if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
             library.malloc_trim(0)

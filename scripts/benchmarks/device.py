@@ -143,7 +143,8 @@ def time_in_turns(calls: dict, seconds: float, flush: Tensor | None = None, shar
     """The spread of each call's seconds, divided by `share`: on the device or, with `wall`, until the caller continues.
 
     Contenders take turns, one call each: 25 calls to warm up and 100 to measure, or as many as fit into `seconds`, but
-    at least 10. Writing `flush` before each call empties the device's cache.
+    at least 10. Reading `flush` before each call replaces the contents of the device's cache; writing would leave
+    lines that the call has to write back.
     """
     times: dict[Any, list] = {}
     counts = {}
@@ -159,7 +160,7 @@ def time_in_turns(calls: dict, seconds: float, flush: Tensor | None = None, shar
     for turn in range(max(counts.values(), default=0)):
         for name in [name for name in calls if turn < counts[name]]:
             if flush is not None:
-                flush.zero_()
+                flush.sum()
             if wall:
                 torch.cuda.synchronize()
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -244,7 +245,7 @@ def measure(order: dict, mode: str) -> dict[str, dict]:
                 torch.cuda.empty_cache()
     print(json.dumps({"trying": None}), flush=True)
     if on_gpu and calls:
-        flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+        flush = torch.zeros(64 * 2**20, device=device)
         cold = {key: v | {"graph": key in replays} for key, v in time_in_turns(calls | replays, seconds, flush).items()}
         times = {
             "device": cold,

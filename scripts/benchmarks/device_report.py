@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from benchmarks.device import DTYPES, PASSES, necessary_bytes
 from benchmarks.timing import ROOT
 
 NAMED = {"A": "32x32x128", "B": "128x32x512", "C": "256x64x2048", "D": "1024x4x3072", "E": "16384x1x1024"}
-SHAPES = {
+SHAPES = {  # in the order of their worth, if --minutes cuts the list
     "accuracy": "13x3x40,150x1x64,4x64x1024",  # one for each way in which the CUDA kernels divide the work
-    "cuda": "A,32x32x256,B,C,D,E,35x20x640,1024x16x768,512x128x1024,4096x8x2048",
-    "cuda recurrence": "A,32x32x256,B,C,D,E,35x20x640,1024x16x768,512x128x1024,4096x8x2048,65536x1x256",
-    "cuda stack": "A,32x32x256,B,C,D,1024x16x768",
+    "cuda": "C,D,B,A,1024x16x768,32x32x256,E,35x20x640,512x128x1024,4096x8x2048",
+    "cuda recurrence": "C,D,B,A,E,1024x16x768,32x32x256,35x20x640,512x128x1024,4096x8x2048,65536x1x256",
+    "cuda stack": "C,B,1024x16x768,D,A,32x32x256",
     "cuda step": ",".join(f"1x{batch}x{size}" for size in (512, 2048) for batch in (1, 8, 64, 512)),
     "cpu": "A,32x32x256,35x20x640,32x1x512,B",
     "cpu stack": "A,32x32x256",
@@ -38,6 +39,7 @@ TIMES = (
 )
 NOTES = dict.fromkeys(PASSES, TIMES) | {"accuracy": "Largest error against float64, over max(1, the largest value)."}
 LIMIT = 400.0  # seconds for one shape; the first one compiles
+LEAST = 20.0  # with less time left, no further shape starts
 
 
 def compute_figures(kind: str, shape: list[int], mode: str, seconds: float, copy: float) -> dict[str, float]:
@@ -52,9 +54,10 @@ def compute_figures(kind: str, shape: list[int], mode: str, seconds: float, copy
     }
 
 
-def measure_apart(python: str, order: dict, cells: dict[str, dict]) -> list[dict]:
+def measure_apart(python: str, order: dict, cells: dict[str, dict], limit: float = LIMIT) -> list[dict]:
     """Fill the cells {mode: {contender: ...}} by processes of a Python; returns their descriptions of the machine.
 
+    A process may take `limit` seconds.
     After a crash while capturing a graph, the contender is repeated without graphs; after any other crash, its cells
     say that it failed.
     """
@@ -66,9 +69,9 @@ def measure_apart(python: str, order: dict, cells: dict[str, dict]) -> list[dict
         argument = json.dumps(order | {"modes": modes, "refused": refused, "eager": eager})
         # In an empty folder: a folder `sru` would hide the installed package.
         with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile("w+") as out:
-            command, message = [python, "-W", "ignore", "-c", code, argument], f"not finished after {LIMIT:.0f} s"
+            command, message = [python, "-W", "ignore", "-c", code, argument], f"not finished after {limit:.0f} s"
             with contextlib.suppress(subprocess.TimeoutExpired):
-                done = subprocess.run(command, cwd=empty, stdout=out, stderr=subprocess.PIPE, text=True, timeout=LIMIT)
+                done = subprocess.run(command, cwd=empty, stdout=out, stderr=subprocess.PIPE, text=True, timeout=limit)
                 last_line = (done.stderr.strip() or "no message").splitlines()[-1]
                 message = f"exit status {done.returncode}: {last_line}"[:400]
             out.seek(0)
@@ -96,8 +99,8 @@ def format_cell(cell: dict) -> str:
     return f"{device['median'] * 1e3:.3g}{'' if device['graph'] else '*'} ({eager})" if device else eager
 
 
-def format_table(level: str, rows: list[dict], copy: float) -> str:
-    """The table of a level; also adds the figures of a recurrence to `rows`."""
+def format_table(level: str, rows: list[dict], copy: float, empty: float = 0.0) -> str:
+    """The table of a level; also adds the figures of a recurrence to `rows`, without the time of an `empty` replay."""
     names = list(dict.fromkeys(name for row in rows for name in row["cells"]))
     columns = ["p10, us", "p90, us", "warm, us", "ns a step", "GB/s", "of copy", "floor, us", "over floor"]
     columns = [*columns, "peak, MB", "first call, s"] if level == "recurrence" else []
@@ -107,7 +110,8 @@ def format_table(level: str, rows: list[dict], copy: float) -> str:
         values: dict[str, float] = {}
         if columns and "eager" in (cell := row["cells"].get("SRU", {}).get(kind, {})):
             best = cell.get("device", cell["eager"])
-            cell["figures"] = compute_figures(kind, row["shape"], row["mode"], best["median"], copy)
+            net = best["median"] - (empty if best.get("graph") and best["median"] > empty else 0)
+            cell["figures"] = compute_figures(kind, row["shape"], row["mode"], net, copy)
             values = cell | cell["figures"] | {f"{k}, us": best[k] * 1e6 for k in best.keys() & {"p10", "p90"}}
             values |= {"warm, us": cell["warm"]["median"] * 1e6} if "warm" in cell else {}
         line = [str(tuple(row["shape"])), row["mode"], kind, *map(format_cell, cells)]
@@ -116,24 +120,25 @@ def format_table(level: str, rows: list[dict], copy: float) -> str:
 
 
 def save(results: dict, folder: Path) -> str:
-    """Write the results so far to FOLDER/NAME.json and .md; returns the last table."""
+    """Write the results of a level so far to FOLDER/DEVICE-LEVEL.json and .md; returns the table."""
     none = {"device": results["options"]["device"], "copy, bytes/s": math.nan}
     machines = results["machines"] or [none]  # if all processes failed
     machine, copies = machines[0], [record["copy, bytes/s"] for record in machines]
+    ((level, rows),) = results["levels"].items()
+    empty = machine.get("replay of an empty kernel, s", 0.0)
     text = f"# {machine['device']}\n\n{', '.join(f'{key} {value}' for key, value in machine.items())}.\n\n"
     text += f"Copies in this run: {min(copies) / 1e9:.4g} to {max(copies) / 1e9:.4g} GB/s, read and written.\n"
-    table = ""
-    for level, rows in results["levels"].items():
-        table = f"\n## {level}\n\n{NOTES[level]}\n\n{format_table(level, rows, statistics.median(copies))}"
-        text += table
-    stem = re.sub("[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+    if results["left out"]:
+        text += f"Left out for want of time: {', '.join(results['left out'])}.\n"
+    table = f"\n## {level}\n\n{NOTES[level]}\n\n{format_table(level, rows, statistics.median(copies), empty)}"
+    stem = re.sub("[^a-z0-9]+", "-", f"{machine['device']}-{level}".lower()).strip("-")
     replace_file(folder / f"{stem}.json", json.dumps(results, indent=1).encode())
-    replace_file(folder / f"{stem}.md", text.encode())
+    replace_file(folder / f"{stem}.md", (text + table).encode())
     return table
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure the levels; the results are saved after each shape."""
+    """Measure the levels, a file for each; the results are saved after each shape."""
     device = options.device
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit(
@@ -145,23 +150,28 @@ def run(options: argparse.Namespace) -> None:
     for name in (options.shapes or "A").split(","):
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", NAMED.get(name, name)):
             sys.exit(f"error: --shapes {name}: must be one of {','.join(NAMED)}, or TxBxD, such as 32x32x256")
-    results: dict[str, Any] = {"options": vars(options), "machines": [], "levels": {}}
+    end = time.monotonic() + 60 * options.minutes
     for level in PASSES if options.section == "all" else [options.section]:
-        rows, table = results["levels"].setdefault(level, []), ""
+        rows: list[dict] = []
+        results: dict[str, Any] = {"options": vars(options), "machines": [], "levels": {level: rows}, "left out": []}
         # TF32 concerns matrix products, which these levels do not have.
         here = [mode for mode in modes if mode != "tf32" or level not in ("accuracy", "recurrence")]
         default = SHAPES.get(level) or SHAPES.get(f"{device} {level}") or SHAPES[device]
         for name in (default if level == "accuracy" else options.shapes or default).split(","):
+            left = end - time.monotonic()
+            if left < LEAST:
+                results["left out"].append(name)
+                continue
             shape = [int(size) for size in NAMED.get(name, name).split("x")]
             shape[0] = 1 if level == "step" else shape[0]
             cells: dict[str, dict] = {mode: {} for mode in here}
             order = {"level": level, "device": device, "seconds": options.seconds, "shape": shape, "official": False}
-            results["machines"] += measure_apart(sys.executable, order, cells)
+            results["machines"] += measure_apart(sys.executable, order, cells, min(LIMIT, left))
             if options.official and level in ("layer", "stack", "step"):
                 theirs: dict[str, dict] = {mode: {} for mode in here}
                 results["official"] = measure_apart(options.official, order | {"official": True}, theirs)
                 for mode, cell in theirs.items():
                     cells[mode] |= {name.replace("all", "SRU (official)"): value for name, value in cell.items()}
             rows += [{"shape": shape, "mode": mode, "cells": cells[mode]} for mode in here]
-            table = save(results, Path(options.out))
-        print(table, flush=True)
+            save(results, Path(options.out))
+        print(save(results, Path(options.out)), flush=True)

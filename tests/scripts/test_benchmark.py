@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import benchmark
 import pytest
 import torch
-from benchmarks import device, device_report, kernels, timing
+from benchmarks import cuts, device, device_report, kernels, targets, timing
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/benchmark.py"
@@ -90,9 +91,96 @@ def test_a_failed_process_still_gives_tables(tmp_path):
     order = {"level": "recurrence", "official": False}
     assert device_report.measure_apart("false", order, cells) == []
     row = {"shape": [1, 2, 3], "mode": "fp32", "cells": cells["fp32"]}
-    found = {"options": {"device": "cuda"}, "machines": [], "levels": {"recurrence": [row]}}
+    found = {"options": {"device": "cuda"}, "machines": [], "levels": {"recurrence": [row]}, "left out": ["E"]}
     assert device_report.save(found, tmp_path).count("failed: exit status 1: no message") == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cuda.json", "cuda.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cuda-recurrence.json", "cuda-recurrence.md"]
+    assert "Left out for want of time: E." in (tmp_path / "cuda-recurrence.md").read_text()
+
+
+def test_figures_leave_out_the_time_of_an_empty_replay():
+    spread = {"median": 12e-6, "p10": 11e-6, "p90": 13e-6, "graph": True}
+    passes = {kind: {"device": dict(spread), "eager": {"median": 1e-3}} for kind in device.PASSES["recurrence"]}
+    row = {"shape": [10, 2, 50], "mode": "fp32", "cells": {"SRU": passes}}
+    device_report.format_table("recurrence", [row], 4e9, empty=2e-6)
+    assert passes["infer"]["figures"]["GB/s"] == pytest.approx(2)  # 20,000 bytes in 10 us
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "look"), [("tiles", 2), ("ring", 1), ("registers", 0)])
+def test_thresholds_force_each_cut(monkeypatch, name, look, mode):
+    from sru.kernels import cuda
+
+    for threshold, value in cuts.FORCED[name].items():
+        monkeypatch.setattr(cuda, threshold, value)
+    size = device.DTYPES[mode].itemsize
+    for steps, batch, width in cuts.list_shapes():
+        assert cuda.cut(steps, batch * width, 4, [size, size], False).look == (look if size * 4 >= 4 else 0)
+
+
+def test_the_best_thresholds_are_those_of_the_fastest_cuts():
+    def seconds(steps, columns):
+        tiles, registers = columns <= 2048 and steps >= 128, columns >= 65536
+        return {"tiles": 1 if tiles else 9, "ring": 2, "registers": 1 if registers else 9}
+
+    times = {(t, b * d): seconds(t, b * d) for t, b, d in cuts.list_shapes()}
+    expected = {"TILED_COLUMNS": 2048, "TILED_STEPS": 128, "WIDE_BYTES": 65536 * 4}
+    assert cuts.find_thresholds(times, 4) == expected
+
+
+def test_the_hour_on_a_gpu_lists_its_parts_without_one(tmp_path):
+    script = ROOT / "scripts/gpu_hour.sh"
+    done = subprocess.run([script, tmp_path / "out", "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out").exists()
+    parts = dict(re.findall(r"(\w+) \(at most (\d+) s\)", done.stdout))
+    assert list(parts) == [
+        *("doctor", "tests", "races", "accuracy", "recurrence", "layer", "stack", "step", "cuts", "profile", "table")
+    ]
+    assert all(int(seconds) <= 600 for seconds in parts.values())
+    assert sum(map(int, parts.values())) <= 3600
+    assert subprocess.run([script], capture_output=True).returncode == 2
+
+
+def test_the_hour_on_a_gpu_goes_on_where_it_stopped(tmp_path):
+    """With an interpreter that fails in the benchmarks of steps, and then does not."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = scripts/benchmarks/targets.py ] && exec {sys.executable} "$@"\n[ "$2" != step ]\n'
+    )
+    python.chmod(0o755)
+    command, env = [ROOT / "scripts/gpu_hour.sh", tmp_path / "out"], os.environ | {"PYTHON": str(python)}
+    first = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert first.returncode == 1
+    assert "failed: step; start the script again" in first.stdout
+    assert "| 16384x1x1024 | E: at most 650 us forward | forward | 560 to 640 | not measured | – |" in first.stdout
+    python.write_text("#!/bin/sh\n")
+    second = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert second.returncode == 0, second.stdout
+    assert second.stdout.count("done before") == first.stdout.count("  done\n")
+
+
+def test_what_was_found_stands_beside_targets_and_predictions(tmp_path):
+    cell = {"device": {"median": 205e-6}, "figures": {"of copy": 0.91}}
+    row = {"shape": [256, 64, 2048], "mode": "fp32", "cells": {"SRU": {"forward": cell, "backward": {"failed": "why"}}}}
+    (tmp_path / "gpu-recurrence.json").write_text(json.dumps({"levels": {"recurrence": [row]}}))
+    times = {name: {"train": {"device": {"median": ms}}} for name, ms in {"SRU": 0.5, "LSTM": 6.0}.items()}
+    layer = {"shape": [1, 2, 3], "mode": "bf16", "cells": times}
+    (tmp_path / "gpu-layer.json").write_text(json.dumps({"levels": {"layer": [layer]}}))
+    lines = targets.compare_recurrence(tmp_path)
+    assert "| 256x64x2048 | C: at least 88 % of copy | forward | 200 to 210 | 205.0 | 91% |" in lines
+    assert "| 256x64x2048 | C: at least 88 % of copy | backward | 335 to 355 | why | – |" in lines
+    assert targets.compare_layers(tmp_path)[-1] == "| 1x2x3 | bf16 | LSTM 12.0x |"
+
+
+def test_no_shape_starts_when_the_minutes_are_over(tmp_path, monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(
+        device_report, "measure_apart", lambda python, order, cells, limit: measured.append(order) or []
+    )
+    monkeypatch.setattr(sys, "argv", f"benchmark.py step --device cpu --minutes 0.1 --out {tmp_path}".split())
+    benchmark.main(benchmark.parse())
+    assert not measured
+    assert "Left out for want of time: 1x1x512, 1x8x512, 1x64x512." in (tmp_path / "cpu-step.md").read_text()
 
 
 def test_a_table_shows_failures_and_missing_graphs():
@@ -122,9 +210,11 @@ def test_recurrence_on_the_cpu(tmp_path):
 def test_all_levels_on_the_cpu(tmp_path):
     """And an --official Python that holds no official package, whose cells say so."""
     words = ["--device", "cpu", "--shapes", "6x2x64", "--official", sys.executable]
-    files, _ = run(*words, folder=tmp_path)
-    levels = json.loads(files[".json"].read_text())["levels"]
-    assert list(levels) == ["accuracy", "recurrence", "layer", "stack", "step"]
+    run(*words, folder=tmp_path)
+    levels: dict[str, list] = {}
+    for path in tmp_path.glob("*.json"):
+        levels |= json.loads(path.read_text())["levels"]
+    assert levels.keys() == {"accuracy", "recurrence", "layer", "stack", "step"}
     limits = {"fp32": 1e-4, "bf16": 1e-2}
     for row in levels["accuracy"]:
         assert max(row["cells"]["SRU"]["errors"]["errors"].values()) < limits[row["mode"]]

@@ -216,8 +216,8 @@ def test_the_correction_for_dropout_is_the_published_one_in_a_layer_without_drop
     other.load_state_dict(network.state_dict())  # alpha goes with the parameters
     x = torch.randn(4, 2, 6)
     torch.testing.assert_close(other.eval()(x)[0], network.eval()(x)[0])
-    with pytest.raises(ValueError, match="rescale must be True, False or \"dropout\", not 'droput'"):
-        SRU(6, 6, rescale="droput")
+    with pytest.raises(ValueError, match="rescale must be True, False or \"dropout\", not 'drop-out'"):
+        SRU(6, 6, rescale="drop-out")
 
 
 def test_one_layer_keeps_the_variance_that_the_derivation_assumes():
