@@ -12,7 +12,7 @@ import pytest
 # The tests' tensors are small: a second thread mostly waits. Before torch, which reads it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # oneDNN keeps a compiled product of about 0.1 MB for each of the last 1,024 shapes, and the tests have as many.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 import torch
 
 ROOT = Path(__file__).parent.parent
