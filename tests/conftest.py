@@ -83,6 +83,9 @@ def _give_memory_back(monkeypatch):
         last_resident[0] = resident()
 
 
+if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+    library.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: from 1 MiB on, what is freed goes back and leaves no hole in the heap
+
 last_resident = [0.0]  # MB after the last collection
 
 
