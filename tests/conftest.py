@@ -84,7 +84,7 @@ def _give_memory_back(monkeypatch):
 
 
 if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-    library.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: from 1 MiB on, what is freed goes back and leaves no hole in the heap
+    library.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: from 1 MiB on, freed memory goes back to the system
 
 last_resident = [0.0]  # MB after the last collection
 
