@@ -79,6 +79,10 @@ class Task(pl.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         skip_empty_hooks(self.trainer)
 
+    def configure_model(self) -> None:
+        if hasattr(self.trainer.strategy, "shard"):  # trainer=fsdp
+            self.trainer.strategy.shard(self)
+
     @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], int]:
         """The loss to minimise, other metrics, and the number of examples over which all of them are means."""

@@ -23,6 +23,7 @@ from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 ROOT = Path(__file__).parents[2]
+FSDP_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")  # those of Lightning's strategy
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 CONFIG_VARIABLE = "SRU_CONFIG"  # passes the configuration, as JSON, to the processes that `launch` starts
@@ -93,8 +94,7 @@ def resolve_devices(cfg: DictConfig) -> int:
     """
     import torch
 
-    is_sharded = OmegaConf.is_dict(cfg.trainer.get("strategy"))  # trainer=fsdp
-    if on_gpu(cfg) and not (is_sharded or torch.cuda.is_available() or torch.backends.mps.is_available()):
+    if on_gpu(cfg) and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise ValueError(
             f"trainer.accelerator={cfg.trainer.accelerator}: torch finds no GPU here; type trainer.accelerator=cpu"
         )
@@ -103,8 +103,6 @@ def resolve_devices(cfg: DictConfig) -> int:
             raise ValueError(f"{world_size()} processes were started, but this trainer uses one: type trainer=ddp")
         return 1
     gpus = torch.cuda.device_count() if on_gpu(cfg) else 0
-    if not gpus and is_sharded:
-        raise ValueError("trainer=fsdp shards a network across GPUs, and torch finds none here: type trainer=ddp")
     local, nodes = max(1, gpus), 1
     if by_torchrun():
         local = number("LOCAL_WORLD_SIZE", 1)
@@ -131,8 +129,13 @@ def resolve_devices(cfg: DictConfig) -> int:
         )
     with open_dict(cfg):
         cfg.trainer.devices, cfg.trainer.num_nodes = devices, num_nodes
-        if devices * num_nodes == 1 and not is_sharded:
+        if devices * num_nodes == 1:
             cfg.trainer.strategy = "auto"
+        elif OmegaConf.is_dict(cfg.trainer.strategy) and cfg.trainer.precision not in FSDP_PRECISIONS:
+            raise ValueError(
+                f"trainer.precision={cfg.trainer.precision}: trainer=fsdp takes {', '.join(FSDP_PRECISIONS)}; type for "
+                "example trainer.precision=bf16-mixed"
+            )
         if by_srun():
             # Lightning's requeue would save inside a signal handler, while the processes exchange gradients.
             target = "pytorch_lightning.plugins.environments.SLURMEnvironment"

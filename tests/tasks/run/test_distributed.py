@@ -44,7 +44,7 @@ def process(number, runs, ports):
 
 def run_by_two(configure, *runs):
     """Make the runs one after another in the same two processes."""
-    configs = [OmegaConf.to_container(configure(*words, *TWO), resolve=True) for words in runs]
+    configs = [OmegaConf.to_container(configure(*TWO, *words), resolve=True) for words in runs]
     ports = [free_port() for _ in runs]
     context = torch.multiprocessing.get_context("spawn")
     both = [context.Process(target=process, args=(i, configs, ports)) for i in range(2)]
@@ -341,27 +341,64 @@ def test_an_absent_gpu_is_refused_before_the_data_are_read(configure, monkeypatc
         train.run(configure("trainer=gpu", "data.root=/nowhere"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")
-def test_fsdp_is_refused_without_gpus(configure):
-    cfg = configure("trainer=fsdp")
+def test_fsdp_by_one_process_is_ordinary_training(configure):
+    cfg = configure("trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=bf16-mixed")
     config_checks.check(cfg)
-    with pytest.raises(ValueError, match="trainer=fsdp shards a network across GPUs"):
+    assert distributed.resolve_devices(cfg) == 1
+    assert cfg.trainer.strategy == "auto"
+
+
+def test_fsdp_refuses_a_precision_that_lightning_lacks(configure):
+    cfg = configure("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=16-mixed")
+    config_checks.check(cfg)
+    with pytest.raises(ValueError, match=r"trainer\.precision=16-mixed: trainer=fsdp takes 32-true, bf16-mixed"):
         distributed.resolve_devices(cfg)
 
 
-def test_fsdp_shards_the_attention_and_projections_of_srupp(configure):
-    from hydra.utils import instantiate
-    from pytorch_lightning.strategies import FSDPStrategy
+SHARDED = (*TEXT, "model=srupp", "depth=2", "task.tied=true", "data.eval_batch_size=2", "epochs=2")
 
-    from sru.attention import Attention, Projection
+
+@pytest.mark.slow
+def test_two_processes_with_a_part_of_the_network_each_train_as_one(configure, tmp_path):
+    """FSDP2 on CPUs: losses, gradients clipped by the global norm, and a checkpoint like that of one process."""
+    parts, alone = tmp_path / "parts", tmp_path / "alone"
+    words = (*SHARDED, "dropout=0", "trainer.gradient_clip_val=0.1")
+    run_by_two(configure, [*words, f"run_dir={parts}", "data.batch_size=8", "trainer=fsdp"])
+    train.run(configure(*words, f"run_dir={alone}", "data.batch_size=16"))
+    assert losses(parts) == pytest.approx(losses(alone), rel=1e-5)
+    one, two = checkpoint(parts), checkpoint(alone)
+    assert list(one["state_dict"]) == list(two["state_dict"])
+    assert_alike(one, two, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_resume_of_a_sharded_network_equals_one_that_was_never_interrupted(configure, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = (*SHARDED, "dropout=0.5", "data.batch_size=2", "trainer.val_check_interval=4", "trainer=fsdp")
+    run_by_two(
+        configure,
+        [*words, f"run_dir={whole}"],
+        [*words, f"run_dir={parts}", "trainer.max_steps=4"],
+        [*words, f"run_dir={parts}", f"resume={parts}"],
+    )
+    assert_alike(checkpoint(whole), checkpoint(parts), rtol=0, atol=0)
+    assert losses(whole) == losses(parts)
+
+
+def test_fsdp_gathers_each_layer_of_srupp_as_one_unit(configure, monkeypatch):
+    from hydra.utils import instantiate
+    from torch.distributed import fsdp
+
+    from tasks.run.sharding import FullyShard
 
     strategy = instantiate(configure("trainer=fsdp").trainer.strategy)
-    assert isinstance(strategy, FSDPStrategy)
-    policy = strategy.kwargs["auto_wrap_policy"]
+    assert isinstance(strategy, FullyShard)
     network = instantiate(configure("model=srupp", "depth=3").model)(input_size=8)
-    parted = policy._run_policy(network, set(), {})
-    assert {type(module) for module in parted} <= {Attention, Projection}
-    assert len(parted) == 3
+    units = []
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, mesh: units.append(module))
+    monkeypatch.setattr(FullyShard, "device_mesh", {"data_parallel": None})
+    strategy.shard(network)
+    assert units == [*(network[i].transform_module for i in range(3)), network]
 
 
 @pytest.mark.parametrize(
