@@ -1,11 +1,11 @@
-# train, test, check, slow, bench, gpu, results, docs, wheel: each sets up its own environment.
+# train, test, check, slow, cluster, bench, gpu, results, docs, wheel: each sets up its own environment.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= train,sweeps,tensorboard,word2vec,spacy,onnx,report,dev
 RUNS ?= runs
 
-.PHONY: setup train test slow check bench gpu results docs wheel
+.PHONY: setup train test slow cluster check bench gpu results docs wheel
 
 # One stamp a set of requirements: a second call finds it and installs nothing.
 STAMP := $(VENV)/installed-$(EXTRAS)
@@ -39,7 +39,10 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 slow: setup
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m 'slow and not cluster' $(ARGS)
+
+cluster: setup
+	$(BIN)/python -m pytest -m cluster -rs $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

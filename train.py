@@ -50,6 +50,7 @@ def run(cfg: DictConfig) -> float | None:
         ".*does not have many workers.*|"  # the corpus is in memory
         "Checkpoint directory .* is not empty|"  # a resume
         ".*isinstance.treespec, LeafSpec|"  # Lightning's use of torch
+        "The .srun. command is available|"  # this command starts its processes itself
         "FSDP2-wrapped module .* returned a view|"  # nothing changes it in place
         ".*recommended to use .self.log.*sync_dist=True.",  # metrics are summed over the processes before
     )
