@@ -26,6 +26,7 @@ SECTIONS = {
     "import": "startup.run",
 }
 LEVELS = "accuracy", "recurrence", "layer", "stack", "step"  # with --device
+SCALING = "scaling"  # computed, not measured: a step on many GPUs
 CUTS = "cuts"  # with --device cuda: how the CUDA kernels should divide the work
 
 
@@ -36,9 +37,9 @@ def parse() -> argparse.Namespace:
         "section",
         nargs="?",
         default="all",
-        choices=[*dict.fromkeys([*SECTIONS, *LEVELS]), CUTS, "all"],
+        choices=[*dict.fromkeys([*SECTIONS, *LEVELS]), CUTS, SCALING, "all"],
         metavar="SECTION",
-        help=f"one of {', '.join(SECTIONS)} or all (the default)",
+        help=f"one of {', '.join(SECTIONS)} or all (the default); or {SCALING}, a model of many GPUs",
     )
     parser.add_argument(
         "--data", default="pydoc", choices=corpora, metavar="DATA", help="corpus of epoch and framework (pydoc)"
@@ -50,6 +51,7 @@ def parse() -> argparse.Namespace:
         "--parameters", type=float, help="size of each model in lm (1e6), translation (6e6) and speech (2e6)"
     )
     parser.add_argument("--depth", type=int, help="layers of each model in lm and speech (4), translation (3 per side)")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a GPU and batch in scaling (4096)")
     parser.add_argument("--seconds", type=float, default=0.25, help="time for each contender and pass (0.25)")
     device = parser.add_argument_group(
         f"SRU and other networks on one device, SECTION of {', '.join(LEVELS)}, {CUTS} or all"
@@ -74,7 +76,9 @@ def parse() -> argparse.Namespace:
         parser.error("cuts needs --device cuda")
     if options.device and options.section not in (*LEVELS, CUTS, "all"):
         parser.error(f"{options.section} is measured without --device")
-    if not options.device and options.section not in (*SECTIONS, "all"):
+    if options.tokens < 1:
+        parser.error(f"--tokens must be at least 1, not {options.tokens}")
+    if not options.device and options.section not in (*SECTIONS, SCALING, "all"):
         parser.error(f"{options.section} needs --device cpu or --device cuda")
     return options
 
@@ -87,6 +91,8 @@ def load(name: str) -> Callable[[argparse.Namespace], None]:
 def main(options: argparse.Namespace) -> None:
     if options.device:
         return load("cuts.run" if options.section == CUTS else "device_report.run")(options)
+    if options.section == SCALING:
+        return load("scaling.run")(options)
     from benchmarks.timing import describe_machine
 
     print(", ".join(f"{key} {value}" for key, value in describe_machine().items()) + "\n")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import benchmark
 import pytest
 import torch
-from benchmarks import cuts, device, device_report, kernels, targets, timing
+from benchmarks import cuts, device, device_report, kernels, scaling, targets, timing
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/benchmark.py"
@@ -54,6 +54,28 @@ def test_figures_equal_a_hand_worked_case():
     found = device_report.compute_figures("infer", [10, 2, 50], "fp32", 10e-6, 4e9)
     assert found == pytest.approx({"ns a step": 1000, "GB/s": 2, "of copy": 0.5, "floor, us": 5, "over floor": 2})
     assert device_report.compute_figures("backward", [10, 2, 50], "bf16", 10e-6, 4e9)["floor, us"] == pytest.approx(5.5)
+
+
+def test_a_step_on_many_gpus_equals_a_hand_worked_case(monkeypatch, capsys):
+    # 8 bytes at 1 byte/s over 4 GPUs: 2 * 3 messages of 2 bytes, and 3 seconds each to begin.
+    assert scaling.ring(8, 4, 1, 3) == 6 * (2 + 3)
+    network = scaling.sru(2, 100)
+    assert network.parameters == 2 * 30_000
+    monkeypatch.setattr(scaling, "MATRIX", 120_000)
+    for name in ("MEMORY", "NVLINK"):
+        monkeypatch.setattr(scaling, name, float("inf"))
+    monkeypatch.setattr(scaling, "LAUNCH", 0)
+    assert network.compute(2) == (2, 4)  # forward has 2 * 60,000 * 2 operations
+    assert scaling.step(network, 2, 1, 1.0) == (6, 0)
+    monkeypatch.setattr(scaling, "LATENCY", {"within": 0, "between": 0})
+    # 240,000 bytes of gradients, an eighth a GPU, over 2 machines, at 100 bytes/s: 300 seconds, of which backward hides 3.6.
+    computing, waiting = scaling.step(network, 2, 16, 100.0)
+    assert (computing, waiting) == (6, pytest.approx(300 - 3.6))
+    assert scaling.needed_accumulation(network, 2, 16, 100.0, share=0.5) == 50  # 50 * 6 > 300 - 3.6
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "scaling", "--tokens", "128"])
+    benchmark.main(benchmark.parse())
+    assert "A model, not a measurement: 128 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["Conv1d k=3", "Conv2d k=3", "Conv1d k=2", "Conv2d k=2", "attention"])
