@@ -68,7 +68,7 @@ def test_a_step_on_many_gpus_equals_a_hand_worked_case(monkeypatch, capsys):
     assert network.compute(2) == (2, 4)  # forward has 2 * 60,000 * 2 operations
     assert scaling.step(network, 2, 1, 1.0) == (6, 0)
     monkeypatch.setattr(scaling, "LATENCY", {"within": 0, "between": 0})
-    # 240,000 bytes of gradients, an eighth a GPU, over 2 machines, at 100 bytes/s: 300 seconds, of which backward hides 3.6.
+    # 240,000 bytes, an eighth a GPU, over 2 machines, at 100 bytes/s: 300 seconds, of which backward hides 3.6.
     computing, waiting = scaling.step(network, 2, 16, 100.0)
     assert (computing, waiting) == (6, pytest.approx(300 - 3.6))
     assert scaling.needed_accumulation(network, 2, 16, 100.0, share=0.5) == 50  # 50 * 6 > 300 - 3.6
