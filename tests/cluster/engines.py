@@ -1,14 +1,18 @@
 """Shared by the tests of cluster engines: a short run with slow steps, its processes, and comparisons."""
 
+import contextlib
 import csv
+import ctypes
+import fcntl
 import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +57,29 @@ def environment(**more: str) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         **more,
     }
+
+
+@contextlib.contextmanager
+def loopback_only() -> Iterator[None]:
+    """Processes that are started within have no network but loopback; torch's store and Ray listen on all addresses.
+
+    This needs root: without it, they have the network of the machine.
+    """
+    library = ctypes.CDLL(None)
+    with open("/proc/self/ns/net") as before:
+        if library.unshare(0x40000000):  # CLONE_NEWNET
+            yield
+            return
+        try:
+            with socket.socket() as any_socket:
+                up = struct.pack("16sh14x", b"lo", 1)  # IFF_UP
+                fcntl.ioctl(any_socket, 0x8914, up)  # SIOCSIFFLAGS
+                # With 127.0.0.1 alone, SLURM finds the name of this machine in no /etc/hosts (AI_ADDRCONFIG).
+                second = struct.pack("16sHH4s8x", b"lo:1", socket.AF_INET, 0, socket.inet_aton("127.0.0.2"))
+                fcntl.ioctl(any_socket, 0x8916, second)  # SIOCSIFADDR
+            yield
+        finally:
+            library.setns(before.fileno(), 0)
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:

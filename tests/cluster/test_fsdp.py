@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import anonymous_memory, free_ports
+from engines import anonymous_memory, free_ports, loopback_only
 from torch import distributed, nn
 
 from sru import SRUppEncoder
@@ -16,6 +16,12 @@ from sru.attention import Projection
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 MB = 2**20
 LAYERS = 10  # of the published network, which is 4096 wide
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loopback():
+    with loopback_only():
+        yield
 
 
 class Model(nn.Module):

@@ -7,10 +7,16 @@ import sys
 
 import pytest
 from conftest import ROOT
-from engines import TEXT, environment, free_ports, kill, pace, processes_with, saved_step, wait_until
+from engines import TEXT, environment, free_ports, kill, loopback_only, pace, processes_with, saved_step, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 DEPTHS = (1, 2, 5000, 3, 4, 5, 6, 7)  # the third is refused
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loopback():
+    with loopback_only():
+        yield
 
 
 @pytest.fixture

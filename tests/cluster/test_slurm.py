@@ -9,11 +9,17 @@ import sys
 import engines
 import pytest
 from conftest import ROOT
-from engines import DDP, STEPS, TEXT, assert_same_run, pace, run, saved_step, wait_until
+from engines import DDP, STEPS, TEXT, assert_same_run, loopback_only, pace, run, saved_step, wait_until
 from slurm import Slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 SCRIPT = re.search(r"```sh\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)[1]  # type: ignore[index]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loopback():
+    with loopback_only():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +102,9 @@ def test_a_job_that_loses_a_node_is_requeued_and_ends_the_same(slurm, reference,
 def test_a_job_whose_training_fails_is_a_failed_job(slurm, tmp_path):
     job = slurm.submit(script(f"run_dir={tmp_path / 'run'}", "depth=5000"))
     ended = slurm.wait(job, 120)
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "0"), slurm.output(job)
+    # srun returns the highest status: 1, or 143 if the first process to fail had another terminated.
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), slurm.output(job)
+    assert ended["ExitCode"] in ("1:0", "143:0")
     assert "error: " in slurm.output(job)
 
 

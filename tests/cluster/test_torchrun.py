@@ -6,10 +6,28 @@ import sys
 import engines
 import pytest
 from conftest import ROOT
-from engines import DDP, STEPS, TEXT, assert_same_run, free_ports, kill, pace, processes_with, saved_step, wait_until
+from engines import (
+    DDP,
+    STEPS,
+    TEXT,
+    assert_same_run,
+    free_ports,
+    kill,
+    loopback_only,
+    pace,
+    processes_with,
+    saved_step,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 NAME = "two-machines"  # the job's --rdzv-id
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loopback():
+    with loopback_only():
+        yield
 
 
 @pytest.fixture(scope="module")
