@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Kaldi(DataModule):
-    """Kaldi folders with feats.scp, and ali.scp or ali.ark with a target (pdf) for each frame; see docs/kaldi.md.
+    """Kaldi folders with feats.scp, and ali.scp or ali.ark with a target (pdf) for each frame: docs/tasks/hybrid.md.
 
     Features are read from disk when they are needed. Utterances without targets, or with another number of targets than
     of frames, are left out of training and validation; the test writes their likelihoods.
@@ -99,8 +99,8 @@ class Kaldi(DataModule):
     def locate(self, split: str) -> Path:
         """The folder of a split."""
         advice = (
-            "type the path of a Kaldi folder with feats.scp and ali.scp (docs/kaldi.md), or data=frames_sample to try "
-            "it without one"
+            "type the path of a Kaldi folder with feats.scp and ali.scp (docs/tasks/hybrid.md), or data=frames_sample "
+            "to try it without one"
         )
         return find_below(
             self.root, split, str(self.names[split]), advice, lambda path: path if path.is_dir() else None

@@ -50,7 +50,7 @@ class Frames:
         self.folder, table = (path, path / "feats.scp") if path.is_dir() else (path.parent, path)
         if not table.is_file():
             raise FileNotFoundError(
-                f"{name}: there is no {table}; type the path of a Kaldi folder that has feats.scp (docs/kaldi.md)"
+                f"{name}: there is no {table}; type the path of a Kaldi folder with feats.scp (docs/tasks/hybrid.md)"
             )
         self.name, self.cmvn = name, cmvn
         self.stats: Any = None  # (2, input_size) for cmvn=global: mean, and scale
