@@ -3,9 +3,11 @@
 Nothing in these files is executed: commands in tables and pickles, which kaldiio would load, are refused.
 """
 
+import contextlib
 import os
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -76,15 +78,28 @@ def read_table(path: Path, copy: str) -> tuple[dict[str, Place], dict[str, int]]
     return places, absent
 
 
+@contextlib.contextmanager
+def open_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Opens a file to read it; OSError with what to type if the system refuses."""
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be read ({error.strerror}): type chmod u+r {path}, or name another folder"
+        ) from error
+
+
 def lines_of(path: Path) -> list[str]:
     """The lines of one of Kaldi's text files, without empty ones."""
-    return [line for line in lines.lines_of(lines.decode(path.read_bytes(), path)) if line.strip()]
+    with open_file(path) as file:
+        return [line for line in lines.lines_of(lines.decode(file.read(), path)) if line.strip()]
 
 
 def scan_archive(path: Path) -> dict[str, Place]:
     """The places of an archive's objects, found by their headers."""
     places: dict[str, Place] = {}
-    with path.open("rb") as file:
+    with open_file(path) as file:
         end, position = os.fstat(file.fileno()).st_size, 0
         while position < end:
             file.seek(position)
@@ -107,8 +122,8 @@ def scan_archive(path: Path) -> dict[str, Place]:
 def read_head(place: Place, file: BinaryIO | None = None) -> Head:
     """The header at a place; ValueError unless it is a complete matrix or vector of whole numbers."""
     if file is None:
-        with open(place.path, "rb") as opened:
-            return read_head(place, opened)
+        with open_file(place.path) as own:
+            return read_head(place, own)
     end = os.fstat(file.fileno()).st_size
     file.seek(place.offset)
     start = file.read(40)
@@ -160,7 +175,7 @@ def read_matrix(place: Place, dtype: type = np.float32) -> np.ndarray:
     """The matrix (T, n) at a place; ValueError if it is something else."""
     from kaldiio.matio import read_matrix_or_vector
 
-    with open(place.path, "rb") as file:
+    with open_file(place.path) as file:
         head = read_head(place, file)
         if not head.columns:
             raise ValueError(f"{place.path}: {place} is not a matrix with columns")
@@ -172,7 +187,7 @@ def read_matrix(place: Place, dtype: type = np.float32) -> np.ndarray:
 
 def read_ints(place: Place) -> np.ndarray:
     """The whole numbers (T,) at a place, int32; ValueError if it is something else."""
-    with open(place.path, "rb") as file:
+    with open_file(place.path) as file:
         head = read_head(place, file)
         if head.kind == "ints":
             file.seek(place.offset + 7)

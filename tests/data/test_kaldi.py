@@ -246,6 +246,15 @@ def test_a_fault_of_a_folder_is_named_when_it_is_opened(tmp_path, what, expected
         frames(tmp_path / "x")
 
 
+@pytest.mark.parametrize("name", ["feats.scp", "feats.ark", "ali.scp", "ali.ark"])
+def test_a_file_that_the_system_refuses_is_answered_with_what_to_type(tmp_path, name):
+    folder = write(tmp_path / "x")
+    (folder / name).unlink()
+    (folder / name).symlink_to("/proc/self/mem")  # every user may open it, and nobody reads its first byte
+    with pytest.raises(OSError, match=rf"/{name} cannot be read \(.*\): type chmod u\+r "):
+        frames(folder)
+
+
 def test_targets_beyond_those_of_the_hmm_are_refused(tmp_path, corpus):
     assert frames(write(tmp_path / "x"), num_targets=9).counts.shape == (9,)
     with pytest.raises(ValueError, match=r"has the target 3, outside 0 to 2; type data\.num_targets=4"):
