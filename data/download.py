@@ -118,8 +118,8 @@ def fetch(path: Path, url: str | None = None, checksum: str | None = None) -> Pa
             if present is None:
                 packing = next((suffix for suffix in OPENERS if suffix and url.endswith(suffix)), "")
                 packing = "" if path.name.endswith(packing) else packing
-                return download(path, packing, url, checksum or recorded_checksum(path))
-    expected = checksum or recorded_checksum(path)
+                return download(path, packing, url, checksum or read_checksum(path))
+    expected = checksum or read_checksum(path)
     if expected:
         found = digest(present, present.name.removeprefix(path.name), kind_of(expected))
         if found != expected:
@@ -141,7 +141,7 @@ def digest(file: Path, packing: str, kind: str) -> str:
         return hashlib.file_digest(content, kind).hexdigest()
 
 
-def recorded_checksum(path: Path) -> str | None:
+def read_checksum(path: Path) -> str | None:
     """The checksum that the first download wrote beside the file, if any."""
     record = path.with_name(path.name + ".sha256")
     if not record.is_file():

@@ -98,7 +98,7 @@ def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | N
     folder = Path(config.runtime.output_dir)
     failure = folder / "failed.json"
     words = [word for word in config.overrides.task if key_of(word) not in OWN]
-    before = recorded_job(folder)
+    before = read_job(folder)
     if cfg.resume and before not in (None, words):
         # It ends the whole sweep; an Exception would end only this job.
         sys.exit(
@@ -136,7 +136,7 @@ def job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | N
             torch.cuda.empty_cache()
 
 
-def recorded_job(folder: Path) -> list[str] | None:
+def read_job(folder: Path) -> list[str] | None:
     """The words of the job that began or failed in a folder; None without one."""
     for name in ("run.json", "failed.json"):
         with contextlib.suppress(OSError, ValueError):  # a damaged record is written anew
