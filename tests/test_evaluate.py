@@ -51,7 +51,12 @@ def test_a_missing_best_checkpoint_is_reported_and_the_last_one_used(translator,
     shutil.copytree(translator, tmp_path / "run")
     (tmp_path / "run/checkpoints/best.ckpt").unlink()
     evaluate.main([f"checkpoint={tmp_path / 'run'}", "limit=1"])
-    assert f"{tmp_path}/run/checkpoints/best.ckpt does not exist: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/run/checkpoints/best.ckpt does not exist, because no validation has ended, so " in said
+    assert f"python train.py resume={tmp_path}/run" in said
+    (tmp_path / "run/checkpoints/last.ckpt").unlink()
+    with pytest.raises(FileNotFoundError, match=f"Start the run again: the same command, with run_dir={tmp_path}/run"):
+        evaluate.main([f"checkpoint={tmp_path / 'run'}"])
 
 
 def test_a_run_without_validation_has_its_last_weights(configure, tmp_path, capsys):

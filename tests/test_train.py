@@ -321,7 +321,7 @@ def test_each_job_of_a_sweep_has_a_folder_and_a_wandb_run(tmp_path):
         (["data=pydocs"], "Did you mean: pydoc"),
         (["trainer.max_epoch=3"], "Did you mean: trainer.max_epochs"),
         (["modle=sru"], "Did you mean: model"),
-        (["data.fold=10"], "data.fold=10 must be a whole number, 0 to 9"),
+        (["data.fold=10"], "data.fold=10 must be a whole number, 0 to 9; type for example data.fold=0"),
         (["trainer.devices=2"], "trainer.devices=2 needs several processes: type trainer=ddp"),
         (["run_dir="], "run_dir= must name a folder"),
         (["data=cr", "data.root=/dev/null/x"], "/dev/null/x"),

@@ -15,33 +15,33 @@ from tasks.run import distributed, imports, signatures, wandb_options
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
-# Bounds of options that no class checks before a corpus is read: lowest, highest, and keys. Where the highest is a
-# float, any number fits, elsewhere only whole numbers.
-RANGES: tuple[tuple[float, float, str], ...] = (
-    (0, 2**32 - 1, "seed data.seed"),
-    (0, 9, "data.fold"),
-    (1, 1000, "depth task.beam"),
-    (1, 10**5, "width"),
-    (1, 10**6, "epochs trainer.max_epochs trainer.accumulate_grad_batches task.embedding_size task.max_answer"),
-    (-1, 10**9, "trainer.max_steps"),
-    (1, 10**9, "data.batch_size data.eval_batch_size data.tokens_per_batch data.eval_tokens_per_batch"),
-    (
-        1,
-        10**9,
-        "data.frames_per_batch data.eval_frames_per_batch data.unroll data.eval_unroll data.segment data.window",
-    ),
-    (1, 10**9, "data.vocab_size data.min_count data.max_length data.repeats"),
-    (0, 10**6, "data.delay data.right"),
-    (0, 60.0, "data.volume"),
-    (0, 0.999, "dropout task.dropout task.embedding_dropout task.label_smoothing"),
-    (0, 1e9, "task.optimizer.lr"),
-    (0, 100.0, "task.length_penalty"),
-    (0, 10**9, "task.tuned_words"),
-    (0, 100, "task.frequency_masks task.time_masks"),
-    (0, 256, "task.frequency_width"),
-    (0, 1.0, "task.time_width"),
-    (0, 10.0, "task.colour"),
-    (0, 0.9, "task.warp"),
+# Bounds of options that no class checks before a corpus is read: lowest, highest, an example, and keys. Where the
+# highest is a float, any number fits, elsewhere only whole numbers. A batch may be larger than the corpus.
+RANGES: tuple[tuple[float, float, float, str], ...] = (
+    (0, 2**32 - 1, 1234, "seed data.seed"),
+    (0, 9, 0, "data.fold"),
+    (1, 1000, 4, "depth task.beam"),
+    (1, 10**5, 256, "width"),
+    (1, 10**6, 20, "epochs trainer.max_epochs task.max_answer"),
+    (1, 10**6, 4, "trainer.accumulate_grad_batches"),
+    (1, 10**6, 128, "task.embedding_size"),
+    (-1, 10**9, 10000, "trainer.max_steps"),
+    (1, 10**9, 32, "data.batch_size data.eval_batch_size data.unroll data.eval_unroll data.segment"),
+    (1, 10**9, 4000, "data.tokens_per_batch data.eval_tokens_per_batch data.vocab_size"),
+    (1, 10**9, 12000, "data.frames_per_batch data.eval_frames_per_batch"),
+    (1, 10**9, 400, "data.window data.max_length"),
+    (1, 10**9, 2, "data.min_count data.repeats"),
+    (0, 10**6, 3, "data.delay data.right"),
+    (0, 60.0, 6, "data.volume"),
+    (0, 0.999, 0.2, "dropout task.dropout task.embedding_dropout task.label_smoothing"),
+    (0, 1e9, 0.001, "task.optimizer.lr"),
+    (0, 100.0, 0.6, "task.length_penalty"),
+    (0, 10**9, 1000, "task.tuned_words"),
+    (0, 100, 2, "task.frequency_masks task.time_masks"),
+    (0, 256, 27, "task.frequency_width"),
+    (0, 1.0, 0.05, "task.time_width"),
+    (0, 10.0, 0.2, "task.colour"),
+    (0, 0.9, 0.1, "task.warp"),
 )
 PARTS = ("data", "model", "task")
 EXAMPLES = {
@@ -84,12 +84,12 @@ def choices(group: str) -> list[str]:
 
 def check(cfg: DictConfig) -> None:
     """Refuse values out of range, and options that the class of data, model or task does not take."""
-    for low, high, keys in RANGES:
+    for low, high, example, keys in RANGES:
         kinds, kind = ((int, float), "a number") if type(high) is float else ((int,), "a whole number")
         for key in keys.split():
             value = OmegaConf.select(cfg, key, default=low)
             if type(value) not in kinds or not low <= value <= high:
-                raise ValueError(f"{key}={value} must be {kind}, {low} to {high:g}")
+                raise ValueError(f"{key}={value} must be {kind}, {low} to {high:g}; type for example {key}={example}")
     distributed.check(cfg)
     check_trainer(cfg)
     both = OmegaConf.select(cfg, "bidirectional", default=False)

@@ -27,8 +27,8 @@ def explain_failure(error: BaseException) -> str | None:
         return (
             f"the memory is too small ({str(error).strip().splitlines()[0] if str(error) else 'MemoryError'}); type a "
             "smaller data.batch_size= (or, where the data has it, data.tokens_per_batch=, data.frames_per_batch=, "
-            "data.unroll=; in evaluation data.eval_batch_size=), with trainer.accumulate_grad_batches= for as many "
-            "examples per step, or a smaller width=."
+            "data.unroll=, data.segment=; in evaluation data.eval_batch_size=), with trainer.accumulate_grad_batches= "
+            "for as many examples per step, or a smaller width=."
         )
     if not isinstance(error, OSError) or error.filename is None:
         return None

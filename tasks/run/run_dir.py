@@ -43,7 +43,16 @@ def find_checkpoint(checkpoint: str | Path) -> Path:
         paths = [path / "checkpoints" / name for name in ("average.ckpt", "best.ckpt", "last.ckpt")]
         path = next((each for each in paths if each.is_file()), paths[1])
         if path == paths[2]:
-            print(f"{paths[1]} does not exist: {path} is used", file=sys.stderr)
+            print(
+                f"{paths[1]} does not exist, because no validation has ended, so {path} is used. If the run stopped "
+                f"early, continue it: python train.py resume={checkpoint}",
+                file=sys.stderr,
+            )
+        elif not path.is_file() and (path.parent.parent / "run.json").is_file():
+            raise FileNotFoundError(
+                f"checkpoint={checkpoint} has no checkpoint yet, because no validation has ended. Start the run again: "
+                f"the same command, with run_dir={checkpoint}"
+            )
     if not path.is_file():
         raise FileNotFoundError(
             f"checkpoint={checkpoint} is neither a run's folder nor a .ckpt (there is no {path}); runs lie below runs/"

@@ -186,6 +186,9 @@ def test_no_logger_leaves_the_file_only(answer, word):
         "resume=null",
         "resume=",
         "trainer=patient callbacks.stop=null",
+        "experiment=classification_sru_4l experiment=null",
+        "sweep=seeds ~sweep",
+        "ablation=no_vc ablation=null",
     ],
 )
 def test_null_for_an_optional_group_changes_nothing(answer, word):
@@ -331,3 +334,9 @@ def test_a_run_accepts_the_official_names_of_options(configure, word):
     cfg = configure("task=image", word)
     config_checks.check(cfg)
     config_checks.check_classes(cfg)
+
+
+def test_the_example_of_each_range_lies_within_it(configure):
+    for low, high, example, keys in config_checks.RANGES:
+        assert low <= example <= high, keys
+        assert type(high) is float or type(example) is int, keys
