@@ -190,9 +190,10 @@ class SRUCell(nn.Module):
         """
         if not self.rescale:
             return 1.0
-        r, keep = 1 / (1 + math.exp(-self.highway_bias)), 1 - self.dropout
         if self.rescale == "dropout" and self.dropout:
-            return float(np.float32(math.sqrt((1 - r * r) / (1 - 2 * r + r * r / keep))))
+            r, rest = (1 / (1 + math.exp(-sign * self.highway_bias)) for sign in (1, -1))  # 1 - r would round to 0
+            ratio = self.dropout / (1 - self.dropout)  # 1 / q - 1
+            return float(np.float32(math.sqrt(rest * (1 + r) / (rest * rest + r * r * ratio))))
         return float(np.float32(math.sqrt(1 + 2 * math.exp(self.highway_bias))))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -230,6 +230,13 @@ def test_one_layer_keeps_the_variance_that_the_derivation_assumes():
         assert (x + mask * r * (c - x)).var() == pytest.approx(1, rel=0.02)
 
 
+@pytest.mark.parametrize("bias", [-80.0, 40.0, 80.0])
+def test_the_correction_for_dropout_stays_positive_for_every_bias(bias):
+    network = SRU(4, 4, dropout=0.5, highway_bias=bias, rescale="dropout")
+    assert network[0].alpha > 0
+    network.load_state_dict(network.state_dict())  # refuses an alpha of 0
+
+
 def test_dropout_draws_one_mask_for_all_steps_of_a_sequence():
     torch.manual_seed(0)
     cell = SRUCell(4, 64, dropout=0.5, has_skip_term=False)
