@@ -89,7 +89,8 @@ def check(cfg: DictConfig) -> None:
         for key in keys.split():
             value = OmegaConf.select(cfg, key, default=low)
             if type(value) not in kinds or not low <= value <= high:
-                raise ValueError(f"{key}={value} must be {kind}, {low} to {high:g}; type for example {key}={example}")
+                allowed = f"{kind}, {low} to {high:.10g}"
+                raise ValueError(f"{key}={value} must be {allowed}; type for example {key}={example}")
     distributed.check(cfg)
     check_trainer(cfg)
     both = OmegaConf.select(cfg, "bidirectional", default=False)
@@ -129,8 +130,9 @@ def check_options(cfg: DictConfig, path: str, node: DictConfig) -> None:
         if node[name] == "":
             raise ValueError(f"{key}= is empty: type a value, or leave it out")
         kind = inspect.formatannotation(parameter.annotation) if parameter and path in PARTS else ""
-        kinds = (bool,) if kind == "bool" else (int, float, type(None))
-        if kind in signatures.KINDS and type(node[name]) not in kinds:
+        kinds = (bool,) if kind[:4] == "bool" else (int, float, type(None))
+        is_word = (kind, node[name]) == ("bool | str", "dropout")
+        if kind in signatures.KINDS and type(node[name]) not in kinds and not is_word:
             raise ValueError(f"{key}={node[name]} must be {signatures.KINDS[kind]}")
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 OURS = ("sru", "tasks", "data")
 PACKAGES = (*OURS, "torch", "pytorch_lightning", "lightning_fabric")  # those that are slow to import
-KINDS = {"bool": "true or false", "float": "a number", "float | None": "a number"}  # of arguments
+# Kinds of arguments; only `rescale` of the SRU is bool | str.
+KINDS = {"bool": "true or false", "bool | str": "true, false or dropout"}
+KINDS |= {"float": "a number", "float | None": "a number"}
 MODULES: dict[str, dict[str, Any]] = {}  # the names of each module read so far
 
 

@@ -329,6 +329,7 @@ def test_the_state_of_a_checkpoint_goes_where_the_network_is():
         (["data.unroll=20000"], "data.unroll=20000"),
         (["model.bidirectional=true"], "sees the words that it is to predict; type bidirectional=false"),
         (["bidirectional=true", "model=srupp"], "sees the words that it is to predict; type bidirectional=false"),
+        (["model.rescale=maybe"], "model.rescale=maybe must be true, false or dropout"),
         (["bidirectional=both"], "bidirectional=both must be true or false"),
         (["callbacks.clock.max_seconds=0"], "callbacks.clock.max_seconds=0 must be above 0"),
     ],
