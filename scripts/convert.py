@@ -88,7 +88,7 @@ def infer_correction(alpha: Tensor | None) -> dict[str, Any]:
         return {"rescale": False}
     power = (alpha.item() ** 2 - 1) / 2  # alpha = sqrt(1 + 2 exp(highway_bias))
     if not 0 < power < math.inf:
-        return {}  # invalid for any layer; loading raises an error
+        return {}  # below 1: of rescale="dropout"; others are invalid, and loading raises an error
     digits = next((n for n in range(5) if is_same_alpha(round(math.log(power), n), alpha)), 5)
     return {"rescale": True, "highway_bias": round(math.log(power), digits) + 0.0}  # not -0.0
 
@@ -252,7 +252,7 @@ def main(words: list[str] | None = None) -> None:
     print("directions, the activation and the dropout; if all layers have the same size, it does not contain")
     print("has_skip_term and normalize_after either. The rest of the file is unchanged.")
     if any("rescale" not in layer for _, layers in found.values() for layer in layers.values()):
-        print("The file has a layer without scale_x: pass the rescale and highway_bias that it was trained with.")
+        print("A layer has no scale_x, or one below 1: pass the rescale and highway_bias that it was trained with.")
     if holds_optimizer(content):
         print("Create a new optimizer: its state in the file has the old order of the weights.")
 
