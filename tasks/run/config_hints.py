@@ -50,18 +50,14 @@ def drop_empty_words(words: list[str]) -> list[str]:
                 f"{group}.NAME=null to remove one, or logger=csv for metrics.csv only"
             )
         group = "logger" if key == "loggers" else key
-        value = word.partition("=")[2]
-        if (
-            group in groups()
-            and group not in EMPTY_CHOICES
-            and value.strip("'\"").startswith("[")
-            and not is_nothing(word)
-        ):
-            raise ValueError(f"{word}: a run has one {group}; to run several, type -m {group}={value.strip('[]')}")
-        if group in groups() and is_nothing(word):
-            if group not in EMPTY_CHOICES:
+        if group in EMPTY_CHOICES:
+            word = f"{group}={EMPTY_CHOICES[group]}" if is_nothing(word) else word
+        elif group in groups():
+            value = word.partition("=")[2].strip("'\"")
+            if is_nothing(word):
                 raise ValueError(f"{word}: a run needs {group}=NAME, where NAME is one of: {', '.join(choices(group))}")
-            word = f"{group}={EMPTY_CHOICES[group]}"
+            if value[:1] == "[":
+                raise ValueError(f"{word}: a run has one {group}; to run several, type -m {group}={value.strip('[]')}")
         accepted.append(word)
     return accepted
 

@@ -36,10 +36,10 @@ class Interruption(pl.Callback):
         # Called after Lightning has installed its handlers; at the end of the stage, it restores the previous ones.
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", None)):
-            if number is None or signal.getsignal(number) == signal.SIG_IGN:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            if (current := signal.getsignal(number)) == signal.SIG_IGN:
                 continue
-            if number not in (signal.SIGTERM, signal.SIGINT) and callable(current := signal.getsignal(number)):
+            if number == signal.SIGUSR1 and callable(current):
                 self._requeue = current
             signal.signal(number, self._note)
 

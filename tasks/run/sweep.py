@@ -73,7 +73,7 @@ class SweepCallback(Callback):
             except OSError as error:
                 sys.exit(f"error: {errors.explain_failure(error)}.")
         SweepCallback.folder = folder
-        for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+        for number in (signal.SIGTERM, signal.SIGUSR1):
             old = signal.signal(number, lambda received, _: sys.exit(128 + received))
             SweepCallback.handlers.setdefault(number, old)
         # The processes of a launcher then find this project from any folder.

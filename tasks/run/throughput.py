@@ -1,5 +1,6 @@
 """Measure the time, speed and memory of training, and stop it after max_seconds."""
 
+import resource
 import sys
 import time
 from typing import Any
@@ -203,9 +204,5 @@ def peak_memory(device: torch.device) -> float:
     """Peak memory of torch on a GPU, or of the process with its memory maps, in units of 2**20 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":  # it has no such number
-        return float("nan")
-    import resource
-
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
