@@ -14,27 +14,13 @@ import yaml
 
 # Paths and outputs of a run; kept runs do not contain these.
 PLACES = {
-    "run_dir",
-    "resume",
-    "data.root",
-    "data.cache",
-    "loggers",
-    "callbacks.best.dirpath",
-    "callbacks.average.dirpath",
-    "callbacks.last.dirpath",
+    *("run_dir", "resume", "data.root", "data.cache", "loggers", "trainer.callbacks", "trainer.logger"),
+    *("callbacks.best.dirpath", "callbacks.average.dirpath", "callbacks.last.dirpath", "trainer.default_root_dir"),
     "callbacks.interruption",  # does not change the result
-    "trainer.callbacks",
-    "trainer.logger",
-    "trainer.default_root_dir",
 }
 # Options that may differ between runs of one experiment: seeds, paths and the display.
 NOT_THE_EXPERIMENT = PLACES | {
-    "seed",
-    "data.seed",
-    "data.fold",
-    "paper",
-    "trainer.enable_progress_bar",
-    "trainer.enable_model_summary",
+    *("seed", "data.seed", "data.fold", "paper", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
 }
 IDENTITY = ("task", "data", "model", "depth", "ablation", "vectors", "metric")
 FILES = ("config.yaml", "run.json", "metrics.json", "metrics.csv")
