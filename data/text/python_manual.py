@@ -16,8 +16,8 @@ def manual_text() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-def manual_sentences(classes: int = 10, min_words: int = 4) -> dict[str, list[str]]:
-    """Tokenised sentences of each of the largest topics, without duplicates, code, headings and fragments.
+def manual_sentences() -> dict[str, list[str]]:
+    """Tokenised sentences of each of the ten largest topics, without duplicates, code, headings and fragments.
 
     A topic is left out if most of its sentences occur in a larger one.
     """
@@ -32,12 +32,12 @@ def manual_sentences(classes: int = 10, min_words: int = 4) -> dict[str, list[st
             running = re.sub(r"^[*\s]+|[*\"“”]|\[\d+\]", "", " ".join(paragraph.split()))
             for sentence in re.split(r"(?<=[.!?:])\s+(?=[A-Z])", running):
                 words = tokenise(sentence)
-                if len(words) > min_words and re.match(r"[A-Z].*[a-z)][.!?:]$", sentence) and ">>>" not in sentence:
+                if len(words) > 4 and re.match(r"[A-Z].*[a-z)][.!?:]$", sentence) and ">>>" not in sentence:
                     sentences[" ".join(words)] = None
         fresh = [sentence for sentence in sentences if sentence not in seen]
         if 2 * len(fresh) > len(sentences):
             chosen[topic] = fresh
             seen.update(fresh)
-        if len(chosen) == classes:
+        if len(chosen) == 10:
             break
     return chosen
