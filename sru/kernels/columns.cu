@@ -111,20 +111,26 @@ __device__ __forceinline__ void walk(const Arguments& a, const Place& place, Bod
     for (long long t = 0; t < a.T; t += STEPS) {
         wait_for_groups<STAGES - 2>();
         const unsigned pad_at = pad_start + unsigned(t) * pad_stride;
-        if (reader.left >= STEPS) {
-            Step now[STEPS];
+        if (t + STEPS > a.T) {  // the last block, if it is shorter
+#pragma unroll 1
+            for (int k = 0; t + k < a.T; ++k) body(Ahead::from(stage * STEPS + k, odd, (pad_at + k * pad_stride) & 3));
+            break;
+        }
+        Step now[STEPS];
 #pragma unroll
-            for (int k = 0; k < STEPS; ++k)
-                now[k] = Ahead::from(stage * STEPS + k, odd, (pad_at + k * pad_stride) & 3);
+        for (int k = 0; k < STEPS; ++k)
+            now[k] = Ahead::from(stage * STEPS + k, odd, (pad_at + k * pad_stride) & 3);
+        if (reader.left >= STEPS) {
 #pragma unroll
             for (int k = 0; k < STEPS; ++k) {
                 body(now[k]);
                 reader.next_into(free + k);  // overlaps with the chain of states
             }
         } else {
+#pragma unroll 1
             for (int k = 0; reader.left > 0; ++k) reader.next_into(free + k);
-            for (int k = 0; k < STEPS && t + k < a.T; ++k)
-                body(Ahead::from(stage * STEPS + k, odd, (pad_at + k * pad_stride) & 3));
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k) body(now[k]);
         }
         close_group();
         free = stage * STEPS;
