@@ -24,6 +24,8 @@ class Classification(Task):
         vocab_size, pad: for words: the vocabulary's size and the index of padding.
         vectors: fixed word vectors (vocab_size, n), or None to train embeddings.
         embedding_size: features of trained embeddings.
+        embedding_deviation: root mean square of the features of vectors or embeddings at the start; None leaves them as
+            they are. An SRU's initial weights expect 1; vectors of length 1 have 1 / sqrt(n) (docs/learning.md).
         input_size: for features: their number.
         dropout: on the embeddings and before the softmax. (The encoder has its own, between layers.)
     """
@@ -39,13 +41,14 @@ class Classification(Task):
         vectors: Tensor | None = None,
         pad: int | None = None,
         embedding_size: int = 300,
+        embedding_deviation: float | None = None,
         input_size: int | None = None,
         dropout: float,
     ) -> None:
         super().__init__(optimizer, scheduler)
         self.embedding: nn.Embedding | None = None
         if vocab_size is not None:
-            self.embedding = word_embedding(vocab_size, vectors, pad, embedding_size)
+            self.embedding = word_embedding(vocab_size, vectors, pad, embedding_size, embedding_deviation)
             input_size = self.embedding.embedding_dim
         self.encoder = encoder(input_size=input_size)
         self.dropout = Dropout(dropout)

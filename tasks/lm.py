@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tasks.base import StatefulTask
 from tasks.modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
 from tasks.modules.encoders import detach, sees_future
-from tasks.modules.layers import Dropout
+from tasks.modules.layers import Dropout, check_deviation
 from tasks.run import console
 
 
@@ -29,6 +29,8 @@ class LanguageModelling(StatefulTask):
         vocab_size, unit: number of tokens and their kind: bytes, characters or words.
         embedding_size: features of an embedding; with cutoffs, of the most frequent tokens.
         input_size: features of the encoder's input, projected from the embedding; None for embedding_size.
+        embedding_deviation: the embeddings, whose features have a variance of 1 / input_size at the start, are
+            multiplied for this standard deviation; None leaves them.
         dropout: before the softmax. embedding_dropout: on the embeddings. (The encoder has its own, between layers.)
         tied: the softmax uses the weights of the embedding, behind a projection where the sizes differ.
         tie_projections: embedding and softmax share their projections too.
@@ -49,6 +51,7 @@ class LanguageModelling(StatefulTask):
         unit: str,
         embedding_size: int,
         input_size: int | None = None,
+        embedding_deviation: float | None = None,
         dropout: float = 0.0,
         embedding_dropout: float = 0.0,
         tied: bool = False,
@@ -64,6 +67,8 @@ class LanguageModelling(StatefulTask):
         input_size = embedding_size if input_size is None else input_size
         clusters: dict[str, Any] = {"cutoffs": tuple(cutoffs), "div_value": div_value}
         self.embedding = AdaptiveEmbedding(vocab_size, embedding_size, input_size, **clusters)
+        check_deviation(embedding_deviation)
+        self.embedding_scale = None if embedding_deviation is None else embedding_deviation * input_size**0.5
         self.encoder = encoder(input_size=input_size)
         if sees_future(self.encoder):
             raise ValueError(
@@ -83,9 +88,14 @@ class LanguageModelling(StatefulTask):
         self.dropout = Dropout(dropout)
         self.evaluation_state: Any = None
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The encoder's input (..., input_size) for tokens of any shape."""
+        x: Tensor = self.embedding_dropout(self.embedding(tokens))
+        return x if self.embedding_scale is None else x * self.embedding_scale
+
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """The softmax's input (T, B, n) for tokens (T, B), and the encoder's state."""
-        h, state = self.encoder(self.embedding_dropout(self.embedding(tokens)), state)
+        h, state = self.encoder(self.embed(tokens), state)
         return self.dropout(h), state
 
     def loss(self, batch: tuple[Tensor, Tensor, bool]) -> tuple[Tensor, dict[str, Tensor], int]:
@@ -132,7 +142,7 @@ class LanguageModelling(StatefulTask):
             raise ValueError(f"top_k={top_k} must be 0 (all) or above, top_p={top_p} above 0 and at most 1")
         state = None
         for token in prompt:
-            h, state = self.encoder.step(self.embedding(torch.tensor([token], device=self.device)), state)
+            h, state = self.encoder.step(self.embed(torch.tensor([token], device=self.device)), state)
         while True:
             scores = self.softmax.log_prob(h)[0].cpu()
             if temperature == 0:
@@ -140,7 +150,7 @@ class LanguageModelling(StatefulTask):
             else:
                 token = sample((scores - scores.max()).double() / temperature, top_k, top_p, generator)
             yield token
-            h, state = self.encoder.step(self.embedding(torch.tensor([token], device=self.device)), state)
+            h, state = self.encoder.step(self.embed(torch.tensor([token], device=self.device)), state)
 
     @torch.no_grad()
     def score(self, tokens: Sequence[int], segment: int = 512) -> Tensor:

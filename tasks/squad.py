@@ -39,6 +39,8 @@ class QuestionAnswering(Task):
         vocab_size, num_features: number of words, and of a passage token's features.
         vectors: word vectors (vocab_size, n), or None to train embeddings.
         embedding_size: features of trained embeddings.
+        embedding_deviation: root mean square of the word vectors' or embeddings' features at the start, as in
+            Classification.
         tuned_words: number of most frequent words whose vectors are trained; the others stay fixed.
         dropout: on the encoders' outputs. (They have their own, between layers.) embedding_dropout: on the embeddings.
         num_layers, concatenate_layers: True: encoders of this many layers return the concatenated outputs of all
@@ -60,6 +62,7 @@ class QuestionAnswering(Task):
         num_features: int,
         vectors: Tensor | None,
         embedding_size: int = 300,
+        embedding_deviation: float | None = None,
         tuned_words: int = 1000,
         dropout: float = 0.0,
         embedding_dropout: float = 0.0,
@@ -69,7 +72,7 @@ class QuestionAnswering(Task):
         linear: Callable[..., Tensor] = F.linear,
     ) -> None:
         super().__init__(optimizer, scheduler)
-        self.embedding = Embedding(vocab_size, embedding_size, vectors, tuned_words)
+        self.embedding = Embedding(vocab_size, embedding_size, vectors, tuned_words, embedding_deviation)
         size = self.embedding.size
         self.likeness = nn.Linear(size, size)
         passage_size = 2 * size + num_features
@@ -217,12 +220,19 @@ def at_least_float32(scores: Tensor) -> Tensor:
 class Embedding(nn.Module):
     """Trained embeddings, or fixed word vectors of which the first `tuned` are trained; word 0 is padding."""
 
-    def __init__(self, vocab_size: int, embedding_size: int, vectors: Tensor | None, tuned: int) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_size: int,
+        vectors: Tensor | None,
+        tuned: int,
+        deviation: float | None = None,
+    ) -> None:
         super().__init__()
-        self.words = word_embedding(vocab_size, vectors, 0, embedding_size)
+        self.words = word_embedding(vocab_size, vectors, 0, embedding_size, deviation)
         self.size = self.words.embedding_dim
         # <pad> and <unk> come first and are not counted.
-        self.tuned = None if vectors is None or not tuned else nn.Parameter(vectors[: tuned + 2].clone())
+        self.tuned = None if vectors is None or not tuned else nn.Parameter(self.words.weight[: tuned + 2].clone())
 
     def forward(self, words: Tensor) -> Tensor:
         """Vectors (T, B, n) of words (T, B)."""

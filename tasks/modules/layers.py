@@ -1,5 +1,6 @@
 """Layers that the tasks share: word embeddings, a fast dropout, and linear layers with a faster matrix product."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -8,15 +9,31 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 
-def word_embedding(vocab_size: int, vectors: Tensor | None, pad: int | None, size: int) -> nn.Embedding:
-    """Fixed word vectors or, without any, trainable embeddings of `size` features."""
+def check_deviation(value: float | None) -> None:
+    """Refuse a standard deviation of embeddings that is not a number above 0."""
+    if value is not None and (isinstance(value, bool) or not 0 < value < math.inf):
+        raise ValueError(f"task.embedding_deviation={value} must be a number above 0, for example 1.0, or null")
+
+
+def word_embedding(
+    vocab_size: int, vectors: Tensor | None, pad: int | None, size: int, deviation: float | None = None
+) -> nn.Embedding:
+    """Fixed word vectors or, without any, trainable embeddings of `size` features.
+
+    deviation: root mean square of the features at the start; None leaves vectors as they are and draws trainable
+        embeddings within plus or minus 0.25.
+    """
+    check_deviation(deviation)
     if vectors is not None:  # as published, padding has a fixed vector too
+        if deviation is not None:
+            vectors = vectors * (deviation / vectors.square().mean().sqrt())
         return nn.Embedding.from_pretrained(vectors, freeze=True)
     embedding = nn.Embedding(vocab_size, size, padding_idx=pad)
     # As in Kim (2014). torch's N(0, 1) is seven times as wide: with dropout 0.5 its noise dominates the first epochs,
     # more in the SRU, whose highway passes its input on, than in the LSTM.
     with torch.no_grad():
-        embedding.weight.uniform_(-0.25, 0.25)[pad] = 0
+        bound = 0.25 if deviation is None else deviation * 3**0.5
+        embedding.weight.uniform_(-bound, bound)[pad] = 0
     return embedding
 
 

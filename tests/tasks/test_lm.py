@@ -232,16 +232,23 @@ def test_accumulated_gradients_are_those_of_a_larger_batch(configure, tmp_path):
         torch.testing.assert_close(trained[name], (parameter - cfg.task.optimizer.lr * parameter.grad).detach())
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_generation_takes_the_likeliest_token_of_the_whole_text(encoder):
+@pytest.mark.parametrize(("encoder", "deviation"), [*((name, None) for name in ENCODERS), ("sru", 1.0)])
+def test_generation_takes_the_likeliest_token_of_the_whole_text(encoder, deviation):
     """Step by step, with the state alone, as when the text so far is read again for each token."""
-    task, text = task_of(encoder).eval(), [3, 1, 4]
+    task, text = task_of(encoder, embedding_deviation=deviation).eval(), [3, 1, 4]
     found = list(itertools.islice(task.generate(text, temperature=0), 12))
     for token in found:
         with torch.no_grad():
             h, _ = task(torch.tensor(text)[:, None])
         assert token == int(task.softmax.log_prob(h[-1]).argmax())
         text.append(token)
+
+
+def test_the_encoder_reads_embeddings_of_the_chosen_deviation():
+    tokens = torch.arange(2000)[:, None]
+    plain, scaled = (task_of(vocab_size=2000, embedding_deviation=value) for value in (None, 1.0))
+    assert plain.embed(tokens).std().item() == pytest.approx(6**-0.5, rel=0.03)
+    assert scaled.embed(tokens).std().item() == pytest.approx(1.0, rel=0.03)
 
 
 def test_draws_follow_the_distribution_and_its_cuts():
@@ -325,6 +332,7 @@ def test_the_state_of_a_checkpoint_goes_where_the_network_is():
         (["trainer.precision=16-true"], "trainer.precision=16-mixed"),
         (["data=bytes", "data.path={words}", "+data.min_count=5"], "data.min_count has no effect on bytes"),
         (["task.embedding_size=0"], "task.embedding_size=0 must be a whole number"),
+        (["task.embedding_deviation=0"], "task.embedding_deviation=0 must be a number above 0"),
         (["callbacks.clock.max_seconds=nan"], "must be above 0"),
         (["data.unroll=20000"], "data.unroll=20000"),
         (["model.bidirectional=true"], "sees the words that it is to predict; type bidirectional=false"),

@@ -136,6 +136,12 @@ def test_the_first_words_are_tuned_and_the_others_fixed():
     assert Embedding(9, 5, None, tuned=2).words.weight.requires_grad
 
 
+def test_tuned_words_start_from_scaled_vectors():
+    vectors, words = torch.randn(9, 4), torch.arange(9)[:, None]
+    found = Embedding(9, 300, vectors, tuned=2, deviation=1.0)(words)[:, 0]
+    torch.testing.assert_close(found, vectors / vectors.square().mean().sqrt())
+
+
 # Runs
 
 
