@@ -22,12 +22,12 @@ from numba import types
 from torch import Tensor
 
 from sru.kernels.cpu_kernels import BLOCK, NUMBERS, backward, forward, transpose
+from sru.kernels.dispatch import PROCESS
 from sru.kernels.reference import Arguments, with_rows
 
 READS_HALVES = False  # u and x must be float32 or float64
 TILE_BATCH = 4  # sequences of a tile
 TILE_COLUMNS = 512
-PROCESS = os.getpid()  # the process that imported this file
 HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14
 # Below this many elements, a second thread costs more than it saves; bench/NOTES.md has the measurement.
 SERIAL_ELEMENTS = 40_000

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -80,6 +82,25 @@ def test_a_forked_worker_computes_the_results_of_its_parent_on_one_thread(thread
     finally:
         child.kill()
         child.join()
+
+
+FORK_FIRST = """
+import multiprocessing, os, torch, sru
+torch.set_num_threads(2)
+torch.randn(4_000_000).exp()  # starts the threads of OpenMP
+def work():
+    sru.kernels.recurrence(torch.randn(64, 32, 3, 64), None, *torch.zeros(2, 128), torch.zeros(32, 64), scale=0.0)
+    os._exit(0)
+child = multiprocessing.get_context("fork").Process(target=work)
+child.start()
+child.join(60)
+child.kill()
+assert child.exitcode == 0
+"""
+
+
+def test_a_worker_forked_before_the_first_recurrence_does_not_wait_for_its_parents_threads():
+    subprocess.run([sys.executable, "-c", FORK_FIRST], check=True, timeout=120)
 
 
 def test_without_openmp_one_thread_gives_the_same_results(threads, monkeypatch):
