@@ -148,7 +148,9 @@ def compare_options(options: dict[str, str], run: Run) -> dict[str, str | None]:
     ours, theirs = (
         {k: v for k, v in multiply_batch(o).items() if not k.startswith(NAMES)} for o in (run.options, options)
     )
-    pairs = {key: (ours.get(key), theirs.get(key)) for key in [*ours, *theirs] if ours.get(key) != theirs.get(key)}
+    keys = [*ours, *theirs]
+    # A run from before an option existed equals one with null.
+    pairs = {k: (ours.get(k), theirs.get(k)) for k in keys if ours.get(k, "null") != theirs.get(k, "null")}
     # `epochs` sets trainer.max_epochs by interpolation: name it once.
     sources = {pair for key, pair in pairs.items() if "." not in key}
     return {key: pair[0] for key, pair in pairs.items() if "." not in key or pair not in sources}
