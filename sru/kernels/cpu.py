@@ -22,8 +22,7 @@ from numba import types
 from torch import Tensor
 
 from sru.kernels.cpu_kernels import BLOCK, NUMBERS, backward, forward, transpose
-from sru.kernels.dispatch import PROCESS
-from sru.kernels.reference import Arguments, with_rows
+from sru.kernels.reference import PROCESS, Arguments, with_rows
 
 READS_HALVES = False  # u and x must be float32 or float64
 TILE_BATCH = 4  # sequences of a tile

@@ -1,6 +1,5 @@
 """Which kernels run for a tensor: by its device, and by torch's modes that are active around the call."""
 
-import os
 from types import ModuleType
 
 import torch
@@ -8,7 +7,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.jit._trace import is_tracing as is_tracing
 
-PROCESS = os.getpid()  # the process that imported sru; its threads are not those of a forked child
 HALVES = torch.float16, torch.bfloat16
 PLAIN = (Tensor, torch.nn.Parameter)
 

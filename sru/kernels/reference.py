@@ -1,5 +1,6 @@
 """The SRU recurrence in plain torch: the equations as in the paper (EMNLP 2018, section 2)."""
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
 }
 FUNCTIONS = tuple(ACTIVATIONS.values())
+# The process that imported sru. Here and not in cpu.py, which a forked child may be the first to import: a child must
+# not wait for the threads of its parent.
+PROCESS = os.getpid()
 
 
 class Arguments(NamedTuple):
